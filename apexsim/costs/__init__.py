@@ -1,0 +1,1 @@
+"""How long and how much things take: pure functions of specs and batch statistics."""

@@ -1,0 +1,1 @@
+"""From tables of measured kernels to device profiles."""

@@ -1,0 +1,1 @@
+"""Which deployment is best: space, objective, study, executors."""

@@ -1,0 +1,1 @@
+"""What happens when: the only room that knows SimPy and nanoseconds."""

@@ -1,0 +1,100 @@
+"""Plans, pools and deployments: how a model is laid out on devices."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from apexsim.specs.base import Spec
+from apexsim.specs.cluster import Cluster
+from apexsim.specs.engine import EngineProfile
+from apexsim.specs.model import ModelSpec
+
+Stage = Literal["encode", "prefill", "decode"]
+
+
+class Plan(Spec):
+    """Parallel degrees of one replica. ``expert`` divides ``tensor``: experts are spread over that many ranks."""
+
+    tensor: int = Field(1, ge=1)
+    pipeline: int = Field(1, ge=1)
+    expert: int = Field(1, ge=1)
+
+    @property
+    def devices(self) -> int:
+        """Devices of one replica."""
+        return self.tensor * self.pipeline
+
+    @property
+    def moe_tensor(self) -> int:
+        """Tensor degree inside each expert."""
+        return max(1, self.tensor // self.expert)
+
+    @property
+    def name(self) -> str:
+        """Short name such as ``tp4-pp2`` or ``tp8-ep8``."""
+        parts = [f"tp{self.tensor}", f"pp{self.pipeline}"]
+        return "-".join(parts + [f"ep{self.expert}"] * (self.expert > 1))
+
+    def lawful(self, model: ModelSpec, cluster: Cluster) -> tuple[str, ...]:
+        """Reasons why the plan cannot be laid out for this model on this cluster; empty when it can."""
+        t, checks = self.tensor, []
+        checks.append((model.heads % t == 0, f"tensor degree {t} does not divide the {model.heads} attention heads"))
+        kv = model.kv_heads
+        checks.append((kv % t == 0 or t % kv == 0, f"tensor degree {t} neither divides nor is divided by the {kv} KV heads"))
+        checks.append((model.layers >= self.pipeline, f"pipeline degree {self.pipeline} exceeds the {model.layers} layers"))
+        checks.append((t % self.expert == 0, f"expert degree {self.expert} does not divide the tensor degree {t}"))
+        if model.moe is None:
+            checks.append((self.expert == 1, f"expert degree {self.expert} on a model without experts"))
+        else:
+            experts = model.moe.experts
+            checks.append((experts % self.expert == 0, f"expert degree {self.expert} does not divide the {experts} experts"))
+        widths = model.sharded_widths(self.moe_tensor, t)
+        checks += [(width % degree == 0, f"tensor degree {degree} does not divide the {what} of {width}") for what, width, degree in widths]
+        checks.append((self.devices <= cluster.devices, f"needs {self.devices} devices, the cluster has {cluster.devices}"))
+        checks.append((t <= cluster.devices_per_node, f"tensor degree {t} crosses nodes of {cluster.devices_per_node} devices"))
+        return tuple(reason for holds, reason in checks if not holds)
+
+
+class Pool(Spec):
+    """Replicas of one plan and the stages of a request's life that they serve."""
+
+    name: str = "serve"
+    stages: tuple[Stage, ...] = ("prefill", "decode")
+    plan: Plan = Plan()
+    replicas: int = Field(1, ge=1)
+
+    @property
+    def devices(self) -> int:
+        return self.plan.devices * self.replicas
+
+
+class Deployment(Spec):
+    """A model on a cluster under an engine. The specs are whole values, not names, so that a run is its own record."""
+
+    model: ModelSpec
+    cluster: Cluster
+    engine: EngineProfile
+    pools: tuple[Pool, ...] = (Pool(),)
+    router: str = "round_robin"
+    weights: str = "bf16"
+    moe_weights: str | None = None
+    kv_cache: str = "bf16"
+
+    @property
+    def expert_dtype(self) -> str:
+        """Dtype of expert weights: the one asked for, else the model's own (gpt-oss ships MXFP4), else that of the weights."""
+        own = self.model.moe.dtype if self.model.moe else None
+        return self.moe_weights or own or self.weights
+
+    @model_validator(mode="after")
+    def _one_pool_serves_all(self) -> Deployment:
+        if len(self.pools) != 1 or set(self.pools[0].stages) != {"prefill", "decode"}:
+            raise ValueError("only one pool serving prefill and decode is supported")
+        return self
+
+    @property
+    def devices_used(self) -> int:
+        """Devices that work; the cluster may hold more (idle ones cost and draw power too)."""
+        return sum(pool.devices for pool in self.pools)

@@ -1,0 +1,83 @@
+"""Engine profiles: what a serving engine adds to its kernels, and how its scheduler is set."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from apexsim.specs.base import Spec
+
+
+class HostTerms(Spec):
+    """Host time, in seconds. Few, additive and named; calibrated from served runs, never mixed with kernels.
+
+    ``step_s`` is paid by every step and ``per_sequence_s`` by every scheduled sequence of it. An engine that
+    prepares a step while the device runs the one before (``overlapped``) pays only what exceeds the device time.
+    ``exposed_step_s`` is what no overlap hides. ``frontend_per_request_s`` is a serial queue before the scheduler
+    (tokenise, admit); ``response_s`` is the way of a token from the device to the client.
+    """
+
+    step_s: float = Field(0.0, ge=0)
+    per_sequence_s: float = Field(0.0, ge=0)
+    exposed_step_s: float = Field(0.0, ge=0)
+    frontend_per_request_s: float = Field(0.0, ge=0)
+    response_s: float = Field(0.0, ge=0)
+    overlapped: bool = False
+
+
+class SchedulerDefaults(Spec):
+    """How an engine batches when nobody tells it otherwise; every field is an ``--engine-option``.
+
+    ``admission`` says which KV blocks a request must find free to start: those of its first step (``prompt``), or
+    of its whole life (``full``: never preempted, as TensorRT-LLM's GUARANTEED_NO_EVICT).
+    """
+
+    policy: str
+    max_num_batched_tokens: int = Field(8192, gt=0)
+    max_num_seqs: int = Field(256, gt=0)
+    block_size: int = Field(16, gt=0)
+    chunked_prefill: bool = True
+    admission: Literal["prompt", "full"] = "prompt"
+    lookahead_steps: Literal[0, 1] = 0
+    pipeline_split: Literal["greedy", "balanced"] = "greedy"
+    max_model_len: int | None = Field(None, gt=0)
+
+
+class LongContextDefaults(Spec):
+    """Scheduler fields that an engine changes by itself when the context limit exceeds ``above_tokens``."""
+
+    above_tokens: int = Field(gt=0)
+    policy: str
+    max_num_batched_tokens: int = Field(gt=0)
+    chunked_prefill: bool
+
+
+class MemoryDefaults(Spec):
+    """Share of device memory the engine takes, and the bytes of it that are neither weights nor KV cache."""
+
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    reserve_bytes: int = Field(0, ge=0)
+
+
+class CommunicationDefaults(Spec):
+    """Which collective kernels the engine uses: its own all-reduce up to ``custom_all_reduce_max_bytes``, NCCL above."""
+
+    custom_all_reduce: bool = True
+    custom_all_reduce_max_bytes: int = Field(8 << 20, ge=0)
+    moe_dispatch: Literal["all_reduce", "all_to_all"] = "all_reduce"
+
+
+class EngineProfile(Spec):
+    """One engine family. ``versions`` are the version prefixes it answers for; ``evidence`` says where its terms come from."""
+
+    name: str
+    engine: str
+    versions: tuple[str, ...]
+    host: HostTerms
+    scheduler: SchedulerDefaults
+    long_context: LongContextDefaults | None = None
+    memory: MemoryDefaults
+    communication: CommunicationDefaults
+    evidence: str
+    source: str

@@ -1,0 +1,34 @@
+"""Service-level objectives."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from apexsim.errors import BadInput, nearest
+from apexsim.specs.base import Spec, parse_spec
+
+
+class SLO(Spec):
+    """Latency limits that one request must meet, all of them; ``None`` = no limit.
+
+    ``target`` is the share of requests that must meet them for a deployment to count as good enough.
+    """
+
+    ttft_s: float | None = Field(None, gt=0)
+    tpot_s: float | None = Field(None, gt=0)
+    e2e_s: float | None = Field(None, gt=0)
+    target: float = Field(0.9, gt=0, le=1)
+
+    @classmethod
+    def parse(cls, text: str, where: object = "--slo") -> SLO:
+        """Read ``ttft_s=0.5,tpot_s=0.05``."""
+        data: dict[str, float] = {}
+        for item in filter(None, (part.strip() for part in text.split(","))):
+            key, equals, value = item.partition("=")
+            if key not in cls.model_fields:
+                raise BadInput(f"unknown limit; {nearest(key, cls.model_fields)}", where=where, got=key)
+            try:
+                data[key] = float(value)
+            except ValueError:
+                raise BadInput("give seconds as in ttft_s=0.5", where=where, key=key, got=value or equals) from None
+        return parse_spec(cls, data, where)
