@@ -1,0 +1,114 @@
+"""The ``apexsim`` command: which commands there are, and how a run ends.
+
+Exit status: 0 done, 1 nothing feasible, 2 bad input (one line that says what would do), 3 internal error.
+A command's module is imported only when the command is asked for, so that ``apexsim --help`` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from apexsim.errors import ApexsimError, BadInput, InfeasiblePlan, nearest
+
+# Name of a command: the function that it is. Its module must stay light: heavy imports belong inside the function.
+COMMANDS = {
+    "simulate": "apexsim.cli.simulate:simulate",
+    "search": "apexsim.cli.search:search",
+    "sweep": "apexsim.cli.sweep:sweep",
+    "list": "apexsim.cli.inspect:list_names",
+    "show": "apexsim.cli.inspect:show",
+    "import-model": "apexsim.cli.inspect:import_model",
+    "fit": "apexsim.cli.fit:fit",
+}
+
+# Every fault in the use of flags is one of these, in all releases of typer.
+_UsageError: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "UsageError")
+
+
+class LazyGroup(TyperGroup):
+    """The commands above, each imported when it is first asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        if cmd_name not in self.commands:
+            module, function = COMMANDS[cmd_name].split(":")
+            single = typer.Typer(add_completion=False)
+            single.command(cmd_name)(getattr(importlib.import_module(module), function))
+            self.commands[cmd_name] = typer.main.get_command(single)
+        return self.commands[cmd_name]
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in COMMANDS:
+            raise BadInput(f"unknown command; {nearest(args[0], COMMANDS)}", got=args[0])
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(cls=LazyGroup, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from apexsim import __version__
+
+        typer.echo(f"apexsim {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def apexsim(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Which deployment of a model serves a workload within its SLO at the least cost, energy or hardware?"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command line (``sys.argv`` when ``args`` is None) and return its exit status."""
+    given = list(sys.argv[1:] if args is None else args)
+    try:
+        return int(app(given or ["--help"], prog_name="apexsim", standalone_mode=False) or 0)
+    except BrokenPipeError:
+        # The reader of our output left (``| head``): not a fault, and nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        status, line = _verdict(error)
+        if status == 3 and os.environ.get("APEXSIM_TRACEBACK"):
+            raise
+        typer.echo(f"apexsim: {line}", err=True)
+        return status
+
+
+def _verdict(error: BaseException) -> tuple[int, str]:
+    """Exit status of a failed run, and its one line."""
+    if isinstance(error, InfeasiblePlan):
+        return 1, f"infeasible: {error}"
+    if isinstance(error, ApexsimError):
+        return 2, " ".join(str(error).split())
+    if isinstance(error, _UsageError):
+        return 2, _usage_line(error)
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return 130, "interrupted"
+    said = " ".join(str(error).split())
+    return 3, f"internal error: {type(error).__name__}: {said}; set APEXSIM_TRACEBACK=1 to see where"
+
+
+def _usage_line(error: Any) -> str:
+    command = error.ctx.command_path.removeprefix("apexsim").strip() if error.ctx else ""
+    said = " ".join(error.format_message().split())
+    return f"{command}: {said}" if command else said
+
+
+def run() -> None:
+    """Entry point of the console script."""
+    sys.exit(main())
