@@ -1,0 +1,175 @@
+"""Workloads: what is asked of a deployment, as rows (`Requests`) and as the law that draws them (`Workload`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from apexsim.errors import BadInput
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+# Rows are stored and summed as 64-bit integers; a longer prompt than this is a unit mistake.
+MAX_TOKENS = 2**31 - 1
+# The simulator's clock is a 64-bit count of nanoseconds; stamps in milliseconds or microseconds end here.
+MAX_ARRIVAL_S = 9e9
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Requests:
+    """Requests in order of arrival, as read-only columns of one length.
+
+    ``arrival_s`` seconds, sorted, not negative; ``None`` in a closed loop, where ``concurrency`` clients each send
+    their next request ``turnaround_s`` after the last answer ended. ``prompt_tokens`` counts the whole prompt,
+    ``output_tokens`` every generated token. ``extra`` holds optional columns by name; ``notes`` are sentences on what
+    was done to the rows on their way here (columns ignored, arrivals drawn), for a result to repeat.
+    Raises BadInput, with the 1-based row, on a column that breaks this.
+    """
+
+    name: str
+    prompt_tokens: Integers
+    output_tokens: Integers
+    arrival_s: Floats | None = None
+    concurrency: int | None = None
+    turnaround_s: float = 0.0
+    extra: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.arrival_s is None) == (self.concurrency is None):
+            raise BadInput("give either arrival_s or the concurrency of a closed loop", where=self.name)
+        columns: dict[str, npt.NDArray[Any]] = {
+            "prompt_tokens": checked_tokens(self.prompt_tokens, "prompt_tokens", self.name),
+            "output_tokens": checked_tokens(self.output_tokens, "output_tokens", self.name),
+        }
+        if self.arrival_s is None:
+            check_count(self.concurrency, "concurrency", self.name)
+            check_turnaround(self.turnaround_s, self.name)
+        else:
+            columns["arrival_s"] = checked_arrivals(self.arrival_s, self.name)
+        extra = {key: np.array(values) for key, values in self.extra.items()}
+        lengths = {key: len(values) for key, values in {**columns, **extra}.items()}
+        if len(set(lengths.values())) != 1:
+            raise BadInput("columns must have one length", where=self.name, got=lengths)
+        for values in (*columns.values(), *extra.values()):
+            values.setflags(write=False)
+        for key, values in columns.items():
+            object.__setattr__(self, key, values)
+        object.__setattr__(self, "extra", extra)
+
+    def __len__(self) -> int:
+        return len(self.prompt_tokens)
+
+    @property
+    def span_s(self) -> float:
+        """Seconds from the first arrival to the last; 0 when all come at once, NaN in a closed loop."""
+        return math.nan if self.arrival_s is None else float(self.arrival_s[-1] - self.arrival_s[0])
+
+    @property
+    def rate_per_s(self) -> float:
+        """Mean arrival rate: gaps over span (infinite when all come at once, NaN in a closed loop)."""
+        if self.arrival_s is None:
+            return math.nan
+        return (len(self) - 1) / self.span_s if self.span_s else math.inf
+
+    def head(self, count: int) -> Requests:
+        """The first ``count`` requests, or all of them with a note when there are fewer."""
+        check_count(count, "requests", self.name)
+        if count >= len(self):
+            note = f"{count} requests were asked for; {self.name} holds {len(self)}"
+            return self if count == len(self) else self._noting(note)
+        return replace(
+            self,
+            prompt_tokens=self.prompt_tokens[:count],
+            output_tokens=self.output_tokens[:count],
+            arrival_s=None if self.arrival_s is None else self.arrival_s[:count],
+            extra={key: values[:count] for key, values in self.extra.items()},
+        )
+
+    def at_rate(self, rate_per_s: float) -> Requests:
+        """The same requests with time stretched about the first arrival so that the mean rate becomes ``rate_per_s``."""
+        check_rate(rate_per_s, self.name)
+        if self.arrival_s is None or not self.span_s:
+            raise BadInput("has no spread of arrival times to scale; draw arrivals instead", where=self.name)
+        first = self.arrival_s[0]
+        return replace(self, arrival_s=first + (self.arrival_s - first) * (self.rate_per_s / rate_per_s))
+
+    def all_at_once(self) -> Requests:
+        """The same requests, all arriving at time 0."""
+        return replace(self, arrival_s=np.zeros(len(self)), concurrency=None, turnaround_s=0.0)
+
+    def closed_loop(self, concurrency: int, turnaround_s: float = 0.0) -> Requests:
+        """The same requests sent in order by ``concurrency`` clients, each waiting ``turnaround_s`` after an answer."""
+        return replace(self, arrival_s=None, concurrency=concurrency, turnaround_s=turnaround_s)
+
+    def _noting(self, note: str) -> Requests:
+        return replace(self, notes=(*self.notes, note))
+
+
+def check_count(value: object, key: str, where: object) -> None:
+    """Refuse anything but a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise BadInput("give a whole number of at least 1", where=where, key=key, got=value)
+
+
+def check_rate(value: float, where: object) -> None:
+    """Refuse a rate that is not a finite number above 0."""
+    if not _is_number(value) or not 0 < value < math.inf:
+        raise BadInput("give requests per second, a number above 0", where=where, key="rate_per_s", got=value)
+
+
+def check_turnaround(value: float, where: object) -> None:
+    """Refuse a turnaround that is not a finite number of seconds, 0 or more."""
+    if not _is_number(value) or not 0 <= value < math.inf:
+        raise BadInput("give seconds, 0 or more", where=where, key="turnaround_s", got=value)
+
+
+def checked_tokens(values: npt.ArrayLike, column: str, where: object) -> Integers:
+    """A copy of ``values`` as int64; BadInput names the first row (1-based) that is not a whole number >= 1."""
+    array = _numbers(values, column, where)
+    with np.errstate(invalid="ignore"):
+        wrong = ~((array >= 1) & (array <= MAX_TOKENS) & (array == np.floor(array)))
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise _bad_row(f"give a whole number from 1 to {MAX_TOKENS}", where, column, row, array[row].item())
+    return array.astype(np.int64)
+
+
+def checked_arrivals(values: npt.ArrayLike, where: object) -> Floats:
+    """A copy of ``values`` as float64; BadInput names the first row (1-based) that is not finite, >= 0 and in order."""
+    array = _numbers(values, "arrival_s", where).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        wrong = ~((array >= 0) & (array <= MAX_ARRIVAL_S))
+        unsorted = np.concatenate(([False], array[1:] < array[:-1]))
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        would_do = f"give seconds from 0 to {MAX_ARRIVAL_S:.0e}, one for every row"
+        raise _bad_row(would_do, where, "arrival_s", row, array[row].item())
+    if unsorted.any():
+        row = int(np.argmax(unsorted))
+        would_do = f"is earlier than row {row} at {array[row - 1].item()!r}; sort the rows by arrival_s"
+        raise _bad_row(would_do, where, "arrival_s", row, array[row].item())
+    return array
+
+
+def _numbers(values: npt.ArrayLike, column: str, where: object) -> npt.NDArray[Any]:
+    array = np.array(values)
+    if array.ndim != 1 or array.dtype.kind not in "iuf":
+        raise BadInput("give a column of numbers", where=where, key=column, got=f"{array.ndim}-d {array.dtype}")
+    if not len(array):
+        raise BadInput("holds no request; give at least one row", where=where, key=column)
+    return array
+
+
+def _bad_row(would_do: str, where: object, column: str, row: int, got: object) -> BadInput:
+    return BadInput(would_do, where=where, key=f"{column}, row {row + 1} (the first data row is 1)", got=got)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
