@@ -1,0 +1,120 @@
+"""The specs that ship with apexsim, by kind and name."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from importlib import import_module, resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, overload
+
+from apexsim.errors import BadInput, nearest
+from apexsim.io.yaml_files import load_spec
+from apexsim.specs.base import Spec
+from apexsim.specs.engine import EngineProfile
+from apexsim.specs.model import ModelSpec
+
+if TYPE_CHECKING:
+    from apexsim.specs.device import DeviceProfile
+    from apexsim.specs.workload import Workload
+
+Kind = Literal["model", "device", "engine", "workload"]
+
+FOLDERS: dict[Kind, str] = {
+    "model": "model_specs",
+    "device": "device_profiles",
+    "engine": "engine_profiles",
+    "workload": "workloads",
+}
+# Named, not imported: a command that needs models alone does not pay for the other rooms.
+_CLASSES: dict[Kind, str] = {
+    "model": "apexsim.specs.model:ModelSpec",
+    "device": "apexsim.specs.device:DeviceProfile",
+    "engine": "apexsim.specs.engine:EngineProfile",
+    "workload": "apexsim.specs.workload:Workload",
+}
+
+
+def data_root() -> Path:
+    """The folder that holds the data folders: inside an installed package, else the top of the checkout."""
+    package = Path(str(resources.files("apexsim")))
+    for root in (package / "_data", package.parent):
+        if (root / FOLDERS["model"]).is_dir():
+            return root
+    raise BadInput("the data folders are missing; install apexsim again", where=package)
+
+
+def names(kind: Kind) -> tuple[str, ...]:
+    """Names of every shipped spec of a kind, sorted."""
+    return tuple(sorted(path.stem for path in (data_root() / FOLDERS[kind]).glob("*.yaml")))
+
+
+@overload
+def load(kind: Literal["model"], name: str | os.PathLike[str]) -> ModelSpec: ...
+@overload
+def load(kind: Literal["device"], name: str | os.PathLike[str]) -> DeviceProfile: ...
+@overload
+def load(kind: Literal["engine"], name: str | os.PathLike[str]) -> EngineProfile: ...
+@overload
+def load(kind: Literal["workload"], name: str | os.PathLike[str]) -> Workload: ...
+def load(kind: Kind, name: str | os.PathLike[str]) -> Spec:
+    """A shipped spec by name, or the spec in a YAML file by path (with a separator, or ending in .yaml or .yml).
+
+    Raises BadInput for an unknown name, with the nearest known ones, and for whatever is wrong in the file.
+    """
+    module, _, cls = _CLASSES[kind].partition(":")
+    spec_class: type[Spec] = getattr(import_module(module), cls)
+    return load_spec(spec_class, locate(kind, name))
+
+
+def locate(kind: Kind, name: str | os.PathLike[str]) -> Path:
+    """The file behind a name or path; BadInput with the nearest names where a name is unknown."""
+    text = os.fspath(name)
+    if os.sep in text or text.endswith((".yaml", ".yml")):
+        return Path(text)
+    if text not in names(kind):
+        raise BadInput(f"unknown {kind}; {nearest(text, names(kind))}", where=kind, got=text)
+    return data_root() / FOLDERS[kind] / f"{text}.yaml"
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """The profile that answers for an engine version. ``mapped`` is False where no profile names the version."""
+
+    profile: str
+    mapped: bool
+    note: str
+
+
+def engine_for(engine: str, version: str = "") -> EngineChoice:
+    """Map an engine (``vllm``) and its version (``0.11.1``) to a profile, by the longest version prefix listed.
+
+    A version that says nothing (empty, nightly, dev), or is newer than every listed one, takes the engine's newest
+    profile: ``mapped`` is then False and ``note`` says so. Raises BadInput for an unknown engine or an older version.
+    """
+    profiles = [load("engine", name) for name in names("engine")]
+    known = {profile.engine for profile in profiles}
+    if engine not in known:
+        raise BadInput(f"unknown engine; {nearest(engine, known)}", where="engine", got=engine)
+    listed = {prefix: p.name for p in profiles if p.engine == engine for prefix in p.versions}
+    matches = [prefix for prefix in listed if _begins(version, prefix)]
+    if matches:
+        best = max(matches, key=len)
+        return EngineChoice(listed[best], True, f"{engine} {version} is listed as {best}")
+    newest = max(listed, key=_release)
+    if not _release(version) or _release(version) > _release(newest):
+        note = f"{engine} {version or 'of unknown version'} is not listed: its newest profile ({newest}) answers"
+        return EngineChoice(listed[newest], False, note)
+    raise BadInput(f"no profile lists it; known: {', '.join(sorted(listed, key=_release))}", where=engine, got=version)
+
+
+def _begins(version: str, prefix: str) -> bool:
+    """Whether ``version`` is of the series ``prefix``: 0.1 begins 0.1.5 and 0.1rc2, not 0.11."""
+    return re.match(re.escape(prefix) + r"(?!\d)", version) is not None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Leading release numbers; () for nightlies, development builds and the empty version."""
+    match = re.match(r"v?(\d+(?:\.\d+)*)", version)
+    return tuple(int(part) for part in match[1].split(".")) if match else ()

@@ -1,0 +1,128 @@
+"""YAML in and out, with PyYAML's traps closed.
+
+PyYAML alone                              here
+989e12, 1e-6 are strings                  floats
+no, on, yes, off are booleans             strings; only true and false are booleans
+a key given twice: the last one wins      refused, naming file, line and key
+010 is 8, 1:30 is 90, 2024-07-23 a date   strings
+<< merges mappings                        an ordinary key
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from apexsim.errors import BadInput
+from apexsim.specs.base import SpecT, parse_spec
+
+if TYPE_CHECKING:
+    from yaml import SafeLoader as _FastLoader
+else:
+    _FastLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+_TAG = "tag:yaml.org,2002:"
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$")
+_FLOAT = re.compile(
+    r"[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+)$"
+    r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+)
+_SCALARS = (str, int, float, bool, type(None))
+
+
+class _Loader(_FastLoader):
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own name)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Hashable] = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue
+            key = self.construct_object(key_node)
+            if key in seen:
+                raise _DuplicateKeyError(str(key), key_node.start_mark.line + 1)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every string that this loader, or a plain YAML 1.1 one, would read as something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+class _DuplicateKeyError(Exception):
+    def __init__(self, key: str, line: int) -> None:
+        self.key, self.line = key, line
+        super().__init__(key)
+
+
+def _represent_list(dumper: yaml.SafeDumper, data: Any) -> yaml.Node:
+    """Lists of scalars on one line: tables of coefficients stay readable."""
+    flat = all(isinstance(item, _SCALARS) for item in data)
+    return dumper.represent_sequence(_TAG + "seq", data, flow_style=flat)
+
+
+_Loader.add_implicit_resolver(_TAG + "bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(_TAG + "null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+for _rule in (_Loader, _Dumper):
+    _rule.add_implicit_resolver(_TAG + "int", _INT, list("-+0123456789"))
+    _rule.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+.0123456789"))
+_Dumper.add_representer(list, _represent_list)
+_Dumper.add_representer(tuple, _represent_list)
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises BadInput, in one line, for a file that cannot be read, is not YAML, gives a key twice, or holds no mapping.
+    """
+    where = os.fspath(path)
+    try:
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
+    except OSError as error:
+        raise BadInput(f"cannot be read: {error.strerror}", where=where) from None
+    except UnicodeDecodeError:
+        raise BadInput("is not UTF-8 text", where=where) from None
+    except _DuplicateKeyError as error:
+        raise BadInput(f"is given twice, again on line {error.line}; keep one", where=where, key=error.key) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise BadInput(_syntax_message(error), where=where) from None
+    if not isinstance(data, dict):
+        raise BadInput("give a YAML mapping of keys to values", where=where, got=data)
+    return data
+
+
+def _syntax_message(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: not valid YAML: {error.problem or error.context}"
+    return f"not valid YAML: {str(error) or type(error).__name__}"
+
+
+def load_spec(cls: type[SpecT], path: str | os.PathLike[str]) -> SpecT:
+    """The spec that a YAML file holds; BadInput names the file, the key and what would do."""
+    return parse_spec(cls, read_yaml(path), os.fspath(path))
+
+
+def format_yaml(data: Mapping[str, Any]) -> str:
+    """YAML text of plain data (dicts, lists, strings, numbers, None), keys in the order given."""
+    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def write_yaml(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
+    """Write ``format_yaml(data)``: the file appears whole or not at all. Raises BadInput where it cannot be written."""
+    text, target = format_yaml(data), Path(path)
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, target)
+    except OSError as error:
+        raise BadInput(f"cannot be written: {error.strerror}", where=os.fspath(path)) from None
+    finally:
+        scratch.unlink(missing_ok=True)
