@@ -1,0 +1,162 @@
+"""Devices: datasheet facts, price, power, and the operator costs fitted from measured kernels."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from apexsim.specs.base import Spec
+
+Evidence = Literal["fitted", "estimated"]
+PowerEvidence = Literal["kernel", "serving", "scaled", "prior"]
+
+
+class Datasheet(Spec):
+    """Facts of the hardware. Rates are peaks of one device; links are one way.
+
+    ``nccl_bytes`` is the device memory that the collective library takes, by group size.
+    """
+
+    memory_bytes: int = Field(gt=0)
+    memory_bytes_per_s: float = Field(gt=0)
+    flops_per_s: dict[str, float]
+    l2_bytes: int = Field(gt=0)
+    sms: int = Field(gt=0)
+    tdp_w: float = Field(gt=0)
+    intra_node_bytes_per_s: float = Field(gt=0)
+    inter_node_bytes_per_s: float = Field(gt=0)
+    pcie_bytes_per_s: float = Field(gt=0)
+    nccl_bytes: dict[int, int]
+    source: str
+
+
+class Price(Spec):
+    """What one device costs to rent; a default with its date, not a constant of nature."""
+
+    usd_per_hour: float = Field(ge=0)
+    source: str
+    date: str
+
+
+class PowerModel(Spec):
+    """Power of one device while an operator runs.
+
+    ``P = smooth minimum(limit_w, active_w + j_per_byte * bytes/t + j_per_flop[dtype] * FLOP/t)`` for kernels,
+    ``comm_w`` during collectives, ``gap_w`` while the host leaves the device waiting inside a step, and ``idle_w``
+    while a replica has nothing to do. ``evidence`` says of each coefficient where it comes from: ``kernel`` tables of
+    power, ``serving`` runs, ``scaled`` from another device, or a ``prior``.
+    """
+
+    limit_w: float = Field(gt=0)
+    idle_w: float = Field(ge=0)
+    active_w: float = Field(ge=0)
+    comm_w: float = Field(ge=0)
+    gap_w: float = Field(ge=0)
+    j_per_byte: float = Field(ge=0)
+    j_per_flop: dict[str, float]
+    evidence: dict[str, PowerEvidence]
+    source: str
+
+    @model_validator(mode="after")
+    def _every_coefficient_has_evidence(self) -> PowerModel:
+        fields = ("limit_w", "idle_w", "active_w", "comm_w", "gap_w", "j_per_byte")
+        wanted = [*fields, *(f"j_per_flop.{dtype}" for dtype in self.j_per_flop)]
+        if missing := [name for name in wanted if name not in self.evidence]:
+            raise ValueError(f"say the evidence of {', '.join(missing)}")
+        return self
+
+
+class ResidualGrid(Spec):
+    """A smooth correction, multiplied in: exp(permille / 1000), multilinear in the logarithms of the coordinates.
+
+    ``axes`` name the coordinates with their knots (ascending); ``permille`` holds one row per combination of knots of all
+    axes but the last, in row-major order. Outside the knots the nearest edge holds.
+    """
+
+    axes: dict[str, tuple[float, ...]]
+    permille: tuple[tuple[int, ...], ...]
+
+    @model_validator(mode="after")
+    def _shape_fits(self) -> ResidualGrid:
+        sizes = [len(knots) for knots in self.axes.values()]
+        if not sizes or any(sorted(set(knots)) != list(knots) for knots in self.axes.values()):
+            raise ValueError("knots of every axis must ascend")
+        rows = math.prod(sizes[:-1])
+        if len(self.permille) != rows or any(len(row) != sizes[-1] for row in self.permille):
+            raise ValueError(f"permille must be {rows} rows of {sizes[-1]}")
+        return self
+
+
+class HoldOut(Spec):
+    """Absolute relative error on rows kept out of a fit, as fractions; ``rows`` = rows scored."""
+
+    median: float = Field(ge=0)
+    p90: float = Field(ge=0)
+    rows: int = Field(ge=0)
+
+
+class FittedOperator(Spec):
+    """One operator of one kind: a form of ``costs/forms``, its coefficients, and how good they are.
+
+    ``valid`` are the measured ranges by size name: outside them an answer counts as extrapolated. ``points`` are
+    (bytes, seconds) of operators kept as a table. ``quality`` maps a hold-out (``random``, ``largest``,
+    ``served_shapes``, and others that say what they restrict) to its errors; ``rows_dropped`` maps a cleaning rule
+    to the rows it removed.
+    """
+
+    form: str
+    coefficients: dict[str, float] = {}
+    residual: ResidualGrid | None = None
+    points: tuple[tuple[float, float], ...] = ()
+    valid: dict[str, tuple[float, float]] = {}
+    evidence: Evidence
+    source: str
+    rows_used: int = 0
+    rows_dropped: dict[str, int] = {}
+    quality: dict[str, HoldOut] = {}
+
+
+class SustainedClock(Spec):
+    """How much slower compute-bound kernels run under sustained load than in short bursts.
+
+    ``factors`` at ``tokens`` (the rows of the matrix product), linear in log tokens, constant outside.
+    """
+
+    tokens: tuple[float, ...] = (1.0,)
+    factors: tuple[float, ...] = (1.0,)
+    evidence: Evidence
+    source: str
+
+    @model_validator(mode="after")
+    def _knots_pair_up(self) -> SustainedClock:
+        if len(self.tokens) != len(self.factors) or sorted(set(self.tokens)) != list(self.tokens) or not self.tokens:
+            raise ValueError("tokens must ascend and pair with factors")
+        if min(self.factors) < 1:
+            raise ValueError("factors must be at least 1")
+        return self
+
+
+class Provenance(Spec):
+    """Who made the profile, with what and when."""
+
+    tool: str
+    date: str
+    tables: tuple[str, ...]
+
+
+class DeviceProfile(Spec):
+    """One device: what it is, what it costs, what it draws, and how long every operator takes on it.
+
+    ``operators`` maps a kind (gemm, prefill_attention, decode_attention, moe, all_reduce, ...) to its fitted operators
+    by key, which names the dtype and, where it matters, the head size, group or kernel.
+    """
+
+    name: str
+    datasheet: Datasheet
+    price: Price
+    power: PowerModel
+    sustained: SustainedClock
+    operators: dict[str, dict[str, FittedOperator]]
+    provenance: Provenance
