@@ -1,0 +1,171 @@
+"""Deployments as YAML: the flags of ``apexsim simulate`` in a file; ``apexsim search`` writes one as ``best.yaml``.
+
+model: llama-3.1-70b        # catalog name, or the path of a model YAML
+device: h100-sxm
+tensor: 4
+replicas: 2
+engine_options: {max_num_seqs: 128}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import Field
+
+from apexsim import catalog
+from apexsim.errors import BadInput, nearest
+from apexsim.io.yaml_files import load_spec, write_yaml
+from apexsim.specs.base import Spec, parse_spec
+from apexsim.specs.cluster import Cluster
+from apexsim.specs.deployment import Deployment, Plan, Pool
+from apexsim.specs.device import DeviceProfile
+from apexsim.specs.engine import EngineProfile
+from apexsim.specs.model import ModelSpec
+from apexsim.units import DTYPE_BYTES
+
+DEFAULT_ENGINE = "vllm-v1-async"
+DEVICES_PER_NODE = 8
+
+EngineOption = bool | int | float | str | None
+
+# Parts of an engine profile whose fields are engine options; no two of them share a field name.
+_OPTION_SECTIONS = ("scheduler", "memory", "communication", "host")
+
+
+class DeploymentFile(Spec):
+    """A deployment by names: what a person writes. ``resolve_deployment`` turns it into whole specs.
+
+    ``nodes`` and ``devices_per_node`` describe the cluster; devices that the replicas do not use stand idle, and their
+    power and price count. With neither given the cluster is one node of exactly the devices used, or, above
+    8 devices, as many whole nodes of 8 as hold them. ``engine_options`` are fields of the engine profile.
+    """
+
+    model: str
+    device: str
+    nodes: int | None = Field(None, ge=1)
+    devices_per_node: int | None = Field(None, ge=1)
+    engine: str = DEFAULT_ENGINE
+    engine_options: dict[str, EngineOption] = Field(default_factory=dict)
+    tensor: int = Field(1, ge=1)
+    pipeline: int = Field(1, ge=1)
+    expert: int = Field(1, ge=1)
+    replicas: int = Field(1, ge=1)
+    router: str = "round_robin"
+    weights: str = "bf16"
+    moe_weights: str | None = None
+    kv_cache: str = "bf16"
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(tensor=self.tensor, pipeline=self.pipeline, expert=self.expert)
+
+
+def read_deployment(path: Path | str) -> DeploymentFile:
+    """Read a deployment YAML; a model, device or engine given as a path is looked for beside the file first."""
+    file = load_spec(DeploymentFile, Path(path))
+    return file.model_copy(update={kind: _beside(getattr(file, kind), path) for kind in ("model", "device", "engine")})
+
+
+def write_deployment(path: Path | str, file: DeploymentFile) -> None:
+    """Write a deployment YAML atomically: the plan in full, other keys only where they differ from their default."""
+    always = {"model", "device", "engine", "tensor", "pipeline", "replicas"}
+    given = file.model_dump(exclude_defaults=True).keys() | always
+    write_yaml(Path(path), {key: value for key, value in file.model_dump().items() if key in given})
+
+
+def load_deployment(path: Path | str) -> Deployment:
+    """Read a deployment YAML into a ``Deployment`` whose plan is lawful."""
+    deployment = resolve_deployment(read_deployment(path), where=path)
+    check_lawful(deployment, where=path)
+    return deployment
+
+
+def resolve_deployment(file: DeploymentFile, where: object) -> Deployment:
+    """Look every name up; ``BadInput`` at ``where`` on the first that means nothing. Lawfulness is not checked."""
+    for key in ("weights", "moe_weights", "kv_cache"):
+        _check_known(getattr(file, key), DTYPE_BYTES, where, key)
+    if ":" not in file.router:
+        _check_known(file.router, policy_names()["router"], where, "router")
+    engine: EngineProfile = catalog.load("engine", file.engine)
+    model: ModelSpec = catalog.load("model", file.model)
+    device: DeviceProfile = catalog.load("device", file.device)
+    return Deployment(
+        model=model,
+        cluster=_cluster(file, device, where),
+        engine=with_engine_options(engine, file.engine_options, where),
+        pools=(Pool(plan=file.plan, replicas=file.replicas),),
+        router=file.router,
+        weights=file.weights,
+        moe_weights=file.moe_weights,
+        kv_cache=file.kv_cache,
+    )
+
+
+def check_lawful(deployment: Deployment, where: object) -> None:
+    """Raise ``BadInput`` with every reason why a plan cannot be laid out, and the tensor degrees that could."""
+    cluster, model = deployment.cluster, deployment.model
+    for pool in deployment.pools:
+        reasons = pool.plan.lawful(model, cluster)
+        if reasons:
+            degrees = [t for t in range(1, cluster.devices_per_node + 1) if _fits(pool.plan, t, model, cluster)]
+            hint = f"; tensor degrees that work: {', '.join(map(str, degrees))}" if degrees else ""
+            raise BadInput("; ".join(reasons) + hint, where=where)
+    if deployment.devices_used > cluster.devices:
+        raise BadInput(
+            f"the replicas use {deployment.devices_used} devices, the cluster has {cluster.devices}", where=where
+        )
+
+
+def with_engine_options(engine: EngineProfile, options: Mapping[str, EngineOption], where: object) -> EngineProfile:
+    """The profile with fields of its host, scheduler, memory and communication sections replaced by name.
+
+    An option given by hand also holds where the engine would change it by itself for long contexts.
+    """
+    data = engine.model_dump()
+    sections = {key: section for section in _OPTION_SECTIONS for key in data[section]}
+    for key, value in options.items():
+        if key not in sections:
+            raise BadInput(f"unknown engine option; {nearest(key, sections)}", where=where, got=key)
+        data[sections[key]][key] = value
+        if data["long_context"] and key in data["long_context"]:
+            data["long_context"][key] = value
+    policy = data["scheduler"]["policy"]
+    if ":" not in policy:
+        _check_known(policy, policy_names()["batching"], where, "policy")
+    return parse_spec(EngineProfile, data, where)
+
+
+def policy_names() -> dict[str, tuple[str, ...]]:
+    """Names of the batching policies and routers that a deployment can ask for."""
+    from apexsim.serving.batching import POLICIES
+    from apexsim.serving.routing import ROUTERS
+
+    return {"batching": tuple(sorted(POLICIES)), "router": tuple(sorted(ROUTERS))}
+
+
+def _cluster(file: DeploymentFile, device: DeviceProfile, where: object) -> Cluster:
+    used = file.plan.devices * file.replicas
+    per_node = file.devices_per_node or (used if used <= DEVICES_PER_NODE and not file.nodes else DEVICES_PER_NODE)
+    nodes = file.nodes or -(-used // per_node)
+    if nodes * per_node < used:
+        have = f"{nodes} nodes of {per_node}"
+        raise BadInput(
+            f"the replicas use {used} devices, the cluster has {have}", where=where, key="nodes", got=file.nodes
+        )
+    return Cluster(device=device, devices_per_node=per_node, nodes=nodes)
+
+
+def _fits(plan: Plan, tensor: int, model: ModelSpec, cluster: Cluster) -> bool:
+    return not plan.model_copy(update={"tensor": tensor}).lawful(model, cluster)
+
+
+def _beside(name: str, path: Path | str) -> str:
+    near = Path(path).parent / name
+    return str(near) if near.suffix in (".yaml", ".yml") and near.is_file() else name
+
+
+def _check_known(name: str | None, known: Mapping[str, object] | tuple[str, ...], where: object, key: str) -> None:
+    if name is not None and name not in known:
+        raise BadInput(nearest(name, known), where=where, key=key, got=name)

@@ -1,0 +1,67 @@
+"""The arithmetic of a summary: distributions, interval unions and time-weighted means. Numpy in, plain numbers out.
+
+Percentiles interpolate linearly between order statistics (numpy's default; definition 7 of Hyndman and Fan 1996).
+A figure of no observations is NaN, which JSON shows as null.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+PERCENTILES = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99}
+_KEYS = ("mean", *PERCENTILES, "max")
+
+
+def distribution(values: Floats) -> dict[str, float]:
+    """Mean, percentiles and maximum of the finite entries of ``values``."""
+    known = np.sort(values[np.isfinite(values)])
+    if not len(known):
+        return dict.fromkeys(_KEYS, math.nan)
+    marks = np.quantile(known, list(PERCENTILES.values()))
+    figures = [float(known.mean()), *map(float, marks), float(known[-1])]
+    return dict(zip(_KEYS, figures, strict=True))
+
+
+def weighted_distribution(values: Integers, counts: Integers, scale: float) -> dict[str, float]:
+    """Exactly ``distribution(np.repeat(values, counts) * scale)``, without writing the repetition out."""
+    seen = counts > 0
+    order = np.argsort(values[seen], kind="stable")
+    ranked, until = values[seen][order], np.cumsum(counts[seen][order])
+    if not len(ranked):
+        return dict.fromkeys(_KEYS, math.nan)
+    total = int(until[-1])
+    place = (total - 1) * np.array(list(PERCENTILES.values()))
+    low = np.floor(place).astype(np.int64)
+    below = ranked[np.searchsorted(until, low, side="right")]
+    above = ranked[np.searchsorted(until, np.minimum(low + 1, total - 1), side="right")]
+    marks = below + (above - below) * (place - low)
+    mean = float(np.dot(ranked.astype(np.float64), counts[seen][order].astype(np.float64))) / total
+    figures = [mean, *map(float, marks), float(ranked[-1])]
+    return {key: figure * scale for key, figure in zip(_KEYS, figures, strict=True)}
+
+
+def held_ns(start_ns: Integers, end_ns: Integers) -> Integers:
+    """Time each interval is the latest one in force: until the next one starts or, before a gap, until all have ended.
+
+        ==== a ====              a counts until b starts
+             ==== b ====         b until the last of those begun has ended
+                           = c = nothing counts in between
+    ``start_ns`` must ascend. The sum is the length of the union of the intervals.
+    """
+    if not len(start_ns):
+        return np.zeros(0, dtype=np.int64)
+    over = np.maximum.accumulate(end_ns)
+    following = np.append(start_ns[1:], np.iinfo(np.int64).max)
+    held: Integers = np.minimum(over, following) - start_ns
+    return held
+
+
+def ratio(part: float, whole: float) -> float:
+    """``part / whole``, NaN when there is no whole."""
+    return part / whole if whole else math.nan
