@@ -114,7 +114,7 @@ def with_flags(command: Command) -> Command:
     typer sees one flat function; the command gets its dataclasses, built.
     """
     hints = get_type_hints(command, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     flat: list[inspect.Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
         flat += (
@@ -209,7 +209,7 @@ def table_console(json_target: str | None) -> Console:
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[float], None]]:
-    """Give a callback that takes the fraction done; a bar appears on a terminal's stderr once two seconds have passed."""
+    """Give a callback that takes the fraction done; a terminal's stderr shows a bar after two seconds."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
