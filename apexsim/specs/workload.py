@@ -9,14 +9,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from apexsim.errors import BadInput
+from apexsim.specs.base import Spec
+from apexsim.specs.laws import (
+    MAX_TOKENS,
+    Arrivals,
+    ClosedLoop,
+    Floats,
+    Integers,
+    Lengths,
+    RenewalArrivals,
+    score_correlation,
+)
 
-Floats = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
-
-# Rows are stored and summed as 64-bit integers; a longer prompt than this is a unit mistake.
-MAX_TOKENS = 2**31 - 1
 # The simulator's clock is a 64-bit count of nanoseconds; stamps in milliseconds or microseconds end here.
 MAX_ARRIVAL_S = 9e9
 
@@ -45,8 +52,8 @@ class Requests:
         if (self.arrival_s is None) == (self.concurrency is None):
             raise BadInput("give either arrival_s or the concurrency of a closed loop", where=self.name)
         columns: dict[str, npt.NDArray[Any]] = {
-            "prompt_tokens": checked_tokens(self.prompt_tokens, "prompt_tokens", self.name),
-            "output_tokens": checked_tokens(self.output_tokens, "output_tokens", self.name),
+            "prompt_tokens": checked_counts(self.prompt_tokens, "prompt_tokens", self.name),
+            "output_tokens": checked_counts(self.output_tokens, "output_tokens", self.name),
         }
         if self.arrival_s is None:
             check_count(self.concurrency, "concurrency", self.name)
@@ -93,12 +100,18 @@ class Requests:
         )
 
     def at_rate(self, rate_per_s: float) -> Requests:
-        """The same requests with time stretched about the first arrival so that the mean rate becomes ``rate_per_s``."""
+        """The same requests, time stretched about the first arrival until the mean rate is ``rate_per_s``."""
         check_rate(rate_per_s, self.name)
         if self.arrival_s is None or not self.span_s:
-            raise BadInput("has no spread of arrival times to scale; draw arrivals instead", where=self.name)
+            raise BadInput("has no spread of arrival times to scale; use arriving(...) to draw some", where=self.name)
         first = self.arrival_s[0]
         return replace(self, arrival_s=first + (self.arrival_s - first) * (self.rate_per_s / rate_per_s))
+
+    def arriving(self, process: RenewalArrivals, *, seed: int = 0) -> Requests:
+        """The same requests at times drawn from ``process``, with a note that says so."""
+        arrival_s = process.draw_s(_streams(seed, self.name)[0], len(self))
+        drawn = replace(self, arrival_s=arrival_s, concurrency=None, turnaround_s=0.0)
+        return drawn._noting(f"arrival times drawn: {process!r}")
 
     def all_at_once(self) -> Requests:
         """The same requests, all arriving at time 0."""
@@ -112,10 +125,82 @@ class Requests:
         return replace(self, notes=(*self.notes, note))
 
 
-def check_count(value: object, key: str, where: object) -> None:
-    """Refuse anything but a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise BadInput("give a whole number of at least 1", where=where, key=key, got=value)
+class LengthStatistics(Spec):
+    """Statistics of a token count over all requests."""
+
+    mean: float = Field(gt=0)
+    p50: float = Field(ge=1)
+    p90: float = Field(ge=1)
+
+
+class PublishedStatistics(Spec):
+    """What the source says of its traffic: the yardstick of a generator, never an input to it.
+
+    ``gap_cv`` is the coefficient of variation of the gaps between arrivals, ``rank_correlation`` Spearman's between
+    prompt and output length.
+    """
+
+    prompt_tokens: LengthStatistics
+    output_tokens: LengthStatistics
+    rank_correlation: float = Field(ge=-1, le=1)
+    rate_per_s: float = Field(gt=0)
+    gap_cv: float = Field(ge=0)
+
+
+class Workload(Spec):
+    """A generator of requests: two laws of length, their rank correlation (Spearman) and a law of arrivals.
+
+    ``source``, ``licence``, ``citation``, ``statistic`` (which published figure each law rests on) and ``limits``
+    (what it leaves out) are prose; ``requests`` is how many are drawn unless asked otherwise.
+    """
+
+    name: str
+    summary: str | None = None
+    source: str | None = None
+    licence: str | None = None
+    citation: str | None = None
+    statistic: str | None = None
+    limits: str | None = None
+    requests: int = Field(1024, ge=1)
+    prompt_tokens: Lengths
+    output_tokens: Lengths
+    rank_correlation: float = Field(0.0, ge=-1, le=1)
+    arrivals: Arrivals
+    published: PublishedStatistics | None = None
+
+    def sample(self, requests: int | None = None, *, seed: int = 0) -> Requests:
+        """Draw ``requests`` of them (default: the workload's own number).
+
+        Arrivals, prompts and outputs come from independent streams of ``seed``, and a longer sample begins with the
+        shorter one. Raises BadInput for a count below 1 or a seed that is not a whole number >= 0.
+        """
+        count = self.requests if requests is None else requests
+        check_count(count, "requests", self.name)
+        arrivals, prompts, outputs = _streams(seed, self.name)
+        prompt_score = prompts.standard_normal(count)
+        shared = score_correlation(self.rank_correlation)
+        output_score = shared * prompt_score + math.sqrt(1 - shared**2) * outputs.standard_normal(count)
+        law = self.arrivals
+        rows = Requests(
+            name=self.name,
+            prompt_tokens=self.prompt_tokens.draw(prompt_score),
+            output_tokens=self.output_tokens.draw(output_score),
+            arrival_s=law.draw_s(arrivals, count) if isinstance(law, RenewalArrivals) else np.zeros(count),
+        )
+        return rows.closed_loop(law.concurrency, law.turnaround_s) if isinstance(law, ClosedLoop) else rows
+
+
+def _streams(seed: int, where: object) -> list[np.random.Generator]:
+    """Independent generators for arrivals, prompts and outputs."""
+    check_count(seed, "seed", where, least=0)
+    # The 1 keeps these streams apart from those that a simulation spawns from the same seed.
+    return [np.random.default_rng(stream) for stream in np.random.SeedSequence((seed, 1)).spawn(3)]
+
+
+def check_count(value: object, key: str, where: object, *, least: int = 1) -> None:
+    """Refuse anything but a whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise BadInput(f"give a whole number of at least {least}", where=where, key=key, got=value)
 
 
 def check_rate(value: float, where: object) -> None:
@@ -130,14 +215,14 @@ def check_turnaround(value: float, where: object) -> None:
         raise BadInput("give seconds, 0 or more", where=where, key="turnaround_s", got=value)
 
 
-def checked_tokens(values: npt.ArrayLike, column: str, where: object) -> Integers:
-    """A copy of ``values`` as int64; BadInput names the first row (1-based) that is not a whole number >= 1."""
+def checked_counts(values: npt.ArrayLike, column: str, where: object, *, least: int = 1) -> Integers:
+    """A copy of ``values`` as int64; BadInput names the first row (1-based) that is not a whole number >= ``least``."""
     array = _numbers(values, column, where)
     with np.errstate(invalid="ignore"):
-        wrong = ~((array >= 1) & (array <= MAX_TOKENS) & (array == np.floor(array)))
+        wrong = ~((array >= least) & (array <= MAX_TOKENS) & (array == np.floor(array)))
     if wrong.any():
         row = int(np.argmax(wrong))
-        raise _bad_row(f"give a whole number from 1 to {MAX_TOKENS}", where, column, row, array[row].item())
+        raise _bad_row(f"give a whole number from {least} to {MAX_TOKENS}", where, column, row, array[row].item())
     return array.astype(np.int64)
 
 
