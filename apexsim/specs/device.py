@@ -71,8 +71,8 @@ class PowerModel(Spec):
 class ResidualGrid(Spec):
     """A smooth correction, multiplied in: exp(permille / 1000), multilinear in the logarithms of the coordinates.
 
-    ``axes`` name the coordinates with their knots (ascending); ``permille`` holds one row per combination of knots of all
-    axes but the last, in row-major order. Outside the knots the nearest edge holds.
+    ``axes`` name the coordinates with their knots (ascending); ``permille`` holds one row per combination of knots of
+    all axes but the last, in row-major order. Outside the knots the nearest edge holds.
     """
 
     axes: dict[str, tuple[float, ...]]
@@ -107,15 +107,15 @@ class FittedOperator(Spec):
     """
 
     form: str
-    coefficients: dict[str, float] = {}
+    coefficients: dict[str, float] = Field(default_factory=dict)
     residual: ResidualGrid | None = None
     points: tuple[tuple[float, float], ...] = ()
-    valid: dict[str, tuple[float, float]] = {}
+    valid: dict[str, tuple[float, float]] = Field(default_factory=dict)
     evidence: Evidence
     source: str
     rows_used: int = 0
-    rows_dropped: dict[str, int] = {}
-    quality: dict[str, HoldOut] = {}
+    rows_dropped: dict[str, int] = Field(default_factory=dict)
+    quality: dict[str, HoldOut] = Field(default_factory=dict)
 
 
 class SustainedClock(Spec):

@@ -1,0 +1,92 @@
+"""Attention costs bound to one shape: a chunk's cost for floats or arrays, and the curve of a decode batch."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from apexsim.costs.forms import decode, prefill
+from apexsim.costs.forms.hardware import Array, Hardware
+from apexsim.costs.forms.prefill import Heads
+from apexsim.costs.forms.residual import LogGrid
+from apexsim.costs.forms.scalar import SCALAR
+from apexsim.specs.device import FittedOperator
+
+Curve = tuple[Sequence[float], Sequence[float]]
+
+# Contexts at which a decode curve is computed: 8 per octave, up to 2 M tokens.
+CURVE_KEYS: Array = np.exp2(np.arange(0, 21 * 8 + 1) / 8)
+
+
+def interpolate(x: float, curve: Curve) -> float:
+    """``numpy.interp`` for one float: linear between knots, constant outside."""
+    knots, values = curve
+    above = bisect_right(knots, x)
+    if above == 0:
+        return values[0]
+    if above == len(knots):
+        return values[-1]
+    left = knots[above - 1]
+    return values[above - 1] + (x - left) / (knots[above] - left) * (values[above] - values[above - 1])
+
+
+class PrefillCost:
+    """Cost of one chunk under one attention shape: ``cost(chunk, history)`` in floats, ``many`` over arrays.
+
+    Both run the same form and interpolate the same one-dimensional residual, cut from the grid at this shape's heads.
+    """
+
+    def __init__(self, op: FittedOperator, heads: Heads, hw: Hardware, clock: Curve) -> None:
+        """``clock``: (log tokens, factor) of the sustained-clock multiplier."""
+        self._c, self._heads, self._hw, self._clock = op.coefficients, heads, hw, clock
+        self._residual: Curve = ([0.0], [0.0])
+        if op.residual:
+            _, *others = prefill.residual_coordinates(prefill.Chunks(1.0, 0.0), heads)
+            line = LogGrid.of(op.residual).along(0, *others)
+            self._residual = (line.axes[0].tolist(), line.values.tolist())
+
+    def __call__(self, chunk: float, history: float) -> float:
+        """Seconds of a chunk of ``chunk`` >= 1 tokens behind ``history``: plain floats, a few microseconds."""
+        chunks = prefill.Chunks(chunk, history)
+        seconds: float = prefill.prefill_s(chunks, self._heads, self._c, self._hw, SCALAR)
+        seconds *= math.exp(interpolate(math.log(chunk + 2 * history), self._residual))
+        floor: float = prefill.roofline_s(chunks, self._heads, self._hw, SCALAR)
+        return max(seconds, floor) * interpolate(math.log(chunk), self._clock)
+
+    def many(self, chunk: Any, history: Any) -> Array:
+        """The same over arrays of at least one token; zero where a chunk is empty."""
+        tokens, past = np.broadcast_arrays(np.asarray(chunk, dtype=float), np.asarray(history, dtype=float))
+        some = np.maximum(tokens, 1.0)
+        chunks = prefill.Chunks(some, past)
+        seconds = prefill.prefill_s(chunks, self._heads, self._c, self._hw)
+        seconds = seconds * np.exp(np.interp(np.log(some + 2 * past), *self._residual))
+        floor = prefill.roofline_s(chunks, self._heads, self._hw)
+        seconds = np.maximum(seconds, floor) * np.interp(np.log(some), *self._clock)
+        return np.asarray(np.where(tokens > 0, seconds, 0.0))
+
+
+class DecodeCost:
+    """Seconds of a decode batch as a function of its mean keys.
+
+    The form is computed at fixed contexts, made non-decreasing there and joined by straight lines, so that the cost
+    never falls as a context grows, whatever the residual does. (Bytes are linear in keys: lines lose nothing.)
+    """
+
+    def __init__(self, op: FittedOperator, batch: int, heads: Heads, hw: Hardware) -> None:
+        shape = decode.DecodeShape(
+            float(batch), CURVE_KEYS, float(heads.heads), float(heads.kv_heads), float(heads.head_dim), heads.kv_bytes
+        )
+        seconds = decode.decode_s(shape, op.coefficients, hw)
+        if op.residual:
+            coordinates = decode.residual_coordinates(shape, heads.window is not None)
+            seconds = seconds * np.exp(LogGrid.of(op.residual).log_factor(*coordinates))
+        self._seconds = np.maximum.accumulate(np.maximum(seconds, decode.roofline_s(shape, hw)))
+        self._most = float(CURVE_KEYS[-1]) if heads.window is None else float(heads.window)
+
+    def __call__(self, keys: Array) -> Array:
+        """Seconds at ``keys`` mean keys a sequence."""
+        return np.asarray(np.interp(np.minimum(keys, self._most), CURVE_KEYS, self._seconds))

@@ -1,0 +1,225 @@
+"""The one place that answers how long an operator takes on a device: forms, coefficients and residuals of a profile.
+
+Every answer is cold (weights and keys come from HBM, unlike in the replayed measurements) and never faster than the
+roofline. Sizes are numbers or arrays that broadcast; answers are float64 seconds. Shapes are those of one device.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from apexsim.costs.attention import DecodeCost, PrefillCost
+from apexsim.costs.collectives import CollectiveTable
+from apexsim.costs.forms import gemm, moe, small
+from apexsim.costs.forms.hardware import COMPUTE_DTYPE, Array, Hardware
+from apexsim.costs.forms.prefill import Heads
+from apexsim.costs.forms.residual import LogGrid
+from apexsim.errors import Unsupported
+from apexsim.specs.device import DeviceProfile, Evidence, FittedOperator
+from apexsim.units import dtype_bytes
+
+ROUTING_ALPHA = {"balanced": 0.0, "power_law_1.01": 1.01, "power_law_1.2": 1.2}
+
+
+class AttentionShape(NamedTuple):
+    """Attention of one layer on one device; ``window`` None = full attention."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None = None
+    kv_dtype: str = "bf16"
+
+    @property
+    def key(self) -> str:
+        """Key of the fitted operator that answers for it."""
+        return f"{self.kv_dtype}_d{self.head_dim}"
+
+    @property
+    def sizes(self) -> Heads:
+        return Heads(self.heads, self.kv_heads, self.head_dim, self.window, dtype_bytes(self.kv_dtype))
+
+
+class MoeLayer(NamedTuple):
+    """Experts of one layer: ``inter`` is the width on one device, ``experts`` the model's, over ``ep`` devices."""
+
+    hidden: int
+    inter: int
+    topk: int
+    experts: int
+    ep: int = 1
+    dtype: str = "bf16"
+    routing: str = "power_law_1.01"
+    gated: bool = True
+
+    @property
+    def key(self) -> str:
+        """Key of the fitted operator: block-scaled experts use another kernel when they are spread over devices."""
+        return f"{self.dtype}_ep" if self.dtype == "fp8_block" and self.ep > 1 else self.dtype
+
+
+class OperatorCosts:
+    """Costs of every operator of one device.
+
+    ``sustained``: compute-bound kernels at the clock that holds under load, as in serving; without it the short bursts
+    of the measured tables, which is how fits are scored.
+    """
+
+    def __init__(self, profile: DeviceProfile, *, sustained: bool = True) -> None:
+        self.profile = profile
+        knots, factors = profile.sustained.tokens, profile.sustained.factors
+        self._clock = (np.log(knots), np.array(factors)) if sustained else (np.zeros(1), np.ones(1))
+        self._grids: dict[tuple[str, str], LogGrid | None] = {}
+        self._tables: dict[tuple[str, str], CollectiveTable] = {}
+        self.prefill_attention = lru_cache(maxsize=256)(self._prefill_attention)
+        self._decode_cost = lru_cache(maxsize=4096)(self._decode_curve)
+
+    def operator(self, kind: str, key: str) -> FittedOperator:
+        """The fitted operator; raises Unsupported, naming what the profile has, when there is none."""
+        known = self.profile.operators.get(kind, {})
+        if key not in known:
+            have = ", ".join(sorted(known)) or "none"
+            raise Unsupported(f"{self.profile.name} has no {kind} cost for {key}; it has: {have}")
+        return known[key]
+
+    def evidence(self, kind: str, key: str) -> Evidence:
+        """Whether the operator was fitted on this device or estimated from elsewhere."""
+        return self.operator(kind, key).evidence
+
+    def extrapolated(self, kind: str, key: str, **sizes: Any) -> Array:
+        """Boolean array: whether any of the ``sizes`` lies outside the measured range (unknown names: inside)."""
+        valid = self.operator(kind, key).valid
+        outside = np.zeros((), dtype=bool)
+        for name, value in sizes.items():
+            low, high = valid.get(name, (-np.inf, np.inf))
+            outside = outside | (np.asarray(value) < low) | (np.asarray(value) > high)
+        return np.asarray(outside)
+
+    def gemm_s(self, m: Any, n: Any, k: Any, dtype: str) -> Array:
+        """Seconds of y[m, n] = x[m, k] W[k, n] with operands of ``dtype``; zero where m is 0."""
+        op = self.operator("gemm", dtype)
+        rows = np.maximum(np.asarray(m, dtype=float), 1.0)
+        shape = gemm.GemmShape(rows, np.asarray(n, dtype=float), np.asarray(k, dtype=float), dtype_bytes(dtype))
+        hw = self._hardware(dtype)
+        seconds = gemm.gemm_s(shape, op.coefficients, hw) * self._correction("gemm", dtype, shape[:3])
+        floor = gemm.roofline_s(shape, hw)
+        return np.asarray(np.where(np.asarray(m) > 0, np.maximum(seconds, floor) * self.sustained_factor(rows), 0.0))
+
+    def _prefill_attention(self, shape: AttentionShape) -> PrefillCost:
+        """Prepared cost of chunks under one attention shape; calling it with floats is the fast path of a step."""
+        op = self.operator("prefill_attention", shape.key)
+        clock = (self._clock[0].tolist(), self._clock[1].tolist())
+        return PrefillCost(op, shape.sizes, self._hardware(shape.kv_dtype, attention=True), clock)
+
+    def prefill_attention_s(self, chunk: Any, history: Any, shape: AttentionShape) -> Array:
+        """Seconds of chunks of ``chunk`` new tokens behind ``history`` cached ones, each on its own (arrays)."""
+        return self.prefill_attention(shape).many(chunk, history)
+
+    def prefill_attention_scalar(self, chunk: float, history: float, shape: AttentionShape) -> float:
+        """The same for one chunk in plain floats; in a hot loop keep ``prefill_attention(shape)`` and call that."""
+        return self.prefill_attention(shape)(chunk, history)
+
+    def _decode_curve(self, batch: int, shape: AttentionShape) -> DecodeCost:
+        op = self.operator("decode_attention", shape.key)
+        return DecodeCost(op, batch, shape.sizes, self._hardware(shape.kv_dtype, attention=True))
+
+    def decode_attention_s(self, batch: Any, mean_context: Any, shape: AttentionShape) -> Array:
+        """Seconds of one token for each of ``batch`` sequences that attend to ``mean_context`` keys on average.
+
+        Never decreases in context. Fast for one batch and many contexts; an array of batches costs one curve per
+        distinct value. Contexts beyond the window count as the window; an empty batch takes no time.
+        """
+        keys = np.asarray(mean_context, dtype=float)
+        if np.ndim(batch) == 0:
+            return self._decode_cost(int(batch), shape)(keys) if batch > 0 else np.zeros_like(keys)
+        batches, keys = np.broadcast_arrays(np.asarray(batch), keys)
+        seconds = np.zeros(keys.shape)
+        for value in np.unique(batches[batches > 0]).tolist():
+            at = batches == value
+            seconds[at] = self._decode_cost(int(value), shape)(keys[at])
+        return seconds
+
+    def moe_s(self, tokens: Any, layer: MoeLayer) -> Array:
+        """Seconds of the experts of a layer for ``tokens`` tokens of the whole group, on its most loaded device."""
+        op, hw = self.operator("moe", layer.key), self._hardware(layer.dtype)
+        shape, width = self._moe_shape(tokens, layer), dtype_bytes(layer.dtype)
+        seconds = moe.moe_s(shape, width, op.coefficients, hw)
+        seconds = seconds * self._correction("moe", layer.key, moe.residual_coordinates(shape))
+        floor = moe.roofline_s(shape, width, hw)
+        per_expert = shape.tokens * layer.topk / layer.experts
+        factor = self.sustained_factor(np.maximum(per_expert, 1.0))
+        return np.asarray(np.where(np.asarray(tokens) > 0, np.maximum(seconds, floor) * factor, 0.0))
+
+    def elementwise_s(self, moved_bytes: Any) -> Array:
+        """Seconds of one element-wise kernel (norm, rope, activation, residual) that moves ``moved_bytes``."""
+        return small.elementwise_s(
+            moved_bytes, self.operator("elementwise", "any").coefficients, self._hardware("bf16")
+        )
+
+    def sampling_s(self, sequences: Any, vocab: Any) -> Array:
+        """Seconds to sample a token for ``sequences`` rows of ``vocab`` logits; zero for none."""
+        seconds = small.sampling_s(
+            sequences, vocab, self.operator("sampling", "any").coefficients, self._hardware("bf16")
+        )
+        return np.asarray(np.where(np.asarray(sequences) > 0, seconds, 0.0))
+
+    def collective_s(self, kind: str, group: int, message_bytes: Any, custom_allowed: Any = False) -> Array:
+        """Seconds of a collective over ``group`` devices of a node; zero for one device or nothing to send.
+
+        ``kind``: all_reduce, all_gather, reduce_scatter, all_to_all (bytes as nccl-tests counts them: the largest
+        buffer of a rank), send_recv (group 2) or send_recv_across_nodes. ``custom_allowed`` (may be an array): the engine's own
+        all-reduce kernel may be used.
+        """
+        size = np.asarray(message_bytes, dtype=float)
+        if group == 1:
+            return np.zeros(size.shape)
+        seconds = self._table(kind, self.collective_key(kind, group))(size)
+        if kind == "all_reduce" and np.any(custom_allowed):
+            custom = self._table(kind, self.collective_key(kind, group, custom=True))(size)
+            seconds = np.where(custom_allowed, custom, seconds)
+        return np.asarray(np.where(size > 0, seconds, 0.0))
+
+    @staticmethod
+    def collective_key(kind: str, group: int, *, custom: bool = False) -> str:
+        """Key of a collective's table: the library and the group size."""
+        if kind.startswith("send_recv"):
+            return "p2p"
+        return f"{'custom' if custom else 'nccl'}_{group}"
+
+    def sustained_factor(self, rows: Any) -> Array:
+        """How much slower than a short burst a product of ``rows`` rows runs under sustained load."""
+        return np.asarray(np.interp(np.log(rows), *self._clock))
+
+    def _hardware(self, dtype: str, *, attention: bool = False) -> Hardware:
+        # Attention computes in bf16 whatever the cache holds, unless the device has fp8 tensor cores.
+        peaks = self.profile.datasheet.flops_per_s
+        wanted = dtype if COMPUTE_DTYPE.get(dtype) in peaks or not attention else "bf16"
+        if COMPUTE_DTYPE.get(wanted) not in peaks:
+            have = ", ".join(sorted(peaks))
+            raise Unsupported(f"{self.profile.name} has no {wanted} tensor cores; it has: {have}")
+        return Hardware.of(self.profile.datasheet, wanted)
+
+    def _correction(self, kind: str, key: str, coordinates: Any) -> Any:
+        if (kind, key) not in self._grids:
+            grid = self.operator(kind, key).residual
+            self._grids[kind, key] = LogGrid.of(grid) if grid else None
+        found = self._grids[kind, key]
+        return np.exp(found.log_factor(*coordinates)) if found else 1.0
+
+    def _table(self, kind: str, key: str) -> CollectiveTable:
+        if (kind, key) not in self._tables:
+            self._tables[kind, key] = CollectiveTable(self.operator(kind, key).points)
+        return self._tables[kind, key]
+
+    def _moe_shape(self, tokens: Any, layer: MoeLayer) -> moe.MoeShape:
+        if layer.routing not in ROUTING_ALPHA:
+            raise Unsupported(f"no routing {layer.routing}; there is: {', '.join(ROUTING_ALPHA)}")
+        alpha = ROUTING_ALPHA[layer.routing]
+        count = np.maximum(np.asarray(tokens, dtype=float), 1.0)
+        touched = moe.touched_experts(count, layer.experts, layer.topk, alpha)
+        matrices = 3.0 if layer.gated else 2.0
+        sizes = (float(layer.hidden), float(layer.inter), float(layer.topk), float(layer.experts), float(layer.ep))
+        return moe.MoeShape(count, *sizes, matrices, touched, float(alpha > 0))

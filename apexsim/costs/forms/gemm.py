@@ -1,0 +1,117 @@
+"""Matrix product y[m, n] = x[m, k] W[k, n]: tiles over multiprocessors against bytes over HBM.
+
+Symbols: ``m`` rows (tokens), ``n`` outputs, ``k`` inputs, ``w`` bytes of an operand element, P peak FLOP/s, BW peak HBM
+bytes/s, SM multiprocessors, L2 cache bytes. The kernel library picks one of a few tile shapes (Tm x Tn), maybe
+cutting k into S slices; the form tries them all and keeps the fastest:
+
+    tiles  = ceil(m / Tm) ceil(n / Tn) S                 f = tiles / SM
+    waves  = 1 for f <= 1, else q ceil(f) + (1 - q) f     q: 0 persistent kernels, 1 whole waves
+    t_comp = waves 2 Tm Tn ceil64(k / S) / (P / SM e_c)   work of padded tiles
+    t_hbm  = moved / (BW e_m min(1, b_sm min(f, 1)))      a multiprocessor alone draws at most b_sm BW / SM
+    t_l2   = tiles (Tm + Tn) k / S w / (BW l2 min(f, 1))  operands that every tile reads again
+    T      = t0 + best * max(1, best / 1 ms)^thr + quantise m k (4 + w) / BW
+    best   = min over shapes of pnorm(t_comp, t_hbm, t_l2) + t_w waves + (S > 1: t_s + 8 S m n / (BW l2))
+
+``moved`` is weights + inputs + outputs. In the tables a small W is read again and again and stays in L2: there
+``moved`` loses W / (1 + (W / (c L2))^4). In serving every weight is cold and nothing is taken off (``cold=True``).
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from apexsim.costs.forms.hardware import Array, Coefficient, Coefficients, Hardware, pnorm
+
+SPLITS = (1, 2, 4, 8, 16)
+OUTPUT_BYTES = 2.0
+
+COEFFICIENTS = (
+    Coefficient("launch_s", 0.5e-6, 0.05e-6, 6e-6, "t0: launch and drain of an empty kernel"),
+    Coefficient("compute_efficiency", 0.85, 0.3, 0.98, "e_c: share of the tensor-core peak inside a full tile"),
+    Coefficient("memory_efficiency", 0.87, 0.6, 0.97, "e_m: share of the HBM peak when all multiprocessors load"),
+    Coefficient("sm_bandwidth", 1.5, 0.3, 8.0, "b_sm: bandwidth one multiprocessor can draw, in BW / SM"),
+    Coefficient("l2_ratio", 4.5, 1.5, 8.0, "l2: L2 bandwidth in units of HBM bandwidth"),
+    Coefficient("sharpness", 6.0, 2.0, 13.0, "p: how sharply the slowest resource wins"),
+    Coefficient("wave_s", 1.5e-6, 0.01e-6, 8e-6, "t_w: prologue and epilogue of a wave of tiles"),
+    Coefficient("wave_odds", 0.1, 0.02, 20.0, "q / (1 - q): whole waves against persistent tiles"),
+    Coefficient("throttle", 0.02, 1e-4, 0.1, "thr: slow-down exponent of kernels longer than 1 ms"),
+    Coefficient("l2_hit_share", 0.3, 0.02, 0.6, "c: share of L2 that holds a replayed weight (measuring only)"),
+)
+SPLIT = Coefficient("split_s", 2.5e-6, 0.3e-6, 20e-6, "t_s: reduction pass of a product cut along k")
+QUANTISE = Coefficient(
+    "quantise_passes", 1.5, 0.1, 6.0, "activation quantisation inside the operator, in passes over HBM"
+)
+
+
+class GemmShape(NamedTuple):
+    """Sizes of matrix products, as arrays or numbers that broadcast; ``operand_bytes`` is w."""
+
+    m: Array
+    n: Array
+    k: Array
+    operand_bytes: float
+
+
+@lru_cache
+def tile_shapes(split: bool) -> tuple[Array, Array, Array]:
+    """Every (Tm, Tn, S) a kernel library may choose; slices of k only where ``split``."""
+    shapes = [
+        (tm, tn, s)
+        for tm, tn in itertools.product((16, 32, 64, 128, 256), (32, 64, 128, 256))
+        if tm * tn <= 256 * 128
+        for s in (SPLITS if split else (1,))
+    ]
+    tm, tn, s = np.array(shapes, dtype=float).T
+    return tm, tn, s
+
+
+def moved_bytes(shape: GemmShape) -> Array:
+    """Bytes that a cold product must move: weights, inputs, outputs."""
+    w = shape.operand_bytes
+    return w * (shape.n * shape.k + shape.m * shape.k) + OUTPUT_BYTES * shape.m * shape.n
+
+
+def roofline_s(shape: GemmShape, hw: Hardware) -> Array:
+    """Least time the hardware allows: peak FLOP/s or peak HBM bandwidth, whichever binds."""
+    flops = 2.0 * shape.m * shape.n * shape.k
+    return np.maximum(flops / hw.flops_per_s, moved_bytes(shape) / hw.bytes_per_s)
+
+
+def gemm_s(shape: GemmShape, c: Coefficients, hw: Hardware, *, cold: bool = True) -> Array:
+    """Seconds of products, without residual. Coefficients as listed in this module; ``split_s`` and
+    ``quantise_passes`` only where the kernels do such things."""
+    best = np.min(_candidates_s(shape, c, hw, cold), axis=-1)
+    best = best * np.maximum(1.0, best / 1e-3) ** c["throttle"]
+    quantise = c.get("quantise_passes", 0.0) * shape.m * shape.k * (4 + shape.operand_bytes) / hw.bytes_per_s
+    return np.asarray(c["launch_s"] + best + quantise)
+
+
+def _candidates_s(shape: GemmShape, c: Coefficients, hw: Hardware, cold: bool) -> Array:
+    """Seconds of every tile shape, along a new last axis."""
+    tm, tn, s = tile_shapes("split_s" in c)
+    m, n, k = (np.asarray(x, dtype=float)[..., None] for x in shape[:3])
+    tiles = np.ceil(m / tm) * np.ceil(n / tn) * s
+    fill = tiles / hw.sms
+    q = c["wave_odds"] / (1 + c["wave_odds"])
+    busy = np.minimum(fill, 1.0)
+    waves = np.where(fill <= 1, 1.0, q * np.ceil(fill) + (1 - q) * fill)
+    depth = k / s
+    l2_bytes_per_s = hw.bytes_per_s * c["l2_ratio"]
+    compute = waves * (2 * tm * tn * hw.sms / (hw.flops_per_s * c["compute_efficiency"])) * (np.ceil(depth / 64) * 64)
+    drawn = hw.bytes_per_s * c["memory_efficiency"] * np.minimum(1.0, c["sm_bandwidth"] * busy)
+    memory = (moved_bytes(shape) - (0.0 if cold else _cached_bytes(shape, c, hw)))[..., None] / drawn
+    cache = tiles * (tm + tn) * depth * (shape.operand_bytes / l2_bytes_per_s) / busy
+    total = pnorm([compute, memory, cache], c["sharpness"]) + c["wave_s"] * waves
+    if "split_s" in c:
+        total = total + np.where(s > 1, c["split_s"] + 8 * s * m * n / l2_bytes_per_s, 0.0)
+    return np.asarray(total)
+
+
+def _cached_bytes(shape: GemmShape, c: Coefficients, hw: Hardware) -> Array:
+    """Weight bytes that a replayed measurement finds in L2."""
+    weights = shape.operand_bytes * shape.n * shape.k
+    return np.asarray(weights / (1 + (weights / (c["l2_hit_share"] * hw.l2_bytes)) ** 4))

@@ -1,0 +1,54 @@
+"""What the forms need to know of a device, and how they name their coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from apexsim.specs.device import Datasheet
+
+Array = npt.NDArray[np.float64]
+Coefficients = Mapping[str, float]
+
+# Tensor-core rate that each dtype computes at: weight-only formats compute in bf16.
+COMPUTE_DTYPE = {"bf16": "bf16", "fp8": "fp8", "fp8_block": "fp8", "mxfp4": "bf16"}
+
+
+class Hardware(NamedTuple):
+    """Peaks of one device for one dtype: FLOP/s, HBM bytes/s, streaming multiprocessors, L2 bytes."""
+
+    flops_per_s: float
+    bytes_per_s: float
+    sms: int
+    l2_bytes: float
+
+    @classmethod
+    def of(cls, sheet: Datasheet, dtype: str) -> Hardware:
+        """Peaks for operands of ``dtype``; KeyError when the device has no such tensor cores."""
+        peak = sheet.flops_per_s[COMPUTE_DTYPE[dtype]]
+        return cls(peak, sheet.memory_bytes_per_s, sheet.sms, float(sheet.l2_bytes))
+
+
+class Coefficient(NamedTuple):
+    """One fitted number of a form: where the fit starts and the physical bounds it must stay in."""
+
+    name: str
+    start: float
+    low: float
+    high: float
+    meaning: str
+
+
+Predict = Callable[[Coefficients], Array]
+
+
+def pnorm(terms: list[Any], sharpness: float) -> Any:
+    """Smooth maximum (sum t^p)^(1/p) of positive arrays, scaled by the largest so that nothing overflows."""
+    largest = terms[0]
+    for term in terms[1:]:
+        largest = np.maximum(largest, term)
+    total = sum((term / largest) ** sharpness for term in terms)
+    return largest * total ** (1.0 / sharpness)

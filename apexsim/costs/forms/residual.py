@@ -1,0 +1,66 @@
+"""Multilinear interpolation on a small logarithmic grid: the residual that corrects a physical form."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from apexsim.costs.forms.hardware import Array
+from apexsim.specs.device import ResidualGrid
+
+Corner = tuple[npt.NDArray[np.int64], Array]
+
+
+class LogGrid:
+    """A residual grid ready to be read: log factors at arbitrary coordinates, clamped to the outer knots."""
+
+    def __init__(self, axes: Sequence[Sequence[float]], values: Array) -> None:
+        """``values`` are log factors, one per combination of knots, shaped like the axes."""
+        self.axes = [np.log(np.asarray(knots, dtype=float)) for knots in axes]
+        self.values = values
+
+    @classmethod
+    def of(cls, grid: ResidualGrid) -> LogGrid:
+        shape = [len(knots) for knots in grid.axes.values()]
+        return cls(list(grid.axes.values()), np.asarray(grid.permille, dtype=float).reshape(shape) / 1000)
+
+    def corners(self, coordinates: Sequence[Array]) -> list[Corner]:
+        """(flat knot index, weight) of the 2^d knots around every point; weights of a point sum to 1."""
+        low, share = zip(
+            *(_locate(np.log(x), axis) for x, axis in zip(coordinates, self.axes, strict=True)), strict=True
+        )
+        found = []
+        for sides in itertools.product((0, 1), repeat=len(self.axes)):
+            index = np.ravel_multi_index(
+                tuple(np.minimum(i + side, len(axis) - 1) for i, side, axis in zip(low, sides, self.axes, strict=True)),
+                self.values.shape,
+            )
+            weight = np.ones_like(share[0])
+            for part, side in zip(share, sides, strict=True):
+                weight = weight * (part if side else 1 - part)
+            found.append((index, weight))
+        return found
+
+    def log_factor(self, *coordinates: float | Array) -> Array:
+        """Log of the correction at broadcast ``coordinates`` (natural values, not logarithms)."""
+        points = np.broadcast_arrays(*(np.asarray(x, dtype=float) for x in coordinates))
+        flat = self.values.ravel()
+        return np.asarray(sum(weight * flat[index] for index, weight in self.corners(points)))
+
+    def along(self, axis: int, *others: float) -> LogGrid:
+        """One-dimensional grid along ``axis`` with every other coordinate fixed, in the order of the axes."""
+        knots = np.exp(self.axes[axis])
+        fixed = list(others)
+        fixed.insert(axis, 0.0)
+        coordinates = [knots if i == axis else np.full(len(knots), x) for i, x in enumerate(fixed)]
+        return LogGrid([knots], self.log_factor(*coordinates))
+
+
+def _locate(x: Array, axis: Array) -> tuple[npt.NDArray[np.int64], Array]:
+    """Segment below every point and how far into it the point lies (0 to 1)."""
+    position = np.interp(x, axis, np.arange(len(axis), dtype=float))
+    low = np.minimum(position.astype(np.int64), max(0, len(axis) - 2))
+    return low, position - low
