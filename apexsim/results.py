@@ -1,0 +1,321 @@
+"""What a simulation found: columns in, figures and DataFrames out.
+
+Every time is in seconds and as the client sees it. A figure that does not exist (the TPOT of a run in which nobody
+got two tokens, the energy of an injected cost model) is NaN in a table, None in a summary and null in JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+import numpy as np
+import numpy.typing as npt
+
+from apexsim.atomic import atomic_path, write_json
+from apexsim.errors import BadInput
+from apexsim.metrics import held_ns, ratio
+from apexsim.specs.deployment import Deployment
+from apexsim.specs.slo import SLO
+from apexsim.summary import summarise
+from apexsim.units import NS_PER_S
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from apexsim.costs.accounting import Accounting
+    from apexsim.costs.memory import MemoryPlan
+
+Columns = dict[str, npt.NDArray[Any]]
+Gaps = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+
+
+class Run(TypedDict, total=False):
+    """What ``serving`` hands over after a run; see ``SimulationResult.from_run``."""
+
+    deployment: Deployment
+    workload_name: str
+    slo: SLO | None
+    requests: Columns
+    itl: Gaps
+    steps: Columns
+    chunks: Columns
+    accounting: Accounting | None
+    memory: MemoryPlan
+    timing: dict[str, float]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the devices did, all of them together: joules while working, work done, and working seconds by operator.
+
+    ``seconds`` maps operator -> evidence (fitted, estimated, extrapolated) -> device seconds. None of it is known for
+    a cost model that was injected.
+    """
+
+    energy_j: dict[str, float] = field(default_factory=dict)
+    flops: float = math.nan
+    bytes_moved: float = math.nan
+    seconds: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, accounting: Accounting) -> Usage:
+        """The same figures, operators in alphabetical order so that equal runs are written alike."""
+        seconds: dict[str, dict[str, float]] = {}
+        for (operator, evidence), spent_s in sorted(accounting.seconds.items()):
+            seconds.setdefault(operator, {})[evidence] = float(spent_s)
+        energy_j = {operator: float(joules) for operator, joules in sorted(accounting.energy_j.items())}
+        return cls(energy_j, float(accounting.flops), float(accounting.bytes_moved), seconds)
+
+    @property
+    def working_s(self) -> float:
+        """Device seconds of work."""
+        return math.fsum(spent for by_evidence in self.seconds.values() for spent in by_evidence.values())
+
+    @property
+    def shares(self) -> dict[str, dict[str, float]]:
+        """``seconds`` as shares of all working time."""
+        total = self.working_s
+        return {
+            operator: {evidence: ratio(spent, total) for evidence, spent in by_evidence.items()}
+            for operator, by_evidence in self.seconds.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SimulationResult:
+    """One run of one deployment on one workload.
+
+    ``request_columns``: one row a request (see ``requests``). ``step_columns``: one row a step, or a run of ``repeats``
+    decode steps, with ``start_ns`` and ``end_ns``. ``gaps``: distinct times between two tokens of a request in
+    nanoseconds, and how many tokens had each. ``kv_blocks``: size of one replica's KV cache. ``timing``: wall-clock
+    figures, the only ones that differ between two equal runs.
+    """
+
+    deployment: Deployment
+    workload_name: str
+    slo: SLO | None
+    request_columns: Columns
+    step_columns: Columns
+    gaps: Gaps
+    kv_blocks: int
+    usage: Usage
+    timing: dict[str, float]
+    notes: tuple[str, ...]
+
+    @classmethod
+    def from_run(cls, **run: Unpack[Run]) -> SimulationResult:
+        """Keep of a recorded run what the figures need; derived request columns are added here.
+
+        ``chunks`` have served their purpose once the accounting is done and are not kept.
+        """
+        deployment, slo, accounting = run["deployment"], run["slo"], run["accounting"]
+        return cls(
+            deployment=deployment,
+            workload_name=run["workload_name"],
+            slo=slo,
+            request_columns=_with_latencies(run["requests"], slo),
+            step_columns=run["steps"],
+            gaps=run["itl"],
+            kv_blocks=run["memory"].blocks,
+            usage=Usage.of(accounting) if accounting else Usage(),
+            timing=run["timing"],
+            notes=(*run.get("notes", ()), *_deployment_notes(deployment)),
+        )
+
+    # -- tables ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def requests(self) -> pd.DataFrame:
+        """One row a request: when it came, was scheduled, got its first and last token; what it asked for; its verdict.
+
+        ``ttft_s`` first token - arrival, ``tpot_s`` (last - first) / (output tokens - 1), ``e2e_s`` last token -
+        arrival, ``queue_s`` first scheduled - arrival, ``good`` whether it met every limit (no column without an SLO).
+        """
+        return _frame(self.request_columns)
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """One row a step or a run of ``repeats`` equal decode steps of a replica, in order of their end, in seconds."""
+        columns = {key: values for key, values in self.step_columns.items() if key not in ("start_ns", "end_ns")}
+        times = {key: self.step_columns[f"{key[:-2]}_ns"] / NS_PER_S for key in ("start_s", "end_s")}
+        return _frame({**times, **columns})
+
+    @cached_property
+    def pools(self) -> pd.DataFrame:
+        """One row a replica: what it served, the share of the run it worked, and how full its KV cache was."""
+        import pandas as pd
+
+        rows = [
+            {"pool": pool.name, "replica": replica, "devices": pool.plan.devices, **self._replica_figures(replica)}
+            for pool in self.deployment.pools
+            for replica in range(pool.replicas)
+        ]
+        return pd.DataFrame(rows)
+
+    def _replica_figures(self, replica: int) -> dict[str, float]:
+        mine = self.request_columns["replica"] == replica
+        done = mine & self.finished
+        steps = {key: values[self.step_columns["replica"] == replica] for key, values in self.step_columns.items()}
+        order = np.argsort(steps["start_ns"], kind="stable")
+        start, end, held_blocks = (steps[key][order] for key in ("start_ns", "end_ns", "kv_blocks"))
+        held = held_ns(start, np.minimum(end, round(self.end_s * NS_PER_S)))
+        duration_ns = self.duration_s * NS_PER_S
+        peak = int(steps["kv_blocks_peak"].max(initial=0))
+        return {
+            "requests": int(mine.sum()),
+            "output_tokens": int(self.request_columns["output_tokens"][done].sum()),
+            "preemptions": int(self.request_columns["preemptions"][mine].sum()),
+            "steps": int(steps["repeats"].sum()),
+            "busy": ratio(float(held.sum()), duration_ns),
+            "kv_cache_mean": ratio(float(np.dot(held.astype(float), held_blocks)), duration_ns * self.kv_blocks),
+            "kv_cache_peak": ratio(peak, self.kv_blocks),
+        }
+
+    # -- figures -----------------------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> npt.NDArray[np.bool_]:
+        """Which requests got all their tokens."""
+        finished: npt.NDArray[np.bool_] = self.request_columns["status"] == "finished"
+        return finished
+
+    @property
+    def end_s(self) -> float:
+        """When the last token became visible; the last arrival where nobody got a token."""
+        seen = self.request_columns["last_token_s"]
+        seen = seen[np.isfinite(seen)]
+        return float(seen.max()) if len(seen) else float(self.request_columns["arrival_s"].max())
+
+    @property
+    def duration_s(self) -> float:
+        """From the first arrival to the last visible token, gaps between arrivals included."""
+        return self.end_s - float(self.request_columns["arrival_s"].min())
+
+    def summary(self) -> dict[str, Any]:
+        """Every figure of the run as nested plain data; ``apexsim.summary`` says what each means."""
+        return summarise(self)
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path | str) -> None:
+        """Write the result to a folder; every file atomically, ``result.json`` last, so that with it all are there.
+
+        Equal runs write equal bytes, but for ``timing.json``.
+        """
+        target = Path(folder)
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            (target / "result.json").unlink(missing_ok=True)
+        except OSError as error:
+            raise BadInput(f"cannot be written: {error.strerror}", where=target) from None
+        gaps = dict(zip(("gap_ns", "tokens"), self.gaps, strict=True))
+        for name, columns in (("requests", self.request_columns), ("steps", self.step_columns), ("gaps", gaps)):
+            write_parquet(target / f"{name}.parquet", columns)
+        write_json(target / "timing.json", self.timing)
+        summary = self.summary()
+        del summary["timing"]
+        record = {
+            "workload_name": self.workload_name,
+            "slo": self.slo.model_dump() if self.slo else None,
+            "kv_blocks": self.kv_blocks,
+            "usage": asdict(self.usage),
+            "notes": self.notes,
+            "summary": summary,
+            "deployment": self.deployment.model_dump(mode="json"),
+        }
+        write_json(target / "result.json", record)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> SimulationResult:
+        """Read a folder that ``save`` wrote."""
+        source = Path(folder)
+        try:
+            record = json.loads((source / "result.json").read_text(encoding="utf-8"))
+            timing = json.loads((source / "timing.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise BadInput("give a folder that SimulationResult.save wrote", where=source) from None
+        gaps = _read_parquet(source / "gaps.parquet")
+        usage: dict[str, Any] = {key: math.nan if value is None else value for key, value in record["usage"].items()}
+        return cls(
+            deployment=Deployment.model_validate(record["deployment"]),
+            workload_name=record["workload_name"],
+            slo=SLO.model_validate(record["slo"]) if record["slo"] else None,
+            request_columns=_read_parquet(source / "requests.parquet"),
+            step_columns=_read_parquet(source / "steps.parquet"),
+            gaps=(gaps["gap_ns"], gaps["tokens"]),
+            kv_blocks=record["kv_blocks"],
+            usage=Usage(**usage),
+            timing=timing,
+            notes=tuple(record["notes"]),
+        )
+
+
+def write_parquet(path: Path | str, columns: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Write columns as a parquet file, atomically."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({name: pa.array(values, from_pandas=False) for name, values in columns.items()})
+    with atomic_path(path) as scratch:
+        pq.write_table(table, scratch, compression="zstd")
+
+
+def _read_parquet(path: Path) -> Columns:
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (OSError, ValueError):
+        raise BadInput("is missing or not a parquet file; save the result again", where=path) from None
+    return {name: table[name].to_numpy() for name in table.column_names}
+
+
+def _frame(columns: Columns) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame(columns)
+
+
+def _with_latencies(columns: Columns, slo: SLO | None) -> Columns:
+    """The request columns with the latencies that follow from them, and ``good`` under an SLO."""
+    arrival, first, last = (columns[key] for key in ("arrival_s", "first_token_s", "last_token_s"))
+    gaps = (columns["output_tokens"] - 1).astype(np.float64)
+    gaps[gaps == 0] = math.nan
+    latencies = {
+        "ttft_s": first - arrival,
+        "tpot_s": (last - first) / gaps,
+        "e2e_s": last - arrival,
+        "queue_s": columns["scheduled_s"] - arrival,
+    }
+    return {**columns, **latencies, **({"good": _good(columns["status"], latencies, slo)} if slo else {})}
+
+
+def _good(status: npt.NDArray[Any], latencies: Columns, slo: SLO) -> npt.NDArray[np.bool_]:
+    good: npt.NDArray[np.bool_] = status == "finished"
+    for key in ("ttft_s", "tpot_s", "e2e_s"):
+        limit = getattr(slo, key)
+        if limit is not None:
+            # A request of one token has no TPOT to miss.
+            good = good & ((latencies[key] <= limit) | np.isnan(latencies[key]))
+    return good
+
+
+def _deployment_notes(deployment: Deployment) -> tuple[str, ...]:
+    """What a reader of the figures must know about where they come from."""
+    cluster, notes = deployment.cluster, []
+    idle = cluster.devices - deployment.devices_used
+    if idle:
+        notes.append(f"{idle} of {cluster.devices} devices stand idle; their power and price count")
+    power, price = cluster.device.power, cluster.device.price
+    assumed = [name for name, evidence in power.evidence.items() if evidence in ("scaled", "prior")]
+    if assumed:
+        notes.append(f"energy is estimated: {', '.join(assumed)} of {cluster.device.name} were not measured on it")
+    notes.append(f"price of {cluster.device.name}: {price.usd_per_hour:g} USD/hour ({price.source}, {price.date})")
+    return tuple(notes)

@@ -1,0 +1,115 @@
+"""The summary of a run: what each figure means, in one place.
+
+Latencies are over finished requests; percentiles interpolate linearly. A figure that does not exist is None.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from apexsim.atomic import without_nan
+from apexsim.metrics import distribution, ratio, weighted_distribution
+from apexsim.units import NS_PER_S
+
+if TYPE_CHECKING:
+    from apexsim.results import SimulationResult
+
+
+def summarise(result: SimulationResult) -> dict[str, Any]:
+    """Every figure of a run as nested plain data, in a fixed order of keys.
+
+    ``itl_s`` counts every token once, whatever its request. Preemptions and cache hits are of the whole run;
+    ``provenance`` says of each operator which share of the devices' working time rests on which evidence.
+    """
+    columns, finished = result.request_columns, result.finished
+    latencies = {key: distribution(columns[key][finished]) for key in ("ttft_s", "tpot_s", "e2e_s", "queue_s")}
+    outputs = int(columns["output_tokens"][finished].sum())
+    summary = {
+        "requests": _verdicts(result),
+        "duration_s": result.duration_s,
+        "throughput": _throughput(result, outputs),
+        "ttft_s": latencies["ttft_s"],
+        "tpot_s": latencies["tpot_s"],
+        "itl_s": weighted_distribution(*result.gaps, scale=1 / NS_PER_S),
+        "e2e_s": latencies["e2e_s"],
+        "queue_s": latencies["queue_s"],
+        "slo": _slo(result),
+        "energy": _energy(result, outputs),
+        "cost": _cost(result, outputs),
+        "utilization": _utilization(result),
+        "preemptions": int(columns["preemptions"].sum()),
+        "prefix_hit_rate": 0.0,
+        "provenance": result.usage.shares,
+        "notes": result.notes,
+        "timing": result.timing,
+    }
+    plain: dict[str, Any] = without_nan(summary)
+    return plain
+
+
+def _verdicts(result: SimulationResult) -> dict[str, int]:
+    status = result.request_columns["status"]
+    counts = {verdict: int((status == verdict).sum()) for verdict in ("finished", "rejected", "unfinished")}
+    return {"total": len(status), **counts}
+
+
+def _throughput(result: SimulationResult, output_tokens: int) -> dict[str, float]:
+    """Finished requests and their tokens over the duration; prompt tokens count in the total."""
+    prompt_tokens = int(result.request_columns["prompt_tokens"][result.finished].sum())
+    return {
+        "requests_per_s": ratio(int(result.finished.sum()), result.duration_s),
+        "output_tokens_per_s": ratio(output_tokens, result.duration_s),
+        "total_tokens_per_s": ratio(output_tokens + prompt_tokens, result.duration_s),
+    }
+
+
+def _slo(result: SimulationResult) -> dict[str, float]:
+    """Share of *all* requests that met every limit: rejected and unfinished ones missed. Unknown without an SLO."""
+    if result.slo is None:
+        return {"attainment": math.nan, "good_requests_per_s": math.nan}
+    good = result.request_columns["good"]
+    return {"attainment": float(good.mean()), "good_requests_per_s": ratio(int(good.sum()), result.duration_s)}
+
+
+def _energy(result: SimulationResult, output_tokens: int) -> dict[str, float]:
+    """Joules of the whole cluster: working devices by operator, every other device second at idle power."""
+    cluster, usage = result.deployment.cluster, result.usage
+    idle_s = max(0.0, cluster.devices * result.duration_s - usage.working_s)
+    working_j = math.fsum(usage.energy_j.values()) if usage.seconds else math.nan
+    total_j = working_j + cluster.device.power.idle_w * idle_s
+    return {
+        "total_j": total_j,
+        "per_output_token_j": ratio(total_j, output_tokens),
+        "mean_power_w": ratio(total_j, result.duration_s),
+    }
+
+
+def _cost(result: SimulationResult, output_tokens: int) -> dict[str, float]:
+    """Rent of every device of the cluster, idle ones too, over the duration."""
+    cluster = result.deployment.cluster
+    usd_per_hour = cluster.device.price.usd_per_hour * cluster.devices
+    spent_usd = usd_per_hour / 3600 * result.duration_s
+    return {
+        "usd_per_hour": usd_per_hour,
+        "usd_per_million_output_tokens": ratio(spent_usd * 1e6, output_tokens),
+    }
+
+
+def _utilization(result: SimulationResult) -> dict[str, float]:
+    """Shares of what the devices in use could do in the whole duration, pauses between requests included.
+
+    ``mfu``: FLOPs done over the peak FLOPs of the weights' dtype (of bf16 where weights are only stored in less).
+    ``mbu``: bytes moved over the peak bytes of device memory. ``busy``: share of a replica's time with a step in
+    flight. ``kv_cache_mean``: share of blocks held, weighted with time; ``kv_cache_peak``: of the fullest replica.
+    """
+    sheet = result.deployment.cluster.device.datasheet
+    device_s = result.duration_s * result.deployment.devices_used
+    peak = sheet.flops_per_s.get(result.deployment.weights, sheet.flops_per_s["bf16"])
+    return {
+        "mfu": ratio(result.usage.flops, device_s * peak),
+        "mbu": ratio(result.usage.bytes_moved, device_s * sheet.memory_bytes_per_s),
+        "busy": float(result.pools["busy"].mean()),
+        "kv_cache_mean": float(result.pools["kv_cache_mean"].mean()),
+        "kv_cache_peak": float(result.pools["kv_cache_peak"].max()),
+    }
