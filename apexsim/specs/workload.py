@@ -101,7 +101,7 @@ class Requests:
 
     def at_rate(self, rate_per_s: float) -> Requests:
         """The same requests, time stretched about the first arrival until the mean rate is ``rate_per_s``."""
-        check_rate(rate_per_s, self.name)
+        check_rate(rate_per_s, where=self.name)
         if self.arrival_s is None or not self.span_s:
             raise BadInput("has no spread of arrival times to scale; use arriving(...) to draw some", where=self.name)
         first = self.arrival_s[0]
@@ -197,16 +197,16 @@ def _streams(seed: int, where: object) -> list[np.random.Generator]:
     return [np.random.default_rng(stream) for stream in np.random.SeedSequence((seed, 1)).spawn(3)]
 
 
-def check_count(value: object, key: str, where: object, *, least: int = 1) -> None:
+def check_count(value: object, key: str, where: object = None, *, least: int = 1) -> None:
     """Refuse anything but a whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise BadInput(f"give a whole number of at least {least}", where=where, key=key, got=value)
 
 
-def check_rate(value: float, where: object) -> None:
+def check_rate(value: float, key: str = "rate_per_s", where: object = None) -> None:
     """Refuse a rate that is not a finite number above 0."""
     if not _is_number(value) or not 0 < value < math.inf:
-        raise BadInput("give requests per second, a number above 0", where=where, key="rate_per_s", got=value)
+        raise BadInput("give requests per second, a number above 0", where=where, key=key, got=value)
 
 
 def check_turnaround(value: float, where: object) -> None:
