@@ -5,19 +5,17 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from importlib import import_module, resources
+from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import Literal, overload
 
 from apexsim.errors import BadInput, nearest
 from apexsim.io.yaml_files import load_spec
 from apexsim.specs.base import Spec
+from apexsim.specs.device import DeviceProfile
 from apexsim.specs.engine import EngineProfile
 from apexsim.specs.model import ModelSpec
-
-if TYPE_CHECKING:
-    from apexsim.specs.device import DeviceProfile
-    from apexsim.specs.workload import Workload
+from apexsim.specs.workload import Workload
 
 Kind = Literal["model", "device", "engine", "workload"]
 
@@ -27,12 +25,11 @@ FOLDERS: dict[Kind, str] = {
     "engine": "engine_profiles",
     "workload": "workloads",
 }
-# Named, not imported: a command that needs models alone does not pay for the other rooms.
-_CLASSES: dict[Kind, str] = {
-    "model": "apexsim.specs.model:ModelSpec",
-    "device": "apexsim.specs.device:DeviceProfile",
-    "engine": "apexsim.specs.engine:EngineProfile",
-    "workload": "apexsim.specs.workload:Workload",
+_CLASSES: dict[Kind, type[Spec]] = {
+    "model": ModelSpec,
+    "device": DeviceProfile,
+    "engine": EngineProfile,
+    "workload": Workload,
 }
 
 
@@ -63,9 +60,7 @@ def load(kind: Kind, name: str | os.PathLike[str]) -> Spec:
 
     Raises BadInput for an unknown name, with the nearest known ones, and for whatever is wrong in the file.
     """
-    module, _, cls = _CLASSES[kind].partition(":")
-    spec_class: type[Spec] = getattr(import_module(module), cls)
-    return load_spec(spec_class, locate(kind, name))
+    return load_spec(_CLASSES[kind], locate(kind, name))
 
 
 def locate(kind: Kind, name: str | os.PathLike[str]) -> Path:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from apexsim.atomic import atomic_path
 from apexsim.errors import BadInput
 from apexsim.specs.base import SpecT, parse_spec
 
@@ -117,12 +118,6 @@ def format_yaml(data: Mapping[str, Any]) -> str:
 
 def write_yaml(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
     """Write ``format_yaml(data)``: the file appears whole or not at all. Raises BadInput where it cannot be written."""
-    text, target = format_yaml(data), Path(path)
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    text = format_yaml(data)
+    with atomic_path(Path(path)) as scratch:
         scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, target)
-    except OSError as error:
-        raise BadInput(f"cannot be written: {error.strerror}", where=os.fspath(path)) from None
-    finally:
-        scratch.unlink(missing_ok=True)
