@@ -76,7 +76,7 @@ class WorkloadFlags:
     concurrency: Annotated[
         int | None, typer.Option(help="Closed loop of so many clients.", rich_help_panel=_WORKLOAD)
     ] = None
-    requests: Annotated[int | None, typer.Option(help="Only the first so many.", rich_help_panel=_WORKLOAD)] = None
+    requests: Annotated[int | None, typer.Option(help="So many: drawn, or the first of a file.", rich_help_panel=_WORKLOAD)] = None
     seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.", rich_help_panel=_WORKLOAD)] = 0
     slo: Annotated[str | None, typer.Option(help="Limits, as ttft_s=0.5,tpot_s=0.05.", rich_help_panel=_WORKLOAD)] = (
         None
@@ -86,8 +86,6 @@ class WorkloadFlags:
         """The requests these flags describe."""
         from apexsim.io.requests import resolve_workload
 
-        if self.seed < 0:
-            raise BadInput("give a whole number, 0 or more", where="--seed", got=self.seed)
         return resolve_workload(
             self.workload,
             rate_per_s=self.rate_per_s,
