@@ -123,7 +123,7 @@ SECTIONS = {
     "requests": {"total", "finished", "rejected", "unfinished"},
     "duration_s": None,
     "throughput": {"requests_per_s", "output_tokens_per_s", "total_tokens_per_s"},
-    **{key: MARKS for key in ("ttft_s", "tpot_s", "itl_s", "e2e_s", "queue_s")},
+    **dict.fromkeys(("ttft_s", "tpot_s", "itl_s", "e2e_s", "queue_s"), MARKS),
     "slo": {"attainment", "good_requests_per_s"},
     "energy": {"total_j", "per_output_token_j", "mean_power_w"},
     "cost": {"usd_per_hour", "usd_per_million_output_tokens"},
