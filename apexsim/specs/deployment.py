@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from apexsim.specs.base import Spec
 from apexsim.specs.cluster import Cluster
-from apexsim.specs.engine import EngineProfile
+from apexsim.specs.engine import EngineProfile, SchedulerDefaults
 from apexsim.specs.model import ModelSpec
 
 Stage = Literal["encode", "prefill", "decode"]
@@ -42,18 +42,31 @@ class Plan(Spec):
         t, checks = self.tensor, []
         checks.append((model.heads % t == 0, f"tensor degree {t} does not divide the {model.heads} attention heads"))
         kv = model.kv_heads
-        checks.append((kv % t == 0 or t % kv == 0, f"tensor degree {t} neither divides nor is divided by the {kv} KV heads"))
-        checks.append((model.layers >= self.pipeline, f"pipeline degree {self.pipeline} exceeds the {model.layers} layers"))
+        checks.append(
+            (kv % t == 0 or t % kv == 0, f"tensor degree {t} neither divides nor is divided by the {kv} KV heads")
+        )
+        checks.append(
+            (model.layers >= self.pipeline, f"pipeline degree {self.pipeline} exceeds the {model.layers} layers")
+        )
         checks.append((t % self.expert == 0, f"expert degree {self.expert} does not divide the tensor degree {t}"))
         if model.moe is None:
             checks.append((self.expert == 1, f"expert degree {self.expert} on a model without experts"))
         else:
             experts = model.moe.experts
-            checks.append((experts % self.expert == 0, f"expert degree {self.expert} does not divide the {experts} experts"))
+            checks.append(
+                (experts % self.expert == 0, f"expert degree {self.expert} does not divide the {experts} experts")
+            )
         widths = model.sharded_widths(self.moe_tensor, t)
-        checks += [(width % degree == 0, f"tensor degree {degree} does not divide the {what} of {width}") for what, width, degree in widths]
-        checks.append((self.devices <= cluster.devices, f"needs {self.devices} devices, the cluster has {cluster.devices}"))
-        checks.append((t <= cluster.devices_per_node, f"tensor degree {t} crosses nodes of {cluster.devices_per_node} devices"))
+        checks += [
+            (width % degree == 0, f"tensor degree {degree} does not divide the {what} of {width}")
+            for what, width, degree in widths
+        ]
+        checks.append(
+            (self.devices <= cluster.devices, f"needs {self.devices} devices, the cluster has {cluster.devices}")
+        )
+        checks.append(
+            (t <= cluster.devices_per_node, f"tensor degree {t} crosses nodes of {cluster.devices_per_node} devices")
+        )
         return tuple(reason for holds, reason in checks if not holds)
 
 
@@ -87,6 +100,16 @@ class Deployment(Spec):
         """Dtype of expert weights: the one asked for, else the model's own (gpt-oss ships MXFP4), else that of the weights."""
         own = self.model.moe.dtype if self.model.moe else None
         return self.moe_weights or own or self.weights
+
+    @property
+    def context_limit(self) -> int:
+        """Most tokens of prompt and output together that a request may have."""
+        return min(self.model.max_context, self.engine.scheduler.max_model_len or self.model.max_context)
+
+    @property
+    def scheduler(self) -> SchedulerDefaults:
+        """The engine's scheduler settings for this context limit, every one resolved."""
+        return self.engine.scheduler_for(self.context_limit)
 
     @model_validator(mode="after")
     def _one_pool_serves_all(self) -> Deployment:

@@ -29,12 +29,15 @@ class HostTerms(Spec):
 class SchedulerDefaults(Spec):
     """How an engine batches when nobody tells it otherwise; every field is an ``--engine-option``.
 
-    ``admission`` says which KV blocks a request must find free to start: those of its first step (``prompt``), or
-    of its whole life (``full``: never preempted, as TensorRT-LLM's GUARANTEED_NO_EVICT).
+    ``admission`` says which KV blocks a request must find free to start: those of its prompt (``prompt``: vLLM V1
+    takes only the first chunk's but asks for all), or of its whole life, which it then holds (``full``: never
+    preempted, as TensorRT-LLM's GUARANTEED_NO_EVICT). ``max_num_batched_tokens``
+    of None means as many as the context limit (vLLM V0 without chunks). ``lookahead_steps`` 1 composes a step while
+    the one before runs. ``pipeline_split`` spreads decodes over the batches of a pipeline or lets each take all it can.
     """
 
     policy: str
-    max_num_batched_tokens: int = Field(8192, gt=0)
+    max_num_batched_tokens: int | None = Field(8192, gt=0)
     max_num_seqs: int = Field(256, gt=0)
     block_size: int = Field(16, gt=0)
     chunked_prefill: bool = True
@@ -81,3 +84,12 @@ class EngineProfile(Spec):
     communication: CommunicationDefaults
     evidence: str
     source: str
+
+    def scheduler_for(self, context_limit: int) -> SchedulerDefaults:
+        """The scheduler's settings for this context limit in tokens, every one of them resolved."""
+        changed: dict[str, object] = {"max_model_len": context_limit}
+        if self.long_context and context_limit > self.long_context.above_tokens:
+            changed |= self.long_context.model_dump(exclude={"above_tokens"})
+        settled = self.scheduler.model_copy(update=changed)
+        budget = settled.max_num_batched_tokens or context_limit
+        return settled.model_copy(update={"max_num_batched_tokens": budget})

@@ -1,0 +1,154 @@
+"""Iteration-level batching: policies fill a ledger, one per step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from apexsim.serving.kv_cache import BlockManager
+from apexsim.serving.request import Request
+from apexsim.specs.engine import SchedulerDefaults
+
+
+class Ledger:
+    """One scheduling decision: what is left of the token, seat and block budgets, and who was given what.
+
+    Nothing here touches a request or the block manager; the replica applies a filled ledger in one go.
+    ``lookahead`` is how many sampled tokens of a request may still be in flight when it is given the next.
+    """
+
+    __slots__ = ("_full", "_manager", "admitted", "blocks", "entries", "lookahead", "preempted", "seats", "sequences", "tokens")
+
+    def __init__(self, manager: BlockManager, *, tokens: int, seats: int, sequences: int, lookahead: int, full: bool) -> None:
+        self.tokens = tokens
+        self.seats = seats
+        self.sequences = sequences
+        self.blocks = manager.free
+        self.lookahead = lookahead
+        self.entries: list[tuple[Request, int]] = []
+        self.preempted: list[Request] = []
+        self.admitted = 0
+        self._manager = manager
+        self._full = full
+
+    def wants(self, request: Request) -> int:
+        """Tokens that ``request`` could compute in this step; 0 while the token it would start from is in flight."""
+        return 0 if request.pending > self.lookahead else request.known - request.computed
+
+    def can_give(self, request: Request, tokens: int) -> bool:
+        """Whether the blocks for ``tokens`` more of a running request are there."""
+        after = request.computed + tokens
+        return after <= request.capacity or self._manager.missing(request, after) <= self.blocks
+
+    def give(self, request: Request, tokens: int) -> None:
+        """Spend ``tokens`` of the budget, and the blocks they need, on ``request``."""
+        after = request.computed + tokens
+        if after > request.capacity:
+            self.blocks -= self._manager.missing(request, after)
+        self.tokens -= tokens
+        self.sequences -= 1
+        self.entries.append((request, tokens))
+
+    def can_admit(self, request: Request) -> bool:
+        """Whether a waiting request finds a seat, and blocks for its whole prompt (for its whole life if so admitted)."""
+        needed = self._manager.missing(request, request.total if self._full else request.known)
+        return self.seats > 0 and needed <= self.blocks
+
+    def admit(self, request: Request, tokens: int) -> None:
+        """Seat a waiting request and give it ``tokens``; only their blocks are taken, unless admission is full."""
+        self.blocks -= self._manager.missing(request, self.held_after(request, tokens))
+        self.seats -= 1
+        self.tokens -= tokens
+        self.sequences -= 1
+        self.admitted += 1
+        self.entries.append((request, tokens))
+
+    def held_after(self, request: Request, tokens: int) -> int:
+        """Cached tokens that a request has blocks for once it is admitted with ``tokens``."""
+        return request.total if self._full else request.computed + tokens
+
+    def preempt(self, request: Request) -> None:
+        """Send a running request back to the head of the queue; its blocks count as free from here on."""
+        self.blocks += request.blocks
+        self.preempted.append(request)
+
+
+class BatchPolicy(Protocol):
+    """Fills ledgers. ``repeats`` lets a replica take many steps at once: it says that, as long as nothing arrives,
+    finishes or runs short of blocks, the next ledger would give every running request one token again."""
+
+    def fill(self, ledger: Ledger, running: Sequence[Request], waiting: Iterable[Request]) -> None: ...
+
+    def repeats(self, ledger: Ledger, waiting: Sequence[Request]) -> bool: ...
+
+
+class Fcfs:
+    """What both policies share: running requests grow in order, a shortage preempts the youngest, the queue is FCFS."""
+
+    def __init__(self, scheduler: SchedulerDefaults) -> None:
+        self.chunked = scheduler.chunked_prefill
+
+    def repeats(self, ledger: Ledger, waiting: Sequence[Request]) -> bool:
+        """A step of decodes alone repeats: who could not be admitted now cannot be until something changes.
+
+        Not so after a preemption (nobody was considered), nor while the head of the queue waits for its own token.
+        """
+        return not ledger.preempted and not (waiting and waiting[0].pending)
+
+    def _grow(self, ledger: Ledger, running: Sequence[Request]) -> None:
+        """Give each running request what it wants, oldest first; take the youngest off when blocks run out."""
+        last, position = len(running), 0
+        while position < last and ledger.tokens and ledger.sequences:
+            request = running[position]
+            tokens = min(ledger.wants(request), ledger.tokens)
+            if tokens:
+                while not ledger.can_give(request, tokens):
+                    last -= 1
+                    ledger.preempt(running[last])
+                    if last == position:
+                        return
+                ledger.give(request, tokens)
+            position += 1
+
+    def _admit(self, ledger: Ledger, waiting: Iterable[Request]) -> None:
+        """Admit from the head of the queue while budgets last; whole prompts only unless chunked."""
+        for request in waiting:
+            tokens = ledger.wants(request)
+            if tokens > ledger.tokens and not self._may_exceed(ledger, request):
+                tokens = ledger.tokens if self.chunked else 0
+            if not tokens or not ledger.sequences or not ledger.can_admit(request):
+                return
+            ledger.admit(request, tokens)
+
+    def _may_exceed(self, ledger: Ledger, request: Request) -> bool:
+        """Without chunks a preempted request that outgrew the budget is recomputed alone, or it never would be."""
+        return not self.chunked and request.preemptions > 0 and not ledger.entries
+
+
+class ChunkedPrefill(Fcfs):
+    """vLLM V1: running requests first, then the queue, until the token budget is spent; prompts mix with decodes."""
+
+    def fill(self, ledger: Ledger, running: Sequence[Request], waiting: Iterable[Request]) -> None:
+        self._grow(ledger, running)
+        if not ledger.preempted:
+            self._admit(ledger, waiting)
+
+
+class PrefillFirst(Fcfs):
+    """vLLM V0 and SGLang: a step is all prefill as long as a prompt can be advanced or admitted, else all decode."""
+
+    def fill(self, ledger: Ledger, running: Sequence[Request], waiting: Iterable[Request]) -> None:
+        self._continue_prompts(ledger, running)
+        self._admit(ledger, waiting)
+        if not ledger.entries:
+            self._grow(ledger, running)
+
+    def _continue_prompts(self, ledger: Ledger, running: Sequence[Request]) -> None:
+        for request in running:
+            tokens = min(ledger.wants(request), ledger.tokens)
+            if tokens > 1 and ledger.can_give(request, tokens):
+                ledger.give(request, tokens)
+
+
+POLICIES: dict[str, type[Fcfs]] = {"chunked_prefill": ChunkedPrefill, "prefill_first": PrefillFirst}
+"""Batching policies by the name an engine profile uses."""

@@ -1,0 +1,38 @@
+"""Simulated time: whole nanoseconds, and a rank that orders events of the same instant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import simpy
+
+ARRIVAL = 0
+"""Rank of arrivals. The step ends of replica ``i`` have rank ``1 + i``: at equal times a request arrives before any
+step ends, and step ends happen in the order of the replicas, whether or not steps in between were simulated singly."""
+
+
+class Alarm(simpy.Event):
+    """An event that is certain to happen at its time unless silenced."""
+
+    def __init__(self, clock: Clock, action: Callable[[], None]) -> None:
+        super().__init__(clock)
+        self._ok = True
+        self._value = None
+        self.callbacks = [lambda _: action()]
+
+    def silence(self) -> None:
+        """Let the alarm pass without effect."""
+        self.callbacks = []
+
+
+class Clock(simpy.Environment):
+    """A SimPy environment on integer nanoseconds with ranked ties."""
+
+    def __init__(self) -> None:
+        super().__init__(initial_time=0)
+
+    def at(self, time_ns: int, rank: int, action: Callable[[], None]) -> Alarm:
+        """Call ``action`` at ``time_ns``; among equal times lower ranks go first, then the order of asking."""
+        alarm = Alarm(self, action)
+        self.schedule(alarm, priority=rank, delay=time_ns - self._now)
+        return alarm

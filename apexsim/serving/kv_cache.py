@@ -1,0 +1,53 @@
+"""The paged KV cache of one replica, counted in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from apexsim.serving.request import Request
+
+
+class BlockManager:
+    """Hands out a fixed number of KV blocks; a request holds as many as its computed tokens need.
+
+    ``blocks_for(tokens)`` says how many blocks that many cached tokens take (sliding-window layers hold less); it may
+    only rise at multiples of ``block_size``. Invariant after every call: ``free + held by all requests == total``.
+    """
+
+    def __init__(self, total: int, block_size: int, blocks_for: Callable[[int], int]) -> None:
+        self.total = total
+        self.free = total
+        self.block_size = block_size
+        self.blocks_for = blocks_for
+
+    @property
+    def held(self) -> int:
+        """Blocks in use."""
+        return self.total - self.free
+
+    def missing(self, request: Request, tokens: int) -> int:
+        """Blocks that ``request`` lacks to hold ``tokens`` cached tokens."""
+        if tokens <= request.capacity:
+            return 0
+        return max(0, self.blocks_for(tokens) - request.blocks)
+
+    def can_grow(self, request: Request, tokens: int) -> bool:
+        """Whether ``request`` could hold ``tokens`` cached tokens now."""
+        return tokens <= request.capacity or self.missing(request, tokens) <= self.free
+
+    def grow(self, request: Request, tokens: int) -> None:
+        """Give ``request`` the blocks it lacks to hold ``tokens`` cached tokens."""
+        if tokens <= request.capacity:
+            return
+        missing = self.missing(request, tokens)
+        if missing > self.free:
+            raise RuntimeError(f"{request} needs {missing} blocks, {self.free} are free")
+        self.free -= missing
+        request.blocks += missing
+        request.capacity = -(-tokens // self.block_size) * self.block_size
+
+    def release(self, request: Request) -> None:
+        """Take back every block of ``request``."""
+        self.free += request.blocks
+        request.blocks = 0
+        request.capacity = 0

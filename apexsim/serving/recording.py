@@ -1,0 +1,112 @@
+"""What a run leaves behind: one row a request, one row a step (or run of identical steps), and token gaps."""
+
+from __future__ import annotations
+
+from array import array
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apexsim.serving.batch import Batch
+from apexsim.serving.request import Request
+from apexsim.units import NS_PER_S
+
+STEP_COLUMNS = (
+    "start_ns", "end_ns", "replica", "repeats", "decodes", "context", "chunk_tokens", "survivors",
+    "kv_blocks", "kv_blocks_peak", "running", "waiting",
+)  # fmt: skip
+CHUNK_COLUMNS = ("step", "tokens", "history")
+
+
+class Recorder:
+    """Collects integers while the clock runs; turns them into columns afterwards."""
+
+    def __init__(self, windows: Sequence[int]) -> None:
+        self.step_columns = (*STEP_COLUMNS, *(f"window_context_{window}" for window in windows))
+        self._steps = array("q")
+        self._chunks = array("q")
+        self._gaps: defaultdict[int, int] = defaultdict(int)
+        self._runs: list[tuple[NDArray[np.int64], int]] = []
+        self.rejected: dict[int, str] = {}
+
+    def step(self, batch: Batch, *, repeats: int, end_ns: int, held: tuple[int, int]) -> None:
+        """Add a step, or ``repeats`` identical ones; ``held`` are the KV blocks in use in the first and the last."""
+        stats = batch.stats
+        chunk_tokens = 0
+        if stats.chunks:
+            index = len(self._steps) // len(self.step_columns)
+            for tokens, history in stats.chunks:
+                chunk_tokens += tokens
+                self._chunks.extend((index, tokens, history))
+        self._steps.extend((
+            batch.start_ns, end_ns, batch.replica, repeats, stats.decodes, stats.context, chunk_tokens, stats.survivors,
+            (held[0] + held[1]) // 2, held[1], batch.running, batch.waiting, *stats.window_contexts,
+        ))  # fmt: skip
+
+    def tokens(self, requests: Sequence[Request], end_ns: int) -> None:
+        """Stamp one sampled token of each request; the gap to its previous token is an inter-token latency."""
+        gaps = self._gaps
+        for request in requests:
+            last = request.last_token_ns
+            if last is None:
+                request.first_token_ns = end_ns
+            else:
+                gaps[end_ns - last] += 1
+            request.last_token_ns = end_ns
+
+    def run(self, durations_ns: NDArray[np.int64], sequences: int) -> None:
+        """Add the gaps of consecutive decode steps that gave ``sequences`` requests a token each."""
+        if len(durations_ns):
+            self._runs.append((durations_ns, sequences))
+
+    def reject(self, request: Request, reason: str) -> None:
+        """Note why a request was refused service."""
+        self.rejected[request.index] = reason
+
+    def steps(self) -> dict[str, NDArray[np.int64]]:
+        """Columns of ``step_columns``, in the order in which steps ended."""
+        return _columns(self._steps, self.step_columns)
+
+    def chunks(self) -> dict[str, NDArray[np.int64]]:
+        """Columns step (row in ``steps``), tokens, history (tokens cached before the chunk)."""
+        return _columns(self._chunks, CHUNK_COLUMNS)
+
+    def inter_token_gaps(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Distinct gaps in nanoseconds, ascending, and how many tokens had each."""
+        parts = [np.array(list(self._gaps), dtype=np.int64), *(durations for durations, _ in self._runs)]
+        counts = [
+            np.array(list(self._gaps.values()), dtype=np.int64),
+            *(np.full(len(durations), sequences, dtype=np.int64) for durations, sequences in self._runs),
+        ]
+        gaps, inverse = np.unique(np.concatenate(parts), return_inverse=True)
+        return gaps, np.bincount(inverse, weights=np.concatenate(counts), minlength=len(gaps)).astype(np.int64)
+
+    def requests(self, requests: Sequence[Request], response_ns: int) -> dict[str, NDArray[np.generic]]:
+        """One row a request; times in seconds as the client sees them, NaN where a thing never happened."""
+        finished = [request.known == request.total and not request.pending for request in requests]
+        reasons = [self.rejected.get(request.index, "") for request in requests]
+        status = ["rejected" if why else "finished" if done else "unfinished" for done, why in zip(finished, reasons, strict=True)]
+        return {
+            "request": np.array([request.index for request in requests], dtype=np.int64),
+            "replica": np.array([np.nan if r.replica is None else r.replica for r in requests], dtype=np.float64),
+            "arrival_s": np.array([request.arrival_ns for request in requests], dtype=np.float64) / NS_PER_S,
+            "scheduled_s": _seconds([request.scheduled_ns for request in requests], 0),
+            "first_token_s": _seconds([request.first_token_ns for request in requests], response_ns),
+            "last_token_s": _seconds([request.last_token_ns for request in requests], response_ns),
+            "prompt_tokens": np.array([request.prompt_tokens for request in requests], dtype=np.int64),
+            "output_tokens": np.array([request.output_tokens for request in requests], dtype=np.int64),
+            "preemptions": np.array([request.preemptions for request in requests], dtype=np.int64),
+            "status": np.array(status, dtype=object),
+            "reason": np.array(reasons, dtype=object),
+        }
+
+
+def _columns(flat: array[int], names: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+    table = np.frombuffer(flat, dtype=np.int64).reshape(-1, len(names)) if len(flat) else np.empty((0, len(names)), np.int64)
+    return {name: table[:, column].copy() for column, name in enumerate(names)}
+
+
+def _seconds(times_ns: Sequence[int | None], later_ns: int) -> NDArray[np.float64]:
+    return np.array([np.nan if t is None else (t + later_ns) / NS_PER_S for t in times_ns], dtype=np.float64)

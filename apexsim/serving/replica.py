@@ -1,0 +1,218 @@
+"""One replica: a queue, a KV cache and a pipeline of batches, driven by a batching policy and a step cost."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from apexsim.costs.steps import StepCost
+from apexsim.serving.batch import Batch, compose
+from apexsim.serving.batching import BatchPolicy, Ledger
+from apexsim.serving.clock import ARRIVAL, Alarm, Clock
+from apexsim.serving.kv_cache import BlockManager
+from apexsim.serving.recording import Recorder
+from apexsim.serving.request import Request
+from apexsim.serving.stretch import Stretch, plan_stretch
+from apexsim.specs.engine import SchedulerDefaults
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSettings:
+    """What every replica of a pool shares. ``windows`` are the model's attention windows, ascending."""
+
+    cost: StepCost
+    scheduler: SchedulerDefaults
+    policy: BatchPolicy
+    windows: tuple[int, ...]
+    frontend_ns: int
+    exact_steps: bool
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens a step may compute."""
+        assert self.scheduler.max_num_batched_tokens is not None, "resolved by EngineProfile.scheduler_for"
+        return self.scheduler.max_num_batched_tokens
+
+    @property
+    def lookahead(self) -> int:
+        """Sampled tokens that may be in flight when a request is scheduled again; a pipeline hides the host by itself."""
+        return self.scheduler.lookahead_steps if self.cost.stages == 1 else 0
+
+    @property
+    def batches_in_flight(self) -> int:
+        """Batches composed and not yet ended: one a stage, or the running one and the one prepared meanwhile."""
+        return max(self.cost.stages, 1 + self.lookahead)
+
+
+class Replica:
+    """Steps under one barrier.
+
+    Compositions happen when a batch ends, or when an idle replica wakes, until ``batches_in_flight`` are composed or
+    nothing can be scheduled. A batch enters a stage when the stage before has passed it on and the batch before has
+    left it. With one batch in flight that is synchronous scheduling; with two on one stage, asynchronous: a batch is
+    composed when the one before it starts, from what is known at that time.
+    """
+
+    def __init__(
+        self, index: int, *, clock: Clock, settings: ReplicaSettings, blocks: BlockManager, recorder: Recorder,
+        on_finish: Callable[[Request], None],
+    ) -> None:  # fmt: skip
+        self.index = index
+        self.running: list[Request] = []
+        self.waiting: deque[Request] = deque()
+        self.unfinished = 0
+        self._clock = clock
+        self._set = settings
+        self._blocks = blocks
+        self._recorder = recorder
+        self._on_finish = on_finish
+        self._in_flight: deque[Batch] = deque()
+        self._leaving = 0
+        self._stage_free = [0] * settings.cost.stages
+        self._frontend_free = 0
+        self._alarm: Alarm | None = None
+        self._stretch: Stretch | None = None
+        self._ledger: Ledger | None = None
+
+    # -- arrivals ---------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Take a request in; it joins the queue after the serial frontend has handled it."""
+        request.replica = self.index
+        self.unfinished += 1
+        if not self._set.frontend_ns:
+            self._enqueue(request)
+            return
+        self._frontend_free = max(self._clock.now, self._frontend_free) + self._set.frontend_ns
+        self._clock.at(self._frontend_free, ARRIVAL, lambda: self._enqueue(request))
+
+    def _enqueue(self, request: Request) -> None:
+        self.waiting.append(request)
+        if self._stretch is not None:
+            self._cut(self._stretch)
+        elif not self._in_flight and self._alarm is None:
+            self._alarm = self._clock.at(self._clock.now, 1 + self.index, self._wake)
+
+    # -- the step ---------------------------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        self._fill_pipeline()
+        self._arm()
+
+    def _end_step(self) -> None:
+        """The oldest batch ends: its tokens exist, its last requests leave, and room is filled again."""
+        stretch, self._stretch = self._stretch, None
+        if stretch is not None:
+            self._settle(stretch)
+        batch = self._in_flight.popleft()
+        self._recorder.tokens(batch.samples, batch.end_ns)
+        self._recorder.step(batch, repeats=1, end_ns=batch.end_ns, held=(self._blocks.held, self._blocks.held))
+        for request in batch.samples:
+            request.pending -= 1
+        for request in batch.leaving:
+            self._leave(request)
+        self._fill_pipeline()
+        self._arm()
+
+    def _leave(self, request: Request) -> None:
+        self._blocks.release(request)
+        self._leaving -= 1
+        self.unfinished -= 1
+        self._on_finish(request)
+
+    def _fill_pipeline(self) -> None:
+        while len(self._in_flight) < self._set.batches_in_flight:
+            ledger = self._open_ledger()
+            self._set.policy.fill(ledger, self.running, self.waiting)
+            batch = self._close(ledger)
+            if batch is not None:
+                self._launch(batch)
+            elif not ledger.preempted:
+                break
+
+    def _open_ledger(self) -> Ledger:
+        scheduler = self._set.scheduler
+        seats = scheduler.max_num_seqs - len(self.running) - self._leaving
+        sequences = scheduler.max_num_seqs
+        if scheduler.pipeline_split == "balanced":
+            sequences = -(-(len(self.running) + len(self.waiting)) // self._set.batches_in_flight)
+        return Ledger(
+            self._blocks, tokens=self._set.token_budget, seats=seats, sequences=sequences,
+            lookahead=self._set.lookahead, full=scheduler.admission == "full",
+        )  # fmt: skip
+
+    def _close(self, ledger: Ledger) -> Batch | None:
+        """Apply a ledger: preemptions, seats, blocks, tokens. None when nothing was scheduled."""
+        self._ledger = ledger
+        for request in ledger.preempted:
+            self._blocks.release(request)
+            request.computed = 0
+            request.preemptions += 1
+            self.running.pop()
+            self.waiting.appendleft(request)
+        fresh = ledger.admitted
+        for _ in range(fresh):
+            self.running.append(self.waiting.popleft())
+        now, grow = self._clock.now, self._blocks.grow
+        first_seated = len(ledger.entries) - fresh
+        for position, (request, tokens) in enumerate(ledger.entries):
+            if position >= first_seated:
+                grow(request, ledger.held_after(request, tokens))
+                if request.scheduled_ns is None:
+                    request.scheduled_ns = now
+            elif request.computed + tokens > request.capacity:
+                grow(request, request.computed + tokens)
+        if not ledger.entries:
+            return None
+        return compose(ledger.entries, self._set.windows, admitted=fresh)
+
+    def _launch(self, batch: Batch) -> None:
+        """Send a batch through the stages: it enters one when that is free and the stage before has passed it on."""
+        time_ns, free = self._clock.now, self._stage_free
+        for stage, duration_ns in enumerate(self._set.cost.stage_ns(batch.stats)):
+            start_ns = max(time_ns, free[stage])
+            if stage == 0:
+                batch.start_ns = start_ns
+            time_ns = free[stage] = start_ns + duration_ns
+        batch.end_ns = time_ns
+        self._see_off(batch)
+        batch.replica, batch.running, batch.waiting = self.index, len(self.running) + self._leaving, len(self.waiting)
+        self._in_flight.append(batch)
+
+    def _see_off(self, batch: Batch) -> None:
+        """Requests whose last token is in flight keep seat and blocks until it ends, but are not scheduled again."""
+        if batch.leaving:
+            gone = set(batch.leaving)
+            self.running = [request for request in self.running if request not in gone]
+            self._leaving += len(gone)
+
+    # -- taking many steps at once ----------------------------------------------------------------------------
+
+    def _arm(self) -> None:
+        """Set the alarm for the next end of a step that can change anything."""
+        self._alarm = None
+        if not self._in_flight:
+            return
+        end_ns = self._in_flight[0].end_ns
+        if not self._set.exact_steps and self._ledger is not None and self._set.policy.repeats(self._ledger, self.waiting):
+            self._stretch = plan_stretch(self._in_flight, self.running, self._stage_free, self._set.cost, self._blocks)
+            if self._stretch is not None:
+                end_ns = self._stretch.next_end_ns
+        self._alarm = self._clock.at(end_ns, 1 + self.index, self._end_step)
+
+    def _cut(self, stretch: Stretch) -> None:
+        """Something arrived: the step in flight is the last that passes unseen."""
+        if stretch.cut(self._clock.now):
+            assert self._alarm is not None
+            self._alarm.silence()
+            self._alarm = self._clock.at(stretch.next_end_ns, 1 + self.index, self._end_step)
+
+    def _settle(self, stretch: Stretch) -> None:
+        """Apply the silent step ends; the last of their compositions may have sampled last tokens."""
+        if not stretch.silent:
+            return
+        stretch.settle(self._in_flight, self._stage_free, self._recorder, self._blocks)
+        latest = self._in_flight[-1]
+        latest.leaving = [request for request in latest.requests if request.known == request.total]
+        self._see_off(latest)

@@ -1,0 +1,60 @@
+"""The one mutable noun: a request on its way through a replica."""
+
+from __future__ import annotations
+
+
+class Request:
+    """Tokens a request wants computed, tokens that are, and the times at which things happened to it.
+
+    How its counters relate (a request of 5 prompt and 3 output tokens after its first decode step was composed)::
+
+        |<--------- prompt_tokens ---------->|<----- output_tokens ---->|
+        [  p0   p1   p2   p3   p4  |   o0   |   o1   |   (o2)           ]
+        |<------------- computed ----------->|                           KV entries that exist or are being computed
+        |<------------------ known ------------------>|                  prompt + tokens sampled or being sampled
+        |<------------------------- total ---------------------------->|
+
+    ``computed`` and ``known`` move when a step is composed, so that a scheduler may compose the next one before the
+    device has finished; ``pending`` counts the sampled tokens still in flight. Decoding is ``known - computed == 1``.
+    """
+
+    __slots__ = (
+        "arrival_ns",
+        "blocks",
+        "capacity",
+        "computed",
+        "first_token_ns",
+        "index",
+        "known",
+        "last_token_ns",
+        "pending",
+        "preemptions",
+        "prompt_tokens",
+        "replica",
+        "scheduled_ns",
+        "total",
+    )
+
+    def __init__(self, index: int, prompt_tokens: int, output_tokens: int) -> None:
+        self.index = index
+        self.prompt_tokens = prompt_tokens
+        self.total = prompt_tokens + output_tokens
+        self.known = prompt_tokens
+        self.computed = 0
+        self.pending = 0
+        self.blocks = 0
+        self.capacity = 0
+        self.preemptions = 0
+        self.arrival_ns = 0
+        self.replica: int | None = None
+        self.scheduled_ns: int | None = None
+        self.first_token_ns: int | None = None
+        self.last_token_ns: int | None = None
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens the request generates before it stops."""
+        return self.total - self.prompt_tokens
+
+    def __repr__(self) -> str:
+        return f"Request({self.index}: {self.computed}/{self.known}/{self.total})"

@@ -1,0 +1,228 @@
+"""One run: requests through a deployment, from arrivals to columns."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from apexsim.costs.accounting import account
+from apexsim.costs.memory import MemoryPlan, plan_memory
+from apexsim.costs.steps import StepCost, build_step_cost
+from apexsim.errors import BadInput, nearest
+from apexsim.results import SimulationResult
+from apexsim.serving.batching import POLICIES
+from apexsim.serving.clock import ARRIVAL, Clock
+from apexsim.serving.kv_cache import BlockManager
+from apexsim.serving.recording import Recorder
+from apexsim.serving.replica import Replica, ReplicaSettings
+from apexsim.serving.request import Request
+from apexsim.serving.routing import ROUTERS, Router
+from apexsim.specs.deployment import Deployment
+from apexsim.specs.slo import SLO
+from apexsim.specs.workload import Requests, Workload
+from apexsim.units import to_ns
+
+Progress = Callable[[float], None]
+
+
+def simulate(
+    deployment: Deployment,
+    workload: Requests | Workload,
+    *,
+    slo: SLO | None = None,
+    seed: int = 0,
+    exact_steps: bool = False,
+    progress: Progress | None = None,
+) -> SimulationResult:
+    """Serve every request of ``workload`` and return what happened.
+
+    ``seed`` draws the requests of a ``Workload``; a run itself has no randomness. ``exact_steps`` simulates each step
+    singly (the slow oracle; the outcome is the same). ``progress`` is called with the share of requests done.
+    Raises ``InfeasiblePlan`` when the model does not fit and ``BadInput`` when the deployment is not lawful.
+    """
+    started_s = time.perf_counter()
+    requests = workload.sample(np.random.default_rng(seed)) if isinstance(workload, Workload) else workload
+    pool = deployment.pools[0]
+    memory = plan_memory(deployment, pool)
+    cost = build_step_cost(deployment, pool)
+    built_s = time.perf_counter()
+    run = Run(deployment, requests, cost=cost, memory=memory, exact_steps=exact_steps, progress=progress)
+    run.go()
+    simulated_s = time.perf_counter()
+    recorder = run.recorder
+    steps, chunks = recorder.steps(), recorder.chunks()
+    return SimulationResult.from_run(
+        deployment=deployment,
+        workload_name=requests.name,
+        slo=slo,
+        requests=recorder.requests(run.requests, to_ns(deployment.engine.host.response_s)),
+        itl=recorder.inter_token_gaps(),
+        steps=steps,
+        chunks=chunks,
+        accounting=account(cost, steps, chunks),
+        memory=memory,
+        notes=requests.notes,
+        timing={
+            "build_s": built_s - started_s,
+            "simulate_s": simulated_s - built_s,
+            "account_s": time.perf_counter() - simulated_s,
+        },
+    )
+
+
+class Run:
+    """The clock, the replicas and the requests of one simulation."""
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        requests: Requests,
+        *,
+        cost: StepCost,
+        memory: MemoryPlan,
+        exact_steps: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        self.clock = Clock()
+        self.recorder = Recorder(deployment.model.windows)
+        self.requests = [
+            Request(index, int(prompt), int(output))
+            for index, (prompt, output) in enumerate(zip(requests.prompt_tokens, requests.output_tokens, strict=True))
+        ]
+        self.replicas = self._replicas(deployment, cost, memory, exact_steps)
+        self._router = make_router(deployment.router)
+        self._door = Door(deployment, memory)
+        self._response_ns = to_ns(deployment.engine.host.response_s)
+        self._turnaround_ns = None if requests.concurrency is None else max(1, to_ns(requests.turnaround_s))
+        self._clients = requests.concurrency
+        self._arrivals_ns = None if requests.arrival_s is None else [to_ns(t) for t in requests.arrival_s]
+        self._next = 0
+        self._done = 0
+        self._progress = progress
+        self._stride = max(1, len(self.requests) // 100)
+
+    def _replicas(self, deployment: Deployment, cost: StepCost, memory: MemoryPlan, exact_steps: bool) -> list[Replica]:
+        scheduler = deployment.scheduler
+        settings = ReplicaSettings(
+            cost=cost,
+            scheduler=scheduler,
+            policy=make_policy(scheduler.policy)(scheduler),
+            windows=deployment.model.windows,
+            frontend_ns=to_ns(deployment.engine.host.frontend_per_request_s),
+            exact_steps=exact_steps,
+        )
+        return [
+            Replica(
+                index,
+                clock=self.clock,
+                settings=settings,
+                blocks=BlockManager(memory.blocks, memory.block_size, memory.blocks_for),
+                recorder=self.recorder,
+                on_finish=self._finished,
+            )
+            for index in range(deployment.pools[0].replicas)
+        ]
+
+    def go(self) -> None:
+        """Run until every request is done."""
+        if self._arrivals_ns is not None:
+            self.clock.at(self._arrivals_ns[0], ARRIVAL, self._arrive)
+        else:
+            self.clock.at(0, ARRIVAL, self._start_clients)
+        self.clock.run()
+        if self._progress:
+            self._progress(1.0)
+
+    # -- arrivals -----------------------------------------------------------------------------------------------
+
+    def _arrive(self) -> None:
+        """All requests of this instant arrive, then the next arrival is awaited."""
+        assert self._arrivals_ns is not None
+        now, times = self.clock.now, self._arrivals_ns
+        while self._next < len(times) and times[self._next] == now:
+            self._send()
+        if self._next < len(times):
+            self.clock.at(times[self._next], ARRIVAL, self._arrive)
+
+    def _start_clients(self) -> None:
+        assert self._clients is not None
+        for _ in range(min(self._clients, len(self.requests))):
+            self._send_in_turn()
+
+    def _send_in_turn(self) -> None:
+        """A client of a closed loop sends the next request; one refused at the door is followed at once by another."""
+        while self._next < len(self.requests) and not self._send():
+            pass
+
+    def _send(self) -> bool:
+        """Send the next request to a replica, or refuse it at the door."""
+        request = self.requests[self._next]
+        self._next += 1
+        request.arrival_ns = self.clock.now
+        reason = self._door.refuses(request)
+        if reason:
+            self.recorder.reject(request, reason)
+            self._count()
+            return False
+        chosen = self._router.choose([replica.unfinished for replica in self.replicas]) if len(self.replicas) > 1 else 0
+        self.replicas[chosen].submit(request)
+        return True
+
+    def _finished(self, request: Request) -> None:
+        self._count()
+        if self._turnaround_ns is not None and self._next < len(self.requests):
+            self.clock.at(self.clock.now + self._response_ns + self._turnaround_ns, ARRIVAL, self._send_in_turn)
+
+    def _count(self) -> None:
+        self._done += 1
+        if self._progress and self._done % self._stride == 0:
+            self._progress(self._done / len(self.requests))
+
+
+class Door:
+    """Refuses requests that no scheduler could ever serve, each with its reason."""
+
+    def __init__(self, deployment: Deployment, memory: MemoryPlan) -> None:
+        scheduler = deployment.scheduler
+        self._context_limit = deployment.context_limit
+        self._prompt_limit = None if scheduler.chunked_prefill else scheduler.max_num_batched_tokens
+        self._memory = memory
+
+    def refuses(self, request: Request) -> str:
+        """Why the request cannot be served; empty when it can."""
+        if request.total > self._context_limit:
+            return f"{request.total} tokens of prompt and output exceed the context limit of {self._context_limit}"
+        if self._prompt_limit is not None and request.prompt_tokens > self._prompt_limit:
+            return f"a prompt of {request.prompt_tokens} tokens exceeds the budget of {self._prompt_limit} tokens a step, and prompts are not chunked"
+        needed = self._memory.blocks_for(request.total)
+        if needed > self._memory.blocks:
+            return f"{request.total} tokens need {needed} KV blocks, a replica has {self._memory.blocks}"
+        return ""
+
+
+def make_policy(name: str) -> Callable[..., Any]:
+    """The batching policy of that name, or the class that ``module:Name`` points to."""
+    return _named(name, POLICIES, "policy")
+
+
+def make_router(name: str) -> Router:
+    """A router by name, or an instance of the class that ``module:Name`` points to."""
+    router: Router = _named(name, ROUTERS, "router")()
+    return router
+
+
+def _named(name: str, known: Mapping[str, Callable[..., Any]], what: str) -> Callable[..., Any]:
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        if name not in known:
+            raise BadInput(f"unknown {what}; {nearest(name, known)}, or give module:Name", key=what, got=name)
+        return known[name]
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise BadInput(f"cannot be imported ({error}); give module:Name", key=what, got=name) from None
+    return found

@@ -1,0 +1,182 @@
+"""Macro-stepping: many identical decode steps as one event, with the same outcome as one by one.
+
+While every batch in flight only continues decoding, and nobody arrives, finishes or runs short of blocks, each step
+end composes the same batch again. Such ends are *silent*: nothing outside the replica can tell when they happen. A
+stretch plans how many silent ends follow, the replica sleeps through them, and they are applied when the next end that
+matters comes. An arrival cuts the stretch at the step in flight, which is why nothing is applied beforehand::
+
+    in flight   [b0]──────┐ silent    ┌ silent           ┌ next_end: the silent ends applied, then an ordinary one
+    ends               end(1)      end(2)   ...  end(silent)    end(silent + 1)
+                                      ^ an arrival here leaves one silent end; next_end becomes end(2)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apexsim.costs.steps import DecodeRun, StepCost
+from apexsim.serving.batch import Batch
+from apexsim.serving.kv_cache import BlockManager
+from apexsim.serving.recording import Recorder
+from apexsim.serving.request import Request
+
+LONGEST = 1 << 20
+"""Silent ends planned ahead on one stage, where their number costs nothing."""
+LONGEST_ROTATION = 256
+"""Silent ends planned ahead in a pipeline, where each is computed and lost when an arrival cuts them."""
+
+
+class Stretch(ABC):
+    """A number of silent step ends to come."""
+
+    silent: int
+
+    @abstractmethod
+    def end_ns(self, count: int) -> int:
+        """When the ``count``-th step end from now on happens, counted from 1."""
+
+    @abstractmethod
+    def settle(self, in_flight: deque[Batch], stage_free: list[int], recorder: Recorder, blocks: BlockManager) -> None:
+        """Apply the silent ends (at least one): requests, blocks, records and the batches in flight after them."""
+
+    @property
+    def next_end_ns(self) -> int:
+        """The first step end that is not silent."""
+        return self.end_ns(self.silent + 1)
+
+    def cut(self, now_ns: int) -> bool:
+        """Keep the silent ends before ``now_ns``; an end at that very time has not happened. True if any were dropped."""
+        passed = bisect_left(range(1, self.silent + 1), now_ns, key=self.end_ns)
+        dropped = passed < self.silent
+        self.silent = passed
+        return dropped
+
+
+class SingleStage(Stretch):
+    """Every step has the whole running set; the times of all ends are in closed form."""
+
+    def __init__(self, in_flight: Sequence[Batch], run: DecodeRun, silent: int) -> None:
+        self.silent = silent
+        self._run = run
+        self._start_ns = in_flight[0].start_ns
+
+    def end_ns(self, count: int) -> int:
+        return self._start_ns + self._run.elapsed_ns(count)
+
+    def settle(self, in_flight: deque[Batch], stage_free: list[int], recorder: Recorder, blocks: BlockManager) -> None:
+        first, silent = in_flight[0], self.silent
+        _pass(first, (self.end_ns(1), self.end_ns(silent)), self._run.durations_ns(silent)[1:], recorder, blocks)
+        base = first.stats
+        for position, batch in enumerate(in_flight):
+            batch.stats = base.grown(silent + position)
+            batch.start_ns, batch.end_ns = self.end_ns(silent + position), self.end_ns(silent + position + 1)
+        stage_free[0] = in_flight[-1].end_ns
+
+
+class Rotation(Stretch):
+    """A pipeline: disjoint groups of decoding requests take turns, each composed again when its step ends."""
+
+    def __init__(self, in_flight: Sequence[Batch], stage_free: Sequence[int], runs: Sequence[DecodeRun], silent: int) -> None:
+        self.silent = silent
+        self._batches = tuple(in_flight)
+        self._free = tuple(stage_free)
+        self._runs = runs
+        _, self._ends, _ = self._timeline(silent)
+
+    def end_ns(self, count: int) -> int:
+        return self._ends[count - 1]
+
+    def _timeline(self, silent: int) -> tuple[list[int], list[int], list[int]]:
+        """Start and end of every step in order of their ends, and when each stage is free after ``silent`` compositions."""
+        starts = [batch.start_ns for batch in self._batches]
+        ends = [batch.end_ns for batch in self._batches]
+        free, groups = list(self._free), len(self._batches)
+        for composed in range(silent):
+            time_ns = ends[composed]
+            starts.append(max(time_ns, free[0]))
+            for stage, duration_ns in enumerate(self._runs[composed % groups].stage_ns(composed // groups + 1)):
+                time_ns = free[stage] = max(time_ns, free[stage]) + duration_ns
+            ends.append(time_ns)
+        return starts, ends, free
+
+    def settle(self, in_flight: deque[Batch], stage_free: list[int], recorder: Recorder, blocks: BlockManager) -> None:
+        groups, silent = len(self._batches), self.silent
+        starts, ends, stage_free[:] = self._timeline(silent)
+        for position, batch in enumerate(self._batches[:silent]):
+            times = ends[position:silent:groups]
+            _pass(batch, (times[0], times[-1]), np.diff(np.array(times, dtype=np.int64)), recorder, blocks)
+            batch.stats = batch.stats.grown(len(times))
+            latest = position + len(times) * groups
+            batch.start_ns, batch.end_ns = starts[latest], ends[latest]
+        in_flight.rotate(-silent)
+
+
+def _pass(
+    batch: Batch, ends_ns: tuple[int, int], gaps_ns: NDArray[np.int64], recorder: Recorder, blocks: BlockManager
+) -> None:
+    """Let steps of a steady batch end, the first and last at ``ends_ns``, each followed by its composition anew."""
+    held, steps = blocks.held, len(gaps_ns) + 1
+    recorder.tokens(batch.samples, ends_ns[0])
+    recorder.run(gaps_ns, len(batch.samples))
+    for request in batch.requests:
+        request.computed = computed = request.computed + steps
+        request.known += steps
+        request.last_token_ns = ends_ns[1]
+        if computed > request.capacity:
+            blocks.grow(request, computed)
+    recorder.step(batch, repeats=steps, end_ns=ends_ns[1], held=(held, blocks.held))
+
+
+def plan_stretch(
+    in_flight: Sequence[Batch], running: Sequence[Request], stage_free: Sequence[int], cost: StepCost, blocks: BlockManager
+) -> Stretch | None:
+    """The longest stretch from here; None when the next step end already matters.
+
+    On one stage each batch in flight holds every running request, in a pipeline together they do.
+    """
+    if any(not batch.steady or batch.leaving for batch in in_flight):
+        return None
+    single = cost.stages == 1
+    everyone = len(running) * (len(in_flight) if single else 1)
+    if sum(len(batch.requests) for batch in in_flight) != everyone:
+        return None
+    groups = [batch.requests for batch in (in_flight[:1] if single else in_flight)]
+    runs = [cost.decode_run(batch.stats) for batch, _ in zip(in_flight, groups, strict=False)]
+    known_runs = [run for run in runs if run is not None]
+    if len(known_runs) < len(groups):
+        return None
+    silent = _silent_ends(groups, known_runs, blocks, ahead=len(in_flight) if single else 1)
+    if silent < 1:
+        return None
+    if single:
+        return SingleStage(in_flight, known_runs[0], silent)
+    return Rotation(in_flight, stage_free, known_runs, min(silent, LONGEST_ROTATION))
+
+
+def _silent_ends(groups: Sequence[Sequence[Request]], runs: Sequence[DecodeRun], blocks: BlockManager, *, ahead: int) -> int:
+    """How many step ends may pass unseen: group ``q`` of ``G`` is composed anew at ends q + 1, q + 1 + G, q + 1 + 2G ...
+
+    The composition that samples a request's last token is the last one; the cost of a run must be known ``ahead`` of
+    the compositions; and no composition may find too few blocks.
+    """
+    silent, count = LONGEST, len(groups)
+    for position, (group, run) in enumerate(zip(groups, runs, strict=True)):
+        tokens_to_come = min(request.total - request.known for request in group)
+        silent = min(silent, (tokens_to_come - 1) * count + position + 1, (run.limit - ahead) * count + position)
+
+    def missing(ends: int) -> int:
+        return sum(
+            blocks.missing(request, request.computed + (ends - position + count - 1) // count)
+            for position, group in enumerate(groups)
+            for request in group
+        )
+
+    if silent > 0 and missing(silent) > blocks.free:
+        silent = bisect_right(range(1, silent + 1), blocks.free, key=missing)
+    return silent
