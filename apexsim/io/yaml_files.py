@@ -33,6 +33,7 @@ _FLOAT = re.compile(
     r"[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+)$"
     r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
 )
+_ODD_BREAKS = re.compile("[\r\x85\u2028\u2029]")
 _SCALARS = (str, int, float, bool, type(None))
 
 
@@ -70,12 +71,18 @@ def _represent_list(dumper: yaml.SafeDumper, data: Any) -> yaml.Node:
     return dumper.represent_sequence(_TAG + "seq", data, flow_style=flat)
 
 
+def _represent_str(dumper: yaml.SafeDumper, data: str) -> yaml.Node:
+    """Other line breaks than newline lose themselves outside double quotes."""
+    return dumper.represent_scalar(_TAG + "str", data, style='"' if _ODD_BREAKS.search(data) else None)
+
+
 _Loader.add_implicit_resolver(_TAG + "bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(_TAG + "null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 for _rule in (_Loader, _Dumper):
     _rule.add_implicit_resolver(_TAG + "int", _INT, list("-+0123456789"))
     _rule.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+.0123456789"))
 _Dumper.add_representer(list, _represent_list)
+_Dumper.add_representer(str, _represent_str)
 _Dumper.add_representer(tuple, _represent_list)
 
 
