@@ -238,13 +238,13 @@ def _gpt_oss(config: _Config) -> dict[str, Any]:
     _swiglu(config)
     bias = bool(config.get("attention_bias", True))
     method = _mapping(config, "quantization_config").get("quant_method")
-    dtype = "mxfp4" if method == "mxfp4" else None
+    experts = {"router_bias": True, "routing": "power_law_1.2", "dtype": "mxfp4" if method == "mxfp4" else None}
     return {
         "qkv_bias": bias,
         "o_bias": bias,
         "ffn_bias": True,
         "attention_sinks": True,
-        "moe": _local_experts(config) | {"router_bias": True, "dtype": dtype},
+        "moe": _local_experts(config) | experts,
     }
 
 

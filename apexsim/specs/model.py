@@ -49,6 +49,8 @@ class MoESpec(Spec):
 
     ``ffn`` is the width of one routed expert, ``shared_ffn`` that of one shared expert; the first ``dense_layers``
     layers have a dense FFN instead. ``dtype`` is set where the weights were published in that dtype only (MXFP4).
+    ``routing`` is how uneven the router's choices are: the expert of rank r is chosen with weight r^-1.01 or r^-1.2, or
+    all alike.
     """
 
     experts: int = Field(ge=2)
@@ -59,6 +61,7 @@ class MoESpec(Spec):
     dense_layers: int = Field(0, ge=0)
     router_bias: bool = False
     dtype: str | None = None
+    routing: Literal["balanced", "power_law_1.01", "power_law_1.2"] = "power_law_1.01"
 
     @property
     def shared_width(self) -> int:

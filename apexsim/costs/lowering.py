@@ -1,0 +1,241 @@
+"""From a model and a plan to operators: one graph per kind of block, and what each pipeline stage runs of it.
+
+Tensor parallelism follows Megatron-LM (arXiv 1909.08053): QKV and gate/up split by columns, output and down
+projections by rows, an all-reduce after each; embedding and LM head split by vocabulary. KV heads are repeated where
+there are more ranks than heads. A graph describes one block; a stage counts its blocks, so cost is flat in depth.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from apexsim.costs.fitted import AttentionShape, MoeLayer
+from apexsim.costs.operators import (
+    ACTIVATION_BYTES,
+    Attention,
+    Collective,
+    Elementwise,
+    Experts,
+    Gemm,
+    RowOperator,
+    Sampling,
+)
+from apexsim.errors import InfeasiblePlan
+from apexsim.specs.deployment import Deployment, Pool
+
+if TYPE_CHECKING:
+    from apexsim.specs.model import LayerKind, MoESpec
+
+Operator = RowOperator | Attention
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One transformer block of a kind, as one rank runs it.
+
+    ``graph`` is a networkx DiGraph whose nodes are operator names carrying an ``operator``; edges are data flow.
+    """
+
+    window: int | None
+    moe: bool
+    graph: Any
+    attention: Attention
+    rows: tuple[RowOperator, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StageLayers:
+    """What one pipeline stage runs in a step: ``layers``, as (block, how many); ``once`` per step over all tokens
+    (embedding, last norm, send); ``head`` over the survivors (LM head, sampling), on the last stage."""
+
+    layers: range
+    blocks: tuple[tuple[Block, int], ...]
+    once: tuple[RowOperator, ...]
+    head: tuple[RowOperator, ...]
+
+    def row_operators(self) -> list[tuple[RowOperator, int]]:
+        """Every operator that costs by tokens of the step, with the times it runs."""
+        return [(op, count) for block, count in self.blocks for op in block.rows] + [(op, 1) for op in self.once]
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A model on a plan: the distinct blocks, and the pipeline stages made of them."""
+
+    blocks: tuple[Block, ...]
+    stages: tuple[StageLayers, ...]
+
+
+def lower(deployment: Deployment, pool: Pool) -> Lowered:
+    """Lower a deployment's model onto a pool's plan; raises InfeasiblePlan where the plan is not lawful."""
+    model, plan = deployment.model, pool.plan
+    if reasons := plan.lawful(model, deployment.cluster):
+        raise InfeasiblePlan(reasons)
+    blocks = {(kind.window, kind.moe): _block(deployment, pool, kind) for kind in model.layer_kinds}
+    stages = []
+    for index, layers in enumerate(split_layers(model.layers, plan.pipeline)):
+        counted = tuple((blocks[kind.window, kind.moe], kind.count) for kind in model.kinds_of(layers))
+        last = index == plan.pipeline - 1
+        once = (*(_entry(deployment, pool) if index == 0 else ()), *_exit(deployment, last))
+        stages.append(StageLayers(layers, counted, once, _head(deployment, pool) if last else ()))
+    return Lowered(tuple(blocks.values()), tuple(stages))
+
+
+def split_layers(layers: int, stages: int) -> tuple[range, ...]:
+    """Layers of each stage, as even as can be: the first stages take the remainder."""
+    base, extra = divmod(layers, stages)
+    starts = [stage * base + min(stage, extra) for stage in range(stages + 1)]
+    return tuple(range(start, end) for start, end in pairwise(starts))
+
+
+def _entry(deployment: Deployment, pool: Pool) -> tuple[RowOperator, ...]:
+    """Token embedding: a lookup in this rank's part of the vocabulary, summed over ranks."""
+    width = ACTIVATION_BYTES * deployment.model.hidden
+    return (Elementwise("embedding", 2 * width), *_all_reduce(deployment, pool, "embedding_all_reduce"))
+
+
+def _exit(deployment: Deployment, last: bool) -> tuple[RowOperator, ...]:
+    """The last norm, or the hand-over to the next stage in the sender's time."""
+    width = ACTIVATION_BYTES * deployment.model.hidden
+    if last:
+        return (Elementwise("last_norm", 4 * width),)
+    return (Collective("send", "send_recv", 2, width),)
+
+
+def _head(deployment: Deployment, pool: Pool) -> tuple[RowOperator, ...]:
+    """LM head (bf16 whatever the weights are), the logits gathered over ranks, sampling."""
+    model, tensor = deployment.model, pool.plan.tensor
+    lm_head = Gemm("lm_head", math.ceil(model.vocab / tensor), model.hidden, "bf16", rows="survivors")
+    sampling = Sampling("sampling", model.vocab)
+    if tensor == 1:
+        return (lm_head, sampling)
+    gathered = Collective("logits_all_gather", "all_gather", tensor, ACTIVATION_BYTES * model.vocab, rows="survivors")
+    return (lm_head, gathered, sampling)
+
+
+def _all_reduce(deployment: Deployment, pool: Pool, name: str) -> tuple[RowOperator, ...]:
+    """The all-reduce that ends a row-split product; nothing on one rank."""
+    if pool.plan.tensor == 1:
+        return ()
+    communication = deployment.engine.communication
+    custom = communication.custom_all_reduce_max_bytes if communication.custom_all_reduce else 0
+    width = ACTIVATION_BYTES * deployment.model.hidden
+    return (Collective(name, "all_reduce", pool.plan.tensor, width, custom_max_bytes=custom),)
+
+
+def _block(deployment: Deployment, pool: Pool, kind: LayerKind) -> Block:
+    """One block: a chain of operators; the residual stream joins its two norms, and experts fork from it."""
+    import networkx as nx
+
+    attention, before, after = _attention_part(deployment, pool, kind)
+    ffn = _moe_part(deployment, pool) if kind.moe else _dense_part(deployment, pool)
+    graph = nx.DiGraph(window=kind.window, moe=kind.moe)
+    flat: list[Operator] = [*before, attention, *after]
+    _chain(graph, flat)
+    for branch in ffn:
+        _chain(graph, [flat[-1], *branch])
+    ends = [branch[-1].name for branch in ffn]
+    closing = _closing(deployment, pool, kind, len(ffn))
+    for operator in closing:
+        graph.add_node(operator.name, operator=operator)
+        graph.add_edges_from((end, operator.name) for end in ends)
+        ends = [operator.name]
+    graph.add_edge(before[0].name, after[-1].name, residual=True)
+    rows = [*before, *after, *(op for branch in ffn for op in branch), *closing]
+    return Block(kind.window, kind.moe, graph, attention, tuple(rows))
+
+
+def _chain(graph: Any, operators: list[Operator]) -> None:
+    for operator in operators:
+        graph.add_node(operator.name, operator=operator)
+    graph.add_edges_from((a.name, b.name) for a, b in pairwise(operators))
+
+
+def _attention_part(
+    deployment: Deployment, pool: Pool, kind: LayerKind
+) -> tuple[Attention, list[RowOperator], list[RowOperator]]:
+    """Attention with what comes before it and after it, up to the norm before the FFN.
+
+    A fused residual-add and norm reads and writes both the hidden state and the residual.
+    """
+    model, tensor = deployment.model, pool.plan.tensor
+    heads, kv_heads = model.heads // tensor, max(1, model.kv_heads // tensor)
+    width, dtype = ACTIVATION_BYTES * model.hidden, deployment.weights
+    rotated = 2 * ACTIVATION_BYTES * (heads + kv_heads) * model.head_dim
+    before: list[RowOperator] = [Elementwise("attention_norm", 4 * width)]
+    before.append(Gemm("qkv", (heads + 2 * kv_heads) * model.head_dim, model.hidden, dtype))
+    if model.qk_norm:
+        before.append(Elementwise("qk_norm", rotated))
+    if model.positions == "rope":
+        before.append(Elementwise("rope", rotated))
+    after: list[RowOperator] = [Gemm("o", model.hidden, heads * model.head_dim, dtype)]
+    after += _all_reduce(deployment, pool, "attention_all_reduce")
+    after.append(Elementwise("ffn_norm", 4 * width))
+    shape = AttentionShape(heads, kv_heads, model.head_dim, kind.window, deployment.kv_cache)
+    return Attention("attention", shape), before, after
+
+
+def _ffn(deployment: Deployment, width: int, prefix: str = "") -> list[RowOperator]:
+    """A dense FFN whose shard on this rank is ``width`` wide."""
+    model, dtype = deployment.model, deployment.weights
+    up, inputs = ("gate_up", 2) if model.gated else ("up", 1)
+    return [
+        Gemm(prefix + up, inputs * width, model.hidden, dtype),
+        Elementwise(prefix + "activation", ACTIVATION_BYTES * (inputs + 1) * width),
+        Gemm(prefix + "down", model.hidden, width, dtype),
+    ]
+
+
+def _dense_part(deployment: Deployment, pool: Pool) -> list[list[RowOperator]]:
+    return [_ffn(deployment, (deployment.model.ffn or 0) // pool.plan.tensor)]
+
+
+def _moe_part(deployment: Deployment, pool: Pool) -> list[list[RowOperator]]:
+    """Router and routed experts; shared experts beside them as one dense FFN.
+
+    With ``all_to_all`` every rank sends its share of the tokens to the ranks of their experts and gets them back;
+    with ``all_reduce`` every rank holds all tokens already and its partial sums meet in the closing all-reduce.
+    """
+    model, plan = deployment.model, pool.plan
+    moe = _moe_of(deployment)
+    layer = MoeLayer(
+        hidden=model.hidden,
+        inter=moe.ffn // plan.moe_tensor,
+        topk=moe.active,
+        experts=moe.experts,
+        ep=plan.expert,
+        dtype=deployment.expert_dtype,
+        routing=moe.routing,
+        gated=model.gated,
+    )
+    routed: list[RowOperator] = [Gemm("router", moe.experts, model.hidden, "bf16"), Experts("experts", layer)]
+    if _dispatches(deployment, pool):
+        sent = ACTIVATION_BYTES * model.hidden * moe.active / plan.expert
+        routed.insert(1, Collective("dispatch", "all_to_all", plan.expert, sent))
+        routed.append(Collective("combine", "all_to_all", plan.expert, sent))
+    if not moe.shared_width:
+        return [routed]
+    return [routed, _ffn(deployment, moe.shared_width // plan.tensor, "shared_")]
+
+
+def _closing(deployment: Deployment, pool: Pool, kind: LayerKind, branches: int) -> list[RowOperator]:
+    """What joins the FFN's branches and its ranks."""
+    width = ACTIVATION_BYTES * deployment.model.hidden
+    joined: list[RowOperator] = [Elementwise("add_shared", 3 * width)] if branches > 1 else []
+    if kind.moe and _dispatches(deployment, pool):
+        return [*joined, Collective("ffn_all_gather", "all_gather", pool.plan.tensor, width)]
+    return [*joined, *_all_reduce(deployment, pool, "ffn_all_reduce")]
+
+
+def _dispatches(deployment: Deployment, pool: Pool) -> bool:
+    """Whether tokens travel to their experts; only where every rank holds whole experts (expert = tensor degree)."""
+    whole = pool.plan.expert > 1 and pool.plan.moe_tensor == 1
+    return whole and deployment.engine.communication.moe_dispatch == "all_to_all"
+
+
+def _moe_of(deployment: Deployment) -> MoESpec:
+    assert deployment.model.moe is not None, "a block with experts belongs to a model that has some"
+    return deployment.model.moe

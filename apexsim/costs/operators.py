@@ -1,0 +1,217 @@
+"""The operators of a transformer, each with the shape that one rank runs.
+
+A row operator costs by its number of rows: tokens of the step, or survivors (sequences whose logits are needed).
+Attention alone costs by sequence. Every operator answers for its seconds, FLOPs and bytes on one rank, vectorised over
+rows, and for the weights it keeps in memory; ``kind`` and ``key`` name the fitted operator of a device profile behind
+it, and ``sizes`` what its measured range is checked against. Activations are bf16 whatever the weights are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from apexsim.costs.fitted import AttentionShape, MoeLayer, OperatorCosts
+from apexsim.costs.forms.hardware import Array
+from apexsim.units import dtype_bytes
+
+Sizes = Mapping[str, Array | int]
+Rows = Literal["tokens", "survivors"]
+CollectiveKind = Literal["all_reduce", "all_gather", "all_to_all", "send_recv"]
+
+ACTIVATION_BYTES = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Gemm:
+    """y[rows, n] = x[rows, k] W[k, n]: n and k are the shard of one rank."""
+
+    name: str
+    n: int
+    k: int
+    dtype: str
+    rows: Rows = "tokens"
+    kind = "gemm"
+
+    @property
+    def key(self) -> str:
+        return self.dtype
+
+    @property
+    def weight_bytes(self) -> float:
+        return self.n * self.k * dtype_bytes(self.dtype)
+
+    def seconds(self, costs: OperatorCosts, rows: Array) -> Array:
+        return costs.gemm_s(rows, self.n, self.k, self.dtype)
+
+    def flops(self, rows: Array) -> Array:
+        return 2.0 * self.n * self.k * rows
+
+    def bytes_moved(self, rows: Array) -> Array:
+        return self.weight_bytes + ACTIVATION_BYTES * (self.n + self.k) * rows
+
+    def sizes(self, rows: Array) -> Sizes:
+        return {"m": rows, "n": self.n, "k": self.k}
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The routed experts of one layer: ``layer`` has the width on one rank and the experts of the whole group."""
+
+    name: str
+    layer: MoeLayer
+    rows: Rows = "tokens"
+    kind = "moe"
+
+    @property
+    def key(self) -> str:
+        return self.layer.key
+
+    @property
+    def _expert_elements(self) -> int:
+        """Matrix elements of one expert on this rank."""
+        return (3 if self.layer.gated else 2) * self.layer.hidden * self.layer.inter
+
+    @property
+    def weight_bytes(self) -> float:
+        return self.layer.experts / self.layer.ep * self._expert_elements * dtype_bytes(self.layer.dtype)
+
+    def seconds(self, costs: OperatorCosts, rows: Array) -> Array:
+        return costs.moe_s(rows, self.layer)
+
+    def flops(self, rows: Array) -> Array:
+        """Of an average rank; the most loaded one does more, which its time contains."""
+        return 2.0 * self._expert_elements * self.layer.topk / self.layer.ep * rows
+
+    def bytes_moved(self, rows: Array) -> Array:
+        """Weights of the experts that a balanced router is expected to touch, and activations in and out."""
+        touched = 1.0 - (1.0 - self.layer.topk / self.layer.experts) ** rows
+        visits = rows * self.layer.topk / self.layer.ep
+        return self.weight_bytes * touched + ACTIVATION_BYTES * visits * 2 * (self.layer.hidden + self.layer.inter)
+
+    def sizes(self, rows: Array) -> Sizes:
+        layer = self.layer
+        fixed = {"hidden": layer.hidden, "inter": layer.inter, "topk": layer.topk}
+        return {"tokens": rows, **fixed, "experts": layer.experts, "ep": layer.ep}
+
+
+@dataclass(frozen=True, slots=True)
+class Elementwise:
+    """A memory-bound kernel (norm, rotary embedding, activation, lookup) moving ``bytes_per_row``."""
+
+    name: str
+    bytes_per_row: float
+    rows: Rows = "tokens"
+    kind = "elementwise"
+    key = "any"
+    weight_bytes = 0.0
+
+    def seconds(self, costs: OperatorCosts, rows: Array) -> Array:
+        return costs.elementwise_s(self.bytes_moved(rows))
+
+    def flops(self, rows: Array) -> Array:
+        return np.zeros_like(rows)
+
+    def bytes_moved(self, rows: Array) -> Array:
+        return self.bytes_per_row * rows
+
+    def sizes(self, rows: Array) -> Sizes:
+        return {"bytes": self.bytes_moved(rows)}
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Softmax and draw over the fp32 logits of every survivor; greedy and top-p cost alike here."""
+
+    name: str
+    vocab: int
+    rows: Rows = "survivors"
+    kind = "sampling"
+    key = "any"
+    weight_bytes = 0.0
+
+    def seconds(self, costs: OperatorCosts, rows: Array) -> Array:
+        return costs.sampling_s(rows, self.vocab)
+
+    def flops(self, rows: Array) -> Array:
+        return np.zeros_like(rows)
+
+    def bytes_moved(self, rows: Array) -> Array:
+        return 4.0 * self.vocab * rows
+
+    def sizes(self, rows: Array) -> Sizes:
+        return {"sequences": rows, "vocab": self.vocab}
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """A collective over ``group`` ranks with ``bytes_per_row`` of payload, counted as nccl-tests counts it.
+
+    That is: the buffer of a rank for all-reduce and send/recv, the gathered whole for all-gather, all that one rank
+    sends for all-to-all. All-reduce uses the engine's own kernel up to ``custom_max_bytes``, the library's above.
+    """
+
+    name: str
+    kind: CollectiveKind
+    group: int
+    bytes_per_row: float
+    custom_max_bytes: float = 0.0
+    rows: Rows = "tokens"
+    weight_bytes = 0.0
+
+    @property
+    def key(self) -> str:
+        return OperatorCosts.collective_key(self.kind, self.group, custom=self.custom_max_bytes > 0)
+
+    def seconds(self, costs: OperatorCosts, rows: Array) -> Array:
+        payload = self.bytes_per_row * rows
+        return costs.collective_s(self.kind, self.group, payload, payload <= self.custom_max_bytes)
+
+    def flops(self, rows: Array) -> Array:
+        return np.zeros_like(rows)
+
+    def bytes_moved(self, rows: Array) -> Array:
+        """Bytes a rank writes to and reads from its memory for the payload, links left out."""
+        return 2.0 * self.bytes_per_row * rows
+
+    def sizes(self, rows: Array) -> Sizes:
+        return {"bytes": self.bytes_per_row * rows}
+
+
+RowOperator = Gemm | Experts | Elementwise | Sampling | Collective
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Attention of one layer on one rank, KV-cache write included (the measured kernels contain it)."""
+
+    name: str
+    shape: AttentionShape
+    kind = "attention"
+    weight_bytes = 0.0
+
+    @property
+    def key(self) -> str:
+        return self.shape.key
+
+    def decode_s(self, costs: OperatorCosts, batch: int, mean_context: Array) -> Array:
+        """``batch`` sequences of one query token each, attending to ``mean_context`` tokens on average."""
+        return costs.decode_attention_s(batch, mean_context, self.shape)
+
+    def chunk_s(self, costs: OperatorCosts, tokens: int, history: int) -> float:
+        """One sequence computing ``tokens`` after ``history`` cached ones."""
+        return costs.prefill_attention_scalar(tokens, history, self.shape)
+
+    def flops(self, attended: Array) -> Array:
+        """Scores and weighted sum over ``attended`` query-key pairs."""
+        return 4.0 * self.shape.heads * self.shape.head_dim * attended
+
+    def bytes_moved(self, queries: Array, keys: Array) -> Array:
+        """Queries in and outputs out; every key and value once."""
+        shape = self.shape
+        io = 2 * ACTIVATION_BYTES * shape.heads * shape.head_dim
+        cached = 2 * shape.kv_heads * shape.head_dim * dtype_bytes(shape.kv_dtype)
+        return io * queries + cached * keys

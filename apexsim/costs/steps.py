@@ -1,0 +1,295 @@
+"""StepCost: how long a step of a replica takes, in whole nanoseconds, from what little of the batch matters.
+
+A stage's time is a sum of integers, each looked up: everything that costs by tokens, the LM head and sampling by
+survivors, decode attention by batch size and mean context, every chunk's attention, and the host. Each part is rounded
+once, when its table is filled, so single steps and runs of steps add up the same integers.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apexsim.costs.lowering import Lowered, StageLayers, lower
+from apexsim.costs.operators import Attention, RowOperator
+from apexsim.costs.tables import BLOCK, OperatorTables, PrefixTable, tables_for, to_ns_array
+from apexsim.specs.deployment import Deployment, Pool
+from apexsim.specs.engine import HostTerms
+from apexsim.units import to_ns
+
+Counted = Iterable[tuple[RowOperator, int]]
+Nanoseconds = Sequence[int]
+Layers = tuple[tuple[int, ...], ...]
+
+
+class BatchStats(NamedTuple):
+    """Everything that a step's cost may see of its batch.
+
+    ``decodes`` sequences compute exactly one token each and attend to ``context`` tokens in sum, the new ones included;
+    ``window_contexts`` sums min(context, window) over them for every window of the model, ascending. ``chunks`` are
+    (tokens, history) of every other sequence. ``survivors`` sequences need logits.
+    """
+
+    decodes: int
+    context: int
+    window_contexts: tuple[int, ...] = ()
+    chunks: tuple[tuple[int, int], ...] = ()
+    survivors: int = 0
+
+    def grown(self, steps: int) -> BatchStats:
+        """The same decode batch some steps of a ``DecodeRun`` later: inside a run windows are all open or all full."""
+        more = steps * self.decodes
+        windows = tuple(attended + more if attended == self.context else attended for attended in self.window_contexts)
+        return self._replace(context=self.context + more, window_contexts=windows)
+
+
+class _Row:
+    """What a decode batch of one size costs whatever its context: looked up once per batch size.
+
+    ``fixed`` nanoseconds per stage; stage 0 never takes less than ``floor``, the host time that overlaps with it.
+    ``tables`` answer for decode attention of one layer, one per kind of attention; ``layers`` counts the layers of each
+    kind, stage by stage.
+    """
+
+    __slots__ = ("fixed", "floor", "layers", "prefix", "tables")
+
+    def __init__(self, fixed: Nanoseconds, floor: int, layers: Layers, tables: tuple[PrefixTable, ...]) -> None:
+        self.fixed = fixed
+        self.floor = floor
+        self.layers = layers
+        self.tables = tables
+        self.prefix = tables[0].prefix
+
+    def stage_ns(self, means: Iterable[int]) -> tuple[int, ...]:
+        """Nanoseconds of every stage at these mean contexts, one per kind of attention."""
+        spent = [table.at(mean) for table, mean in zip(self.tables, means, strict=True)]
+        return _stage_ns(self.fixed, self.floor, self.layers, spent)
+
+
+def _stage_ns(fixed: Nanoseconds, floor: int, layers: Layers, spent: Sequence[int]) -> tuple[int, ...]:
+    """Fixed nanoseconds plus those of each kind of attention in every layer; stage 0 takes at least ``floor``."""
+    stages = [
+        constant + sum(count * ns for count, ns in zip(counts, spent, strict=True))
+        for constant, counts in zip(fixed, layers, strict=True)
+    ]
+    stages[0] = max(stages[0], floor)
+    return tuple(stages)
+
+
+class StepCost:
+    """Cost of the steps of one pool's replicas. ``stages`` is the pipeline degree."""
+
+    def __init__(self, lowered: Lowered, tables: OperatorTables, host: HostTerms, *, max_context: int) -> None:
+        """Windows must be those of the blocks; ``max_context`` bounds how far a run of decode steps looks ahead."""
+        self.lowered = lowered
+        self.tables = tables
+        self.host = host
+        self.stages = len(lowered.stages)
+        self.max_context = max_context
+        self.attentions = distinct_attentions(lowered)
+        self._windows = tuple(a.shape.window for a in self.attentions if a.shape.window is not None)
+        self._full = len(self._windows) < len(self.attentions)
+        self._layers = tuple(_layers_by_attention(stage, self.attentions) for stage in lowered.stages)
+        self._plain = self.stages == 1 and self._full and not self._windows
+        self._plain_layers = self._layers[0][0]
+        self._chunks = tuple(tables.chunks_ns(attention) for attention in self.attentions)
+        self._dense: dict[int, tuple[int, ...]] = {}
+        self._heads: dict[int, int] = {0: 0}
+        self._rows: dict[int, _Row] = {}
+        self._host_step = to_ns(host.step_s)
+        self._host_sequence = to_ns(host.per_sequence_s)
+        self._exposed = to_ns(host.exposed_step_s)
+
+    def stage_ns(self, stats: BatchStats) -> tuple[int, ...]:
+        """Nanoseconds of a step on each pipeline stage.
+
+        Host time belongs to the first stage, a hand-over to its sender, LM head and sampling to the last.
+        """
+        decodes, context, _, chunks, survivors = stats
+        if chunks or survivors != decodes:
+            return self._mixed_ns(stats)
+        row = self._rows.get(decodes) or self._new_row(decodes)
+        if not self._plain:
+            return row.stage_ns(self._attended(stats))
+        mean, prefix = context // decodes, row.prefix
+        if mean + 1 >= len(prefix):
+            row.tables[0].grow(mean)
+        spent = row.fixed[0] + self._plain_layers * (prefix[mean + 1] - prefix[mean])
+        return (spent if spent > row.floor else row.floor,)
+
+    def decode_run(self, stats: BatchStats) -> DecodeRun | None:
+        """The run of decode steps that begins with this one, every context growing by 1 a step; None for others."""
+        if stats.chunks or not stats.decodes or stats.survivors != stats.decodes:
+            return None
+        row = self._rows.get(stats.decodes) or self._new_row(stats.decodes)
+        moving, limit = self._regime(stats)
+        return DecodeRun(row, self._attended(stats), moving, limit)
+
+    # -- parts ------------------------------------------------------------------------------------------------
+
+    def _attended(self, stats: BatchStats) -> tuple[int, ...]:
+        """Mean context of the decodes under each kind of attention, rounded down."""
+        decodes = stats.decodes
+        windowed = tuple(attended // decodes for attended in stats.window_contexts)
+        return (stats.context // decodes, *windowed) if self._full else windowed
+
+    def _regime(self, stats: BatchStats) -> tuple[tuple[bool, ...], int]:
+        """Which kinds of attention grow as a decode batch goes on, and for how many steps that stays so.
+
+        A window is full (every context at or beyond it) or open (none beyond it, known from equal sums). An open one
+        fills no sooner than a sequence that holds all of the batch's context but 1 token of every other would. In
+        between, or where all contexts just reach the window, the next step is a matter of its own: limit 1.
+        """
+        decodes, context = stats.decodes, stats.context
+        moving, limit = [True] if self._full else [], self.max_context - context // decodes + 1
+        longest = context - decodes + 1
+        for window, attended in zip(self._windows, stats.window_contexts, strict=True):
+            full, is_open = attended == decodes * window, attended == context
+            moving.append(is_open and not full)
+            if full == is_open:
+                limit = 1
+            elif is_open:
+                limit = min(limit, window - longest + 1)
+        return tuple(moving), max(1, limit)
+
+    def _mixed_ns(self, stats: BatchStats) -> tuple[int, ...]:
+        """A step with chunks: its parts added up, chunk by chunk."""
+        decodes, _, _, chunks, survivors = stats
+        tokens = decodes + sum([chunk_tokens for chunk_tokens, _ in chunks])
+        spent = [0] * len(self.attentions)
+        if decodes:
+            row = self._rows.get(decodes) or self._new_row(decodes)
+            spent = [table.at(mean) for table, mean in zip(row.tables, self._attended(stats), strict=True)]
+        for kind, known in enumerate(self._chunks):
+            for chunk in chunks:
+                ns = known.get(chunk)
+                spent[kind] += self.tables.chunk_ns(self.attentions[kind], *chunk) if ns is None else ns
+        fixed, floor = self._fixed_ns(tokens, survivors, decodes + len(chunks))
+        return _stage_ns(fixed, floor, self._layers, spent)
+
+    def _fixed_ns(self, tokens: int, survivors: int, sequences: int) -> tuple[Nanoseconds, int]:
+        """Nanoseconds of every stage that do not depend on context, and the floor of stage 0."""
+        fixed = list(self._dense.get(tokens) or self._new_dense(tokens))
+        head = self._heads.get(survivors)
+        fixed[-1] += self._new_head(survivors) if head is None else head
+        fixed[0] += self._exposed
+        host = self._host_step + self._host_sequence * sequences
+        if self.host.overlapped:
+            return fixed, host + self._exposed
+        fixed[0] += host
+        return fixed, 0
+
+    # -- filling ----------------------------------------------------------------------------------------------
+
+    def _new_row(self, decodes: int) -> _Row:
+        fixed, floor = self._fixed_ns(decodes, decodes, decodes)
+        tables = tuple(self.tables.decode(attention, decodes) for attention in self.attentions)
+        row = self._rows[decodes] = _Row(tuple(fixed), floor, self._layers, tables)
+        return row
+
+    def _new_dense(self, tokens: int) -> tuple[int, ...]:
+        block = (tokens - 1) // BLOCK
+        columns = [self._block_ns(stage.row_operators(), block) for stage in self.lowered.stages]
+        first = block * BLOCK + 1
+        self._dense.update(zip(range(first, first + BLOCK), zip(*columns, strict=True), strict=True))
+        return self._dense[tokens]
+
+    def _new_head(self, survivors: int) -> int:
+        block = (survivors - 1) // BLOCK
+        nanoseconds = self._block_ns([(op, 1) for op in self.lowered.stages[-1].head], block)
+        first = block * BLOCK + 1
+        self._heads.update(zip(range(first, first + BLOCK), nanoseconds, strict=True))
+        return self._heads[survivors]
+
+    def _block_ns(self, operators: Counted, block: int) -> list[int]:
+        """Nanoseconds of operators and how often each runs, at every row count of a block."""
+        seconds = np.zeros(BLOCK)
+        for operator, count in operators:
+            seconds += count * self.tables.block_s(operator, block)
+        nanoseconds: list[int] = to_ns_array(seconds).tolist()
+        return nanoseconds
+
+
+class DecodeRun:
+    """Consecutive steps of one decode batch: every context grows by one token a step.
+
+    ``limit`` (>= 1) is the number of steps for which that growth is regular. On one stage ``elapsed_ns`` is the exact
+    sum of ``stage_ns`` of the steps, in closed form: integer prefix sums, and, where the host overlaps with the device,
+    the device time (which never falls with context) crosses the host time at most once: steps before that take the host
+    time, later ones the device time.
+    """
+
+    __slots__ = ("_below", "_means", "_moving", "_row", "limit")
+
+    def __init__(self, row: _Row, means: tuple[int, ...], moving: tuple[bool, ...], limit: int) -> None:
+        """Per kind of attention: its mean context now, and whether that grows from step to step."""
+        self.limit = limit
+        self._row = row
+        self._means = means
+        self._moving = moving
+        self._below = 0  # steps known to take less device than host time
+
+    def stage_ns(self, step: int) -> tuple[int, ...]:
+        """Nanoseconds of step 0, 1, ... of the run on each stage."""
+        return self._row.stage_ns(mean + step * moves for mean, moves in zip(self._means, self._moving, strict=True))
+
+    def elapsed_ns(self, steps: int) -> int:
+        """Nanoseconds of the first ``steps`` steps one after another, on one stage."""
+        below = self._steps_below_floor(steps) if self._row.floor else 0
+        return below * self._row.floor + self._device_ns(below, steps)
+
+    def durations_ns(self, steps: int) -> NDArray[np.int64]:
+        """Nanoseconds of each of the first ``steps`` steps, on one stage."""
+        spent = np.full(steps, self._row.fixed[0], dtype=np.int64)
+        for table, layers, mean, moves in self._kinds():
+            if moves:
+                table.between(mean, mean + steps)
+                prefix = np.array(table.prefix[mean : mean + steps + 1], dtype=np.int64)
+                spent = spent + layers * (prefix[1:] - prefix[:-1])
+            else:
+                spent = spent + layers * table.at(mean)
+        return np.maximum(spent, self._row.floor)
+
+    def _kinds(self) -> Iterable[tuple[PrefixTable, int, int, bool]]:
+        return zip(self._row.tables, self._row.layers[0], self._means, self._moving, strict=True)
+
+    def _device_ns(self, start: int, end: int) -> int:
+        """Device nanoseconds of steps ``start`` ... ``end - 1``."""
+        total = (end - start) * self._row.fixed[0]
+        for table, layers, mean, moves in self._kinds():
+            spent = table.between(mean + start, mean + end) if moves else (end - start) * table.at(mean)
+            total += layers * spent
+        return total
+
+    def _steps_below_floor(self, steps: int) -> int:
+        """How many of the first ``steps`` steps take less device than host time."""
+
+        def device_ns(step: int) -> int:
+            return self._device_ns(step, step + 1)
+
+        floor = self._row.floor
+        if self._below < steps and device_ns(self._below) < floor:
+            self._below = bisect_left(range(steps), floor, lo=self._below + 1, key=device_ns)
+        return min(self._below, steps)
+
+
+def build_step_cost(deployment: Deployment, pool: Pool) -> StepCost:
+    """The cost of a pool's steps; raises InfeasiblePlan for an unlawful plan, Unsupported where no cost is known."""
+    tables = tables_for(deployment.cluster.device)
+    tables.trim()
+    return StepCost(lower(deployment, pool), tables, deployment.engine.host, max_context=deployment.model.max_context)
+
+
+def distinct_attentions(lowered: Lowered) -> tuple[Attention, ...]:
+    """Kinds of attention of a model: full first, then by window."""
+    found = {block.attention for block in lowered.blocks}
+    return tuple(sorted(found, key=lambda attention: attention.shape.window or 0))
+
+
+def _layers_by_attention(stage: StageLayers, attentions: tuple[Attention, ...]) -> tuple[int, ...]:
+    """Layers of a stage that run each kind of attention."""
+    return tuple(sum(count for block, count in stage.blocks if block.attention == kind) for kind in attentions)
