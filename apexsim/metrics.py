@@ -7,6 +7,7 @@ A figure of no observations is NaN, which JSON shows as null.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +61,21 @@ def held_ns(start_ns: Integers, end_ns: Integers) -> Integers:
     following = np.append(start_ns[1:], np.iinfo(np.int64).max)
     held: Integers = np.minimum(over, following) - start_ns
     return held
+
+
+def binned_level(times: tuple[Integers, Integers], level: npt.NDArray[Any], edges: Floats) -> Floats:
+    """Mean of a level over each bin between ``edges``, when interval i = [start, start + held) adds ``level[i]`` to it.
+
+    ``times`` are start and held; intervals may come in any order and overlap (several replicas add up).
+    """
+    start, held = times
+    at = np.concatenate((start, start + held)).astype(np.float64)
+    change = np.concatenate((level, -level)).astype(np.float64)
+    order = np.argsort(at, kind="stable")
+    at, height = at[order], np.cumsum(change[order])
+    area = np.concatenate(([0.0], np.cumsum(height[:-1] * np.diff(at))))
+    means: Floats = np.diff(np.interp(edges, at, area)) / np.diff(edges)
+    return means
 
 
 def ratio(part: float, whole: float) -> float:

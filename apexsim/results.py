@@ -159,14 +159,22 @@ class SimulationResult:
         ]
         return pd.DataFrame(rows)
 
+    def steps_of(self, replica: int) -> tuple[Columns, npt.NDArray[np.int64]]:
+        """Step columns of one replica in order of their start, and the nanoseconds each is the latest one in flight."""
+        mine = {key: values[self.step_columns["replica"] == replica] for key, values in self.step_columns.items()}
+        order = np.argsort(mine["start_ns"], kind="stable")
+        steps = {key: values[order] for key, values in mine.items()}
+        # Asynchronous engines run a step on after the last token left; it is outside the duration.
+        end_ns = np.maximum(steps["start_ns"], np.minimum(steps["end_ns"], round(self.end_s * NS_PER_S)))
+        return steps, held_ns(steps["start_ns"], end_ns)
+
     def _replica_figures(self, replica: int) -> dict[str, float]:
         mine = self.request_columns["replica"] == replica
         done = mine & self.finished
-        steps = {key: values[self.step_columns["replica"] == replica] for key, values in self.step_columns.items()}
-        order = np.argsort(steps["start_ns"], kind="stable")
-        start, end, held_blocks = (steps[key][order] for key in ("start_ns", "end_ns", "kv_blocks"))
-        held = held_ns(start, np.minimum(end, round(self.end_s * NS_PER_S)))
+        steps, held = self.steps_of(replica)
         duration_ns = self.duration_s * NS_PER_S
+        # A run of decode steps grows the cache evenly from its first step to its peak.
+        blocks = (steps["kv_blocks"] + steps["kv_blocks_peak"]) / 2
         peak = int(steps["kv_blocks_peak"].max(initial=0))
         return {
             "requests": int(mine.sum()),
@@ -174,7 +182,7 @@ class SimulationResult:
             "preemptions": int(self.request_columns["preemptions"][mine].sum()),
             "steps": int(steps["repeats"].sum()),
             "busy": ratio(float(held.sum()), duration_ns),
-            "kv_cache_mean": ratio(float(np.dot(held.astype(float), held_blocks)), duration_ns * self.kv_blocks),
+            "kv_cache_mean": ratio(float(np.dot(held, blocks)), duration_ns * self.kv_blocks),
             "kv_cache_peak": ratio(peak, self.kv_blocks),
         }
 

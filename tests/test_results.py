@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from apexsim import catalog
 from apexsim.atomic import atomic_path, json_text, without_nan, write_json
 from apexsim.errors import BadInput
-from apexsim.metrics import distribution, held_ns, weighted_distribution
+from apexsim.metrics import binned_level, distribution, held_ns, weighted_distribution
 from apexsim.results import SimulationResult
 from apexsim.specs.base import parse_spec
 from apexsim.specs.cluster import Cluster
@@ -197,8 +197,8 @@ def test_utilization() -> None:
     assert used["mfu"] == pytest.approx(4000 / (10 * 2 * 1000))
     assert used["mbu"] == pytest.approx(500 / (10 * 2 * 100))
     assert used["busy"] == pytest.approx((0.6 + 0.9) / 2)
-    # Replica 0 holds 10 blocks for 3 s, 20 for 2 s, 30 for 1 s; replica 1 40 blocks for 9 s.
-    assert used["kv_cache_mean"] == pytest.approx((100 / 1000 + 360 / 1000) / 2)
+    # Replica 0 holds 10 to 12 blocks for 3 s, 20 for 2 s, 30 for 1 s; replica 1 40 to 60 blocks for 9 s.
+    assert used["kv_cache_mean"] == pytest.approx((103 / 1000 + 450 / 1000) / 2)
     assert used["kv_cache_peak"] == 0.6
 
 
@@ -286,6 +286,14 @@ def test_held_time_sums_to_the_union_of_intervals(spans: list[tuple[int, int]]) 
     held = held_ns(start, end)
     assert int(held.sum()) == len({tick for low, high in spans for tick in range(low, high)})
     assert (held >= 0).all()
+
+
+@given(st.lists(st.tuples(st.integers(0, 90), st.integers(0, 30), st.integers(0, 9)), min_size=1, max_size=12))
+def test_binned_level_is_the_mean_of_what_is_in_force(spans: list[tuple[int, int, int]]) -> None:
+    start, held, level = (np.array([span[i] for span in spans], dtype=np.int64) for i in range(3))
+    means = binned_level((start, held), level, np.array([0.0, 10.0, 50.0]))
+    ticks = [sum(v for s, h, v in spans if s <= tick < s + h) for tick in range(50)]
+    assert means == pytest.approx([np.mean(ticks[:10]), np.mean(ticks[10:])])
 
 
 def test_distribution_of_nothing_is_unknown_and_json_says_null() -> None:

@@ -76,7 +76,9 @@ class WorkloadFlags:
     concurrency: Annotated[
         int | None, typer.Option(help="Closed loop of so many clients.", rich_help_panel=_WORKLOAD)
     ] = None
-    requests: Annotated[int | None, typer.Option(help="So many: drawn, or the first of a file.", rich_help_panel=_WORKLOAD)] = None
+    requests: Annotated[
+        int | None, typer.Option(help="How many: drawn, or the first of a file.", rich_help_panel=_WORKLOAD)
+    ] = None
     seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.", rich_help_panel=_WORKLOAD)] = 0
     slo: Annotated[str | None, typer.Option(help="Limits, as ttft_s=0.5,tpot_s=0.05.", rich_help_panel=_WORKLOAD)] = (
         None

@@ -1,0 +1,188 @@
+"""``apexsim simulate``: one deployment, one workload, every figure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from apexsim.cli.options import (
+    DeploymentFlags,
+    JsonFlag,
+    WorkloadFlags,
+    check_targets,
+    deployment_from_flags,
+    emit_json,
+    progress_bar,
+    table_console,
+    with_flags,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from apexsim.results import SimulationResult
+
+_LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "end to end", "queue_s": "queueing"}
+
+
+@dataclass(frozen=True)
+class OutputFlags:
+    """Where the findings go, beside the table."""
+
+    json: JsonFlag = None
+    requests_out: Annotated[Path | None, typer.Option(help="One row a request, parquet.", rich_help_panel="Output")] = (
+        None
+    )
+    timeline: Annotated[
+        Path | None, typer.Option(help="Steps of every replica, Chrome trace JSON.", rich_help_panel="Output")
+    ] = None
+    plot: Annotated[Path | None, typer.Option(help="Figure: PNG, PDF or SVG.", rich_help_panel="Output")] = None
+
+    def check(self) -> None:
+        """Refuse files that could not be written, before any work."""
+        from apexsim.plots import check_plot_path
+
+        targets = {"--json": self.json, "--requests-out": self.requests_out, "--timeline": self.timeline}
+        check_targets({**targets, "--plot": self.plot})
+        if self.plot:
+            check_plot_path(self.plot, where="--plot")
+
+    def write(self, result: SimulationResult) -> None:
+        """Write every file that was asked for."""
+        if self.requests_out:
+            from apexsim.results import write_parquet
+
+            write_parquet(self.requests_out, result.request_columns)
+        if self.timeline:
+            from apexsim.io.timeline import write_timeline
+
+            write_timeline(self.timeline, result)
+        if self.plot:
+            from apexsim.plots import plot_simulation
+
+            plot_simulation(result, self.plot)
+        if self.json:
+            emit_json(result.summary(), self.json)
+
+
+@with_flags
+def simulate(
+    deployment_flags: DeploymentFlags,
+    workload_flags: WorkloadFlags,
+    output_flags: OutputFlags,
+    deployment: Annotated[
+        Path | None, typer.Argument(help="Deployment YAML; flags outweigh it.", metavar="[DEPLOYMENT.yaml]")
+    ] = None,
+    exact_steps: Annotated[bool, typer.Option("--exact-steps", help="Simulate every step singly (slow).")] = False,
+) -> None:
+    """Serve a workload with one deployment: latencies, throughput, SLO, energy, cost and utilization."""
+    output_flags.check()
+    slo = workload_flags.read_slo()
+    served = deployment_from_flags(deployment, deployment_flags)
+    requests = workload_flags.read()
+
+    from apexsim.serving.simulator import simulate as run
+
+    with progress_bar("simulating") as progress:
+        result = run(served, requests, slo=slo, seed=workload_flags.seed, exact_steps=exact_steps, progress=progress)
+    output_flags.write(result)
+    console = table_console(output_flags.json)
+    for table in summary_tables(result):
+        console.print(table)
+    for note in result.notes:
+        console.print(f"[dim]note: {note}[/dim]", highlight=False)
+
+
+def summary_tables(result: SimulationResult) -> list[Table]:
+    """The summary of a run for a person: latencies, then everything else."""
+    from apexsim.plots import describe
+
+    summary = result.summary()
+    return [_latency_table(summary, describe(result)), _figure_table(summary, result)]
+
+
+def _latency_table(summary: dict[str, Any], title: str) -> Table:
+    from rich.table import Table
+
+    from apexsim.units import format_seconds
+
+    columns = list(summary["ttft_s"])
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("latency")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for key, name in _LATENCIES.items():
+        table.add_row(name, *(format_seconds(summary[key][column]) for column in columns))
+    return table
+
+
+def _figure_table(summary: dict[str, Any], result: SimulationResult) -> Table:
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column()
+    for name, said in _figures(summary, result):
+        table.add_row(name, said)
+    return table
+
+
+def _figures(summary: dict[str, Any], result: SimulationResult) -> list[tuple[str, str]]:
+    counts, rates, slo = summary["requests"], summary["throughput"], summary["slo"]
+    energy, cost, used = summary["energy"], summary["cost"], summary["utilization"]
+    others = "".join(f", {counts[verdict]:,} {verdict}" for verdict in ("rejected", "unfinished") if counts[verdict])
+    shown = [
+        (
+            "requests",
+            f"{counts['finished']:,} of {counts['total']:,} finished{others} in {summary['duration_s']:,.1f} s",
+        ),
+        (
+            "throughput",
+            f"{_figure(rates['requests_per_s'])} requests/s, {_figure(rates['output_tokens_per_s'])} output tokens/s, "
+            f"{_figure(rates['total_tokens_per_s'])} tokens/s",
+        ),
+        ("SLO", _slo_line(result, slo)),
+        (
+            "energy",
+            f"{_figure(energy['per_output_token_j'])} J/output token, {_figure(energy['mean_power_w'])} W on average",
+        ),
+        (
+            "cost",
+            f"{_figure(cost['usd_per_million_output_tokens'])} USD/million output tokens "
+            f"at {_figure(cost['usd_per_hour'])} USD/hour",
+        ),
+        ("utilization", ", ".join(f"{key} {_percent(value)}" for key, value in used.items())),
+        ("preemptions", f"{summary['preemptions']:,}"),
+        ("evidence", _evidence_line(summary["provenance"])),
+    ]
+
+
+def _slo_line(result: SimulationResult, slo: dict[str, float | None]) -> str:
+    if result.slo is None:
+        return "none given"
+    limits = ", ".join(
+        f"{key} <= {value:g}" for key, value in result.slo.model_dump(exclude={"target"}).items() if value
+    )
+    return f"{_percent(slo['attainment'])} meet {limits}: {_figure(slo['good_requests_per_s'])} good requests/s"
+
+
+def _evidence_line(provenance: dict[str, dict[str, float]]) -> str:
+    totals: dict[str, float] = {}
+    for shares in provenance.values():
+        for evidence, share in shares.items():
+            totals[evidence] = totals.get(evidence, 0.0) + share
+    return ", ".join(f"{_percent(share)} of device time {evidence}" for evidence, share in totals.items()) or "-"
+
+
+def _figure(value: float | None) -> str:
+    """Three significant figures, thousands separated; ``-`` when not known."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
