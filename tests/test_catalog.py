@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import apexsim
 from apexsim import catalog
 from apexsim.catalog import EngineChoice, Kind, engine_for
 from apexsim.errors import BadInput
@@ -13,7 +14,7 @@ from apexsim.io.yaml_files import write_yaml
 from apexsim.specs.model import ModelSpec
 
 KINDS: list[Kind] = ["model", "device", "engine", "workload"]
-CHECKOUT = Path(__file__).parent.parent
+PACKAGE = Path(apexsim.__file__).parent
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -22,13 +23,13 @@ def test_every_shipped_spec_loads_under_its_own_name(kind: Kind) -> None:
         assert catalog.load(kind, name).name == name
 
 
-def test_the_checkout_is_found() -> None:
-    assert catalog.data_root() == CHECKOUT
+def test_the_data_is_found_in_a_checkout_and_when_installed() -> None:
+    assert catalog.data_root() in (PACKAGE.parent, PACKAGE / "_data")
     assert "llama-3.1-70b" in catalog.names("model")
 
 
 def test_a_wheel_carries_its_data_inside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog.resources, "files", lambda package: tmp_path / package)
+    monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path / package)
     with pytest.raises(BadInput, match="data folders are missing"):
         catalog.data_root()
     (tmp_path / "apexsim" / "_data" / "model_specs").mkdir(parents=True)

@@ -1,0 +1,474 @@
+"""Models: arithmetic by hand, published counts, and what the importer takes and refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apexsim import catalog
+from apexsim.errors import ApexsimError, BadInput, Unsupported
+from apexsim.io.hf_config import import_model
+from apexsim.specs.base import parse_spec
+from apexsim.specs.model import KVGroup, LayerKind, ModelSpec
+
+MODELS = catalog.names("model")
+DATA = Path(os.environ.get("APEXSIM_DATA", Path(__file__).parents[2] / "shared" / "data"))
+CONFIGS = DATA / "model_configs"
+needs_data = pytest.mark.skipif(not CONFIGS.is_dir(), reason=f"no reference data: {CONFIGS} is absent")
+
+
+def model(name: str) -> ModelSpec:
+    return catalog.load("model", name)
+
+
+def small(**changes: Any) -> ModelSpec:
+    """Two layers, hidden 8, 4 heads of 2, 2 KV heads, FFN 16, vocabulary 10."""
+    shape = {"layers": 2, "hidden": 8, "heads": 4, "kv_heads": 2, "head_dim": 2, "ffn": 16, "vocab": 10}
+    fixed = {"name": "small", "source": "made up", "max_context": 100}
+    return parse_spec(ModelSpec, {**fixed, **shape, **changes}, "small")
+
+
+# Published counts
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_those_published(name: str) -> None:
+    spec = model(name)
+    assert spec.params == pytest.approx(spec.published_params, rel=0.01)
+    assert spec.source
+    assert (spec.published_active_params is None) == (spec.moe is None)
+
+
+def test_every_model_of_the_first_release_ships() -> None:
+    llamas = {f"llama-3.1-{size}" for size in ("8b", "70b", "405b")} | {"llama-2-7b", "llama-2-70b", "codellama-34b"}
+    qwens = {f"qwen3-{size}" for size in ("8b", "14b", "32b", "30b-a3b", "235b-a22b")}
+    others = {"mixtral-8x7b", "mixtral-8x22b", "mistral-large-2407", "gpt-oss-20b", "gpt-oss-120b"}
+    opts = {"opt-13b", "opt-66b", "opt-175b"}
+    assert llamas | qwens | others | opts <= set(MODELS)
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "mixtral-8x22b", "qwen3-235b-a22b"])
+def test_active_parameters_are_those_published(name: str) -> None:
+    spec = model(name)
+    assert spec.active_params == pytest.approx(spec.published_active_params, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["gpt-oss-20b", "gpt-oss-120b"])
+def test_active_parameters_of_gpt_oss_leave_the_input_embedding_out(name: str) -> None:
+    spec = model(name)
+    assert spec.active_params - spec.embedding_params == pytest.approx(spec.published_active_params, rel=0.01)
+
+
+def test_active_parameters_of_qwen3_30b_are_published_cut_to_two_digits() -> None:
+    spec = model("qwen3-30b-a3b")
+    assert spec.published_active_params == 3.3e9
+    assert spec.active_params // 100_000_000 == 33
+
+
+# By hand
+
+
+def test_llama_70b_by_hand() -> None:
+    spec = model("llama-3.1-70b")
+    attention = 8192 * 8192 + 2 * 8192 * 1024 + 8192 * 8192  # Q, K and V for 8 heads of 128, output
+    ffn = 3 * 8192 * 28672
+    by_hand = 80 * (attention + ffn + 2 * 8192) + 2 * 128256 * 8192 + 8192
+    assert by_hand == 70_553_706_496
+    assert spec.params == spec.active_params == by_hand
+    assert spec.weight_bytes("bf16", "bf16") == 2 * by_hand == 141_107_412_992
+    matrices = 80 * (attention + ffn)
+    assert spec.weight_bytes("fp8", "bf16") == 2 * by_hand - matrices  # one byte less for each
+    [group] = spec.kv_groups
+    assert group == KVGroup(layers=80, kv_heads=8, head_dim=128, window=None)
+    assert group.bytes_per_token("bf16") == 80 * 2 * 8 * 128 * 2 == 327_680
+    assert group.bytes_per_token("fp8", tensor=4) == 40_960
+    assert group.bytes_per_token("bf16", tensor=8) == group.bytes_per_token("bf16", tensor=16) == 40_960
+
+
+def test_mixtral_by_hand() -> None:
+    spec = model("mixtral-8x7b")
+    attention = 2 * 4096 * 4096 + 2 * 4096 * 1024
+    expert = 3 * 4096 * 14336
+    rest = attention + 4096 * 8 + 2 * 4096  # router and norms
+    outside = 2 * 32000 * 4096 + 4096
+    assert spec.params == 32 * (rest + 8 * expert) + outside == 46_702_792_704
+    assert spec.active_params == 32 * (rest + 2 * expert) + outside == 12_879_925_248
+    saved = 1.0 * 32 * 8 * expert
+    assert spec.weight_bytes("bf16", "fp8") == 2 * spec.params - saved
+    assert spec.sharded_widths(moe_tensor=2, tensor=4) == [("expert width", 14336, 2)]
+
+
+def test_opt_by_hand() -> None:
+    """13 GEMM weights of hidden^2 less one: 4 in attention, 8 in a plain FFN; every projection and norm has a bias."""
+    spec, h = model("opt-13b"), 5120
+    layer = 12 * h * h + 4 * h + (4 * h + h) + 2 * 2 * h
+    assert spec.params == 40 * layer + 50272 * h + 2050 * h + 2 * h == 12_853_473_280
+    assert spec.head_params == 0  # tied to the embeddings
+    assert spec.sharded_widths(1, 2) == [("FFN width", 20480, 2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "kv_bytes"),
+    [("opt-13b", 819_200), ("opt-66b", 2_359_296), ("opt-175b", 4_718_592), ("llama-3.1-8b", 131_072)],
+)
+def test_kv_bytes_of_a_token(name: str, kv_bytes: int) -> None:
+    assert sum(group.bytes_per_token("bf16") for group in model(name).kv_groups) == kv_bytes
+
+
+def test_gpt_oss_by_hand() -> None:
+    spec, h = model("gpt-oss-120b"), 2880
+    qkv, out = h * (64 + 2 * 8) * 64 + 80 * 64, 64 * 64 * h + h
+    expert = 3 * h * h + 3 * h  # gate, up and down, each with its bias
+    router = h * 128 + 128
+    layer = qkv + out + 64 + router + 128 * expert + 2 * h  # 64 sinks
+    assert spec.params == 36 * layer + 2 * 201088 * h + h
+    assert spec.windows == (128,)
+    assert spec.layer_kinds == (LayerKind(18, 128, moe=True), LayerKind(18, None, moe=True))
+    assert spec.kv_groups == (KVGroup(18, 8, 64, None), KVGroup(18, 8, 64, 128))
+
+
+@pytest.mark.parametrize(("name", "gib"), [("gpt-oss-20b", 12.8), ("gpt-oss-120b", 60.8)])
+def test_gpt_oss_checkpoint_size_is_that_of_its_model_card(name: str, gib: float) -> None:
+    """arXiv 2508.10925, table 1: checkpoint size with MXFP4 experts, all else bf16."""
+    spec = model(name)
+    assert spec.moe is not None
+    assert spec.moe.dtype == "mxfp4"
+    assert spec.weight_bytes("bf16", "mxfp4") / 2**30 == pytest.approx(gib, rel=0.005)
+
+
+def test_flops_of_a_token_by_hand() -> None:
+    spec = model("llama-3.1-8b")
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    matrices = 32 * layer + 128256 * 4096
+    assert spec.flops_per_token(0) == 2 * matrices
+    assert spec.flops_per_token(1000) == 2 * matrices + 32 * 4 * 32 * 128 * 1000
+
+
+def test_flops_of_windowed_layers_stop_growing_at_the_window() -> None:
+    spec = model("gpt-oss-20b")
+    per_token = 12 * 4 * 64 * 64
+    assert spec.flops_per_token(100) - spec.flops_per_token(0) == pytest.approx(24 * 4 * 64 * 64 * 100)
+    assert spec.flops_per_token(1128) - spec.flops_per_token(128) == pytest.approx(1000 * per_token)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_flops_are_twice_the_active_matrices(name: str) -> None:
+    """Biases, norms and embeddings aside, each active parameter is one multiply-add."""
+    spec = model(name)
+    assert spec.flops_per_token(0) == pytest.approx(2 * (spec.active_params - spec.embedding_params), rel=0.06)
+
+
+# Shapes that no shipped model has yet
+
+
+def test_shared_experts_and_leading_dense_layers() -> None:
+    moe = {"experts": 4, "active": 2, "ffn": 6, "shared_experts": 2, "shared_ffn": 5, "dense_layers": 1}
+    spec = small(layers=3, moe=moe)
+    attention, norms = 2 * 8 * 8 + 2 * 8 * 4, 2 * 8
+    dense, expert, shared, router = 3 * 8 * 16, 3 * 8 * 6, 3 * 8 * 10, 8 * 4
+    outside = 2 * 10 * 8 + 8
+    assert spec.shared_params == shared
+    assert spec.params == 3 * (attention + norms) + dense + 2 * (4 * expert + shared + router) + outside
+    assert spec.active_params == 3 * (attention + norms) + dense + 2 * (2 * expert + shared + router) + outside
+    assert spec.layer_kinds == (LayerKind(1, None, moe=False), LayerKind(2, None, moe=True))
+    assert spec.sharded_widths(2, 4) == [("FFN width", 16, 4), ("expert width", 6, 2), ("shared width", 10, 4)]
+    at_fp8 = 2 * spec.params - (3 * attention + dense + 2 * shared)  # shared experts follow the weights' dtype
+    assert spec.weight_bytes("fp8", "bf16") == at_fp8
+    assert spec.flops_per_token(0) == 2 * (80 + 3 * attention + dense + 2 * (2 * expert + shared + router))
+
+
+def test_small_parameters_one_by_one() -> None:
+    """Each switch adds what it says to each of the two layers."""
+    plain = small().params
+    assert small(tied_embeddings=True).params == plain - 80
+    assert small(gated=False).params == plain - 2 * 8 * 16
+    assert small(qkv_bias=True).params == plain + 2 * (8 + 4 + 4)
+    assert small(o_bias=True).params == plain + 2 * 8
+    assert small(ffn_bias=True).params == plain + 2 * (2 * 16 + 8)
+    assert small(ffn_bias=True, gated=False).params == small(gated=False).params + 2 * (16 + 8)
+    assert small(attention_sinks=True).params == plain + 2 * 4
+    assert small(qk_norm="head").params == plain + 2 * (2 + 2)
+    assert small(qk_norm="layer").params == plain + 2 * (8 + 4)
+    assert small(norm="layer").params == plain + (2 * 2 + 1) * 8
+    assert small(positions="learned").params == plain + 102 * 8
+
+
+def test_a_window_pattern_repeats_and_is_cut_at_the_last_layer() -> None:
+    spec = small(layers=8, window=5, window_pattern=["window", "window", "full"])
+    assert [kind.count for kind in spec.layer_kinds] == [6, 2]
+    assert spec.kv_groups == (KVGroup(2, 2, 2, None), KVGroup(6, 2, 2, 5))
+    assert spec.kv_groups_of(range(2, 3)) == (KVGroup(1, 2, 2, None),)
+
+
+@given(name=st.sampled_from(MODELS), cut=st.floats(0, 1), tensor=st.sampled_from([1, 2, 4, 8]))
+def test_stages_add_up_to_the_model(name: str, cut: float, tensor: int) -> None:
+    spec = model(name)
+    middle = round(cut * spec.layers)
+    stages = (range(middle), range(middle, spec.layers))
+    assert sum(kind.count for stage in stages for kind in spec.kinds_of(stage)) == spec.layers
+    whole = sum(group.bytes_per_token("bf16", tensor) for group in spec.kv_groups)
+    parts = sum(group.bytes_per_token("bf16", tensor) for stage in stages for group in spec.kv_groups_of(stage))
+    assert parts == whole
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_parts_of_a_layer_add_up_to_the_model(name: str) -> None:
+    spec = model(name)
+    total = spec.embedding_params + spec.head_params + spec.norm_params
+    for kind in spec.layer_kinds:
+        experts = spec.moe.experts * spec.expert_params if spec.moe else 0
+        ffn = experts + spec.shared_params if kind.moe else spec.dense_ffn_params
+        total += kind.count * (spec.attention_params + ffn + spec.small_params(kind.moe))
+    assert total == spec.params
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"kv_heads": 3}, "kv_heads (3) must divide heads (4)"),
+        ({"window": 5}, "give window and window_pattern together"),
+        ({"window": 5, "window_pattern": ["full"]}, "no windowed layer"),
+        ({"window_pattern": ["window"]}, "give window and window_pattern together"),
+        ({"ffn": None}, "the width of the 2 dense layers: give it"),
+        ({"moe": {"experts": 4, "active": 2, "ffn": 6}}, "the width of the 0 dense layers: leave it out"),
+        ({"moe": {"experts": 4, "active": 5, "ffn": 6}, "ffn": None}, "active (5) must not exceed experts (4)"),
+        ({"moe": {"experts": 4, "active": 2, "ffn": 6, "dense_layers": 2}}, "must leave layers with experts"),
+        ({"moe": {"experts": 4, "active": 2, "ffn": 6, "shared_experts": 1}}, "together, or neither"),
+        ({"moe": {"experts": 4, "active": 2, "ffn": 6, "dtype": "fp3"}}, "use one of bf16"),
+        ({"moe": {"active": 2, "ffn": 6}}, "moe.experts: is missing"),
+        ({"moe": {"expert": 4, "active": 2, "ffn": 6}}, "moe.expert: unknown key; did you mean experts"),
+        ({"layer": 2}, "layer: unknown key; did you mean layers"),
+        ({"layers": 0}, "layers: got 0"),
+        ({"qk_norm": True}, "qk_norm: got True"),
+    ],
+)
+def test_a_spec_that_contradicts_itself_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        small(**changes)
+    assert said in str(caught.value)
+
+
+# The importer
+
+SHIPPED = {
+    "Meta-Llama-3.1-8B": "llama-3.1-8b",
+    "Meta-Llama-3.1-70B": "llama-3.1-70b",
+    "Meta-Llama-3.1-405B": "llama-3.1-405b",
+    "Mixtral-8x7B-v0.1": "mixtral-8x7b",
+    "Mixtral-8x22B-v0.1": "mixtral-8x22b",
+    "Qwen3-8B": "qwen3-8b",
+    "Qwen3-32B": "qwen3-32b",
+    "Qwen3-30B-A3B": "qwen3-30b-a3b",
+    "Qwen3-235B-A22B": "qwen3-235b-a22b",
+    "gpt-oss-20b": "gpt-oss-20b",
+    "gpt-oss-120b": "gpt-oss-120b",
+}
+NOT_SHIPPED = {"MiniMax-M2.5", "Qwen3-VL-8B-Instruct"}
+REFUSED = {
+    "DeepSeek-V3": "kv_lora_rank",
+    "DeepSeek-R1": "kv_lora_rank",
+    "GLM-5": "kv_lora_rank",
+    "Kimi-K2.5": "text_config.kv_lora_rank",
+    "Llama-4-Scout-17B-16E-Instruct": "text_config.attention_chunk_size",
+    "Qwen3.5-397B-A17B": "text_config.linear_num_value_heads",
+}
+BESIDE_THE_SHAPE = ("name", "source", "published_params", "published_active_params")
+
+
+def shape(spec: ModelSpec) -> dict[str, Any]:
+    return spec.model_dump(exclude=set(BESIDE_THE_SHAPE))
+
+
+@needs_data
+def test_every_reference_config_is_accounted_for() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.json")} == {*SHIPPED, *NOT_SHIPPED, *REFUSED}
+
+
+@needs_data
+@pytest.mark.parametrize(("file", "name"), SHIPPED.items())
+def test_an_imported_model_equals_the_shipped_one(file: str, name: str) -> None:
+    imported = import_model(CONFIGS / f"{file}.json", name=name)
+    assert shape(imported) == shape(model(name))
+    assert imported.name == name
+    assert imported.published_params is None
+
+
+@needs_data
+@pytest.mark.parametrize(("file", "key"), REFUSED.items())
+def test_a_model_that_cannot_be_expressed_is_refused(file: str, key: str) -> None:
+    path = CONFIGS / f"{file}.json"
+    with pytest.raises(Unsupported) as caught:
+        import_model(path)
+    assert str(caught.value).startswith(f"{path}: {key}: ")
+    assert "modelled" in str(caught.value)
+
+
+@needs_data
+def test_the_text_part_of_a_multi_modal_model_is_imported() -> None:
+    spec = import_model(CONFIGS / "Qwen3-VL-8B-Instruct.json")
+    assert spec.name == "qwen3-vl-8b-instruct"
+    assert "only the text model is imported" in spec.source
+    assert shape(spec) == shape(model("qwen3-8b")) | {"max_context": 262144}
+
+
+@needs_data
+def test_minimax_is_imported_without_its_draft_layers() -> None:
+    spec = import_model(CONFIGS / "MiniMax-M2.5.json")
+    assert spec.params == pytest.approx(229e9, rel=0.01)  # 229B on its model page
+    assert spec.active_params == pytest.approx(11e9, rel=0.01)
+    assert spec.qk_norm == "layer"
+    assert "multi-token prediction layers are left out" in spec.source
+    assert "quantised with fp8" in spec.source
+
+
+def write(tmp_path: Path, config: object) -> Path:
+    folder = tmp_path / "My-Model"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder / "config.json"
+
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 6,
+    "intermediate_size": 128,
+    "vocab_size": 100,
+    "max_position_embeddings": 2048,
+}
+OPT = {key: value for key, value in LLAMA.items() if key != "intermediate_size"} | {
+    "model_type": "opt",
+    "ffn_dim": 256,
+    "word_embed_proj_dim": 64,
+    "do_layer_norm_before": True,
+    "activation_function": "relu",
+}
+QWEN_MOE = LLAMA | {
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+
+
+def test_what_a_config_leaves_out_means_the_family_default(tmp_path: Path) -> None:
+    spec = import_model(write(tmp_path, LLAMA))
+    assert (spec.name, spec.kv_heads, spec.head_dim, spec.tied_embeddings) == ("my-model", 4, 16, False)
+    assert (spec.qkv_bias, spec.o_bias, spec.ffn_bias, spec.gated) == (False, False, False, True)
+    opt = import_model(write(tmp_path, OPT))
+    assert (opt.tied_embeddings, opt.qkv_bias, opt.ffn_bias, opt.gated) == (True, True, True, False)
+    assert (opt.norm, opt.positions, opt.ffn) == ("layer", "learned", 256)
+    qwen2 = import_model(write(tmp_path, LLAMA | {"model_type": "qwen2", "tie_word_embeddings": True}))
+    assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.qk_norm, qwen2.tied_embeddings) == (True, False, None, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        ({"model_type": "mistral", "sliding_window": 256}, ("window",)),
+        ({"model_type": "mistral", "sliding_window": None}, None),
+        ({"model_type": "qwen3", "sliding_window": 256, "use_sliding_window": False, "max_window_layers": 4}, None),
+        (
+            {"model_type": "qwen3", "sliding_window": 256, "use_sliding_window": True, "max_window_layers": 4},
+            ("full",) * 4 + ("window",) * 2,
+        ),
+        (
+            {"sliding_window": 256, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2},
+            ("window", "window", "full"),
+        ),
+        ({"layer_types": ["full_attention"] * 6}, None),
+    ],
+)
+def test_sliding_windows_are_read_from_every_spelling(
+    tmp_path: Path, change: dict[str, Any], pattern: tuple[str, ...] | None
+) -> None:
+    spec = import_model(write(tmp_path, LLAMA | change))
+    assert spec.window_pattern == pattern
+    assert spec.window == (256 if pattern else None)
+
+
+def test_leading_dense_layers_are_read(tmp_path: Path) -> None:
+    spec = import_model(write(tmp_path, QWEN_MOE | {"mlp_only_layers": [0, 1]}))
+    assert spec.layer_kinds == (LayerKind(2, None, moe=False), LayerKind(4, None, moe=True))
+    assert (spec.ffn, spec.qk_norm) == (128, "head")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (LLAMA | {"model_type": "gemma9"}, "model_type: gemma9 is not modelled; "),
+        (LLAMA | {"model_type": "Qwen3MoE"}, "did you mean qwen3_moe"),
+        (LLAMA | {"hidden_act": "gelu"}, "hidden_act: got 'gelu'; only SwiGLU"),
+        (LLAMA | {"sliding_window": 256}, "sliding_window: unknown for model_type llama"),
+        (LLAMA | {"layer_types": ["linear_attention"] * 6}, "layer_types: linear_attention layers are not modelled"),
+        (LLAMA | {"kv_lora_rank": 512}, "kv_lora_rank: multi-head latent attention"),
+        (QWEN_MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step: got 2; "),
+        (QWEN_MOE | {"mlp_only_layers": [3]}, "mlp_only_layers: got [3]; "),
+        (OPT | {"do_layer_norm_before": False}, "do_layer_norm_before: got False; "),
+        (OPT | {"word_embed_proj_dim": 32}, "word_embed_proj_dim: got 32; "),
+        (OPT | {"activation_function": "gelu"}, "activation_function: got 'gelu'; "),
+    ],
+)
+def test_what_is_not_modelled_is_refused_by_key(tmp_path: Path, config: dict[str, Any], said: str) -> None:
+    with pytest.raises(Unsupported) as caught:
+        import_model(write(tmp_path, config))
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("key", sorted(set(LLAMA) - {"model_type"}))
+def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
+    config = {name: value for name, value in LLAMA.items() if name != key}
+    with pytest.raises(BadInput, match=rf"config\.json: {key}: is missing"):
+        import_model(write(tmp_path, config))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ([], "give a JSON object"),
+        ({}, "model_type: is missing"),
+        ({"text_config": 3}, "text_config: got 3; give a JSON object"),
+        (LLAMA | {"hidden_size": "wide"}, "hidden_size: got 'wide'; give a whole number"),
+        (LLAMA | {"hidden_size": 64.5}, "hidden_size: got 64.5; give a whole number"),
+        (LLAMA | {"num_attention_heads": 0}, "heads: got 0"),
+        (LLAMA | {"num_key_value_heads": 3}, "kv_heads (3) must divide heads (4)"),
+        (LLAMA | {"layer_types": 4}, "layer_types: got 4; give a list"),
+        (LLAMA | {"layer_types": ["full_attention"]}, "layer_types: got 1; give one entry a layer"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path, config: object, said: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        import_model(write(tmp_path, config))
+    assert said in str(caught.value)
+    assert "config.json" in str(caught.value)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"none\.json: cannot be read"):
+        import_model(tmp_path / "none.json")
+    (tmp_path / "half.json").write_text('{"model_type": ')
+    with pytest.raises(BadInput, match=r"half\.json: not valid JSON"):
+        import_model(tmp_path / "half.json")
+
+
+JSON = st.one_of(st.none(), st.booleans(), st.integers(-5, 300), st.floats(), st.text(max_size=5), st.just([]))
+
+
+@given(base=st.sampled_from([LLAMA, OPT, QWEN_MOE]), data=st.data())
+def test_a_mangled_config_gives_a_spec_or_one_of_our_errors(
+    tmp_path_factory: pytest.TempPathFactory, base: dict[str, Any], data: st.DataObject
+) -> None:
+    keys = data.draw(
+        st.lists(st.sampled_from(sorted({*base, "layer_types", "head_dim", "mlp_only_layers"})), max_size=3)
+    )
+    path = write(tmp_path_factory.getbasetemp(), base | {key: data.draw(JSON) for key in keys})
+    with contextlib.suppress(ApexsimError):
+        assert import_model(path).params > 0
