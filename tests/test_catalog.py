@@ -129,3 +129,25 @@ def test_what_no_profile_answers_for_is_refused() -> None:
 
 def test_a_choice_is_a_value() -> None:
     assert EngineChoice("a", True, "b") == EngineChoice("a", True, "b")
+
+
+@pytest.mark.parametrize(
+    ("engine", "version", "name"),
+    [
+        ("vllm", "0.6.0", "vllm-0.6"),
+        ("vllm", "0.11.1", "vllm-v1-sync"),
+        ("vllm", "0.14.0", "vllm-v1-async"),
+        ("vllm", "", "vllm-v1-async"),
+        ("sglang", "0.5.8.post1", "sglang-0.5"),
+        ("trtllm", "1.0.0rc3", "trtllm-1.0"),
+    ],
+)
+def test_shipped_profiles_answer_for_their_versions(engine: str, version: str, name: str) -> None:
+    choice = engine_for(engine, version)
+    assert (choice.profile, choice.mapped) == (name, bool(version))
+
+
+def test_no_version_is_listed_by_two_shipped_profiles() -> None:
+    profiles = [catalog.load("engine", name) for name in catalog.names("engine")]
+    listed = [(profile.engine, version) for profile in profiles for version in profile.versions]
+    assert len(listed) == len(set(listed))
