@@ -1,0 +1,166 @@
+"""What fits on a device: weights, activations, what the engine and its collectives take, and KV blocks in the rest."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+
+from apexsim.costs.lowering import Block, Lowered, lower
+from apexsim.costs.operators import ACTIVATION_BYTES, Elementwise, Experts
+from apexsim.errors import InfeasiblePlan
+from apexsim.specs.deployment import Deployment, Pool
+from apexsim.units import format_bytes
+
+LOGIT_BYTES = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes of one device of the pipeline stage that holds the fewest KV blocks, and the blocks of a replica.
+
+    A block keeps ``block_size`` tokens for one unit of layers. ``groups`` are (units, window): layers that attend to
+    everything take ``units`` blocks for every ``block_size`` tokens of a sequence; windowed ones stop growing once they
+    hold the window and one block more (the one being filled while the oldest still counts). With one kind of layers
+    there is one unit, and a block is a block.
+    """
+
+    weights_bytes: float
+    activation_bytes: float
+    reserve_bytes: float
+    communication_bytes: float
+    kv_bytes: float
+    block_size: int
+    blocks: int
+    groups: tuple[tuple[int, int | None], ...] = ((1, None),)
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that a sequence of ``tokens`` cached tokens holds."""
+        size = self.block_size
+        wanted = -(-tokens // size)
+        total = 0
+        for units, window in self.groups:
+            total += units * (wanted if window is None else min(wanted, -(-window // size) + 1))
+        return total
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Longest sequence that the cache holds alone; None where all layers are windowed and no length is too much."""
+        size = self.block_size
+        if all(window is not None for _, window in self.groups) and self.blocks_for(self.blocks * size) <= self.blocks:
+            return None
+        return size * (bisect_right(range(self.blocks + 1), self.blocks, key=lambda n: self.blocks_for(n * size)) - 1)
+
+
+def plan_memory(deployment: Deployment, pool: Pool) -> MemoryPlan:
+    """Divide device memory for a pool's replica; raises InfeasiblePlan saying which bytes do not fit.
+
+    KV cache = memory x gpu_memory_utilization - weights - activations - engine reserve - buffers of the collectives,
+    stage by stage; the stage with the fewest blocks decides, as in vLLM.
+    """
+    lowered = lower(deployment, pool)
+    plans = [_stage_plan(deployment, pool, lowered, stage) for stage in range(len(lowered.stages))]
+    return min(plans, key=lambda plan: plan.blocks)
+
+
+def _stage_plan(deployment: Deployment, pool: Pool, lowered: Lowered, stage: int) -> MemoryPlan:
+    sheet, memory = deployment.cluster.device.datasheet, deployment.engine.memory
+    weights = weights_bytes(deployment, pool, lowered, stage)
+    activations = activation_bytes(deployment, lowered, stage)
+    reserve, nccl = float(memory.reserve_bytes), float(_nccl_bytes(sheet.nccl_bytes, pool.plan.devices))
+    offered = sheet.memory_bytes * memory.gpu_memory_utilization
+    offer = f"{format_bytes(sheet.memory_bytes)} x {memory.gpu_memory_utilization:g}"
+    where = f" (pipeline stage {stage + 1} of {pool.plan.pipeline})" if pool.plan.pipeline > 1 else ""
+    kv_bytes = offered - weights - activations - reserve - nccl
+    if kv_bytes <= 0:
+        parts = {"weights": weights, "activations": activations, "engine reserve": reserve, "collective buffers": nccl}
+        raise InfeasiblePlan([_shortage(parts, offered, offer) + where])
+    groups, block_bytes = _kv_blocks(deployment, pool, lowered.stages[stage].layers)
+    size = deployment.scheduler.block_size
+    plan = MemoryPlan(weights, activations, reserve, nccl, kv_bytes, size, int(kv_bytes // block_bytes), groups)
+    if plan.blocks < plan.blocks_for(size):
+        left = f"{format_bytes(kv_bytes)} left of the {format_bytes(offered)} a device offers ({offer})"
+        raise InfeasiblePlan([f"{left} hold {plan.blocks} KV blocks of {format_bytes(block_bytes)}: too few{where}"])
+    return plan
+
+
+def _shortage(parts: dict[str, float], offered: float, offer: str) -> str:
+    """Which bytes do not fit: the weights alone, or all that must be there before any KV cache."""
+    room = f"exceed the {format_bytes(offered)} a device offers ({offer})"
+    if parts["weights"] > offered:
+        return f"weights of {format_bytes(parts['weights'])} {room}"
+    named = [f"{what} of {format_bytes(size)}" for what, size in parts.items() if size]
+    return f"{', '.join(named)} {room} and leave nothing for the KV cache"
+
+
+def weights_bytes(deployment: Deployment, pool: Pool, lowered: Lowered, stage: int) -> float:
+    """Weights on one device of a stage.
+
+    Embeddings on the first stage and the LM head on the last, split by vocabulary; tied ones are one matrix where both
+    are the same stage. Norms, biases and routers are counted whole on every rank.
+    """
+    model, here = deployment.model, lowered.stages[stage]
+    total = sum(count * _block_bytes(deployment, block) for block, count in here.blocks)
+    first, last = stage == 0, stage == len(lowered.stages) - 1
+    if first:
+        total += model.embedding_params * ACTIVATION_BYTES / pool.plan.tensor
+    if last:
+        total += model.norm_params * ACTIVATION_BYTES
+        tied = model.tied_embeddings and first
+        total += 0.0 if tied else sum(op.weight_bytes for op in here.head)
+    return total
+
+
+def _block_bytes(deployment: Deployment, block: Block) -> float:
+    model = deployment.model
+    small = model.small_params(block.moe) - (model.router_params if block.moe else 0)
+    return sum(op.weight_bytes for op in block.rows) + small * ACTIVATION_BYTES
+
+
+def activation_bytes(deployment: Deployment, lowered: Lowered, stage: int) -> float:
+    """Peak of a full step, which an engine finds by running one before it sizes its cache.
+
+    Every token holds its hidden state and residual, and the widest pair of tensors alive together inside a block: QKV
+    and the attention output, gate/up and its activation, or the expert buffers (one row per visited expert; gate/up
+    and output share one buffer, as in vLLM's fused experts). The last stage adds fp32 logits of every sequence.
+    """
+    model, scheduler = deployment.model, deployment.scheduler
+    budget = scheduler.max_num_batched_tokens
+    assert budget is not None, "a deployment's scheduler is resolved"
+    width = 2 * model.hidden + max(_widest(block) for block, _ in lowered.stages[stage].blocks)
+    logits = min(scheduler.max_num_seqs, budget) * model.vocab * LOGIT_BYTES if lowered.stages[stage].head else 0.0
+    return ACTIVATION_BYTES * budget * width + logits
+
+
+def _widest(block: Block) -> int:
+    """Elements per token of the widest tensors of a block that live together."""
+    shape = block.attention.shape
+    widths = [2 * (shape.heads + shape.kv_heads) * shape.head_dim]
+    for op in block.rows:
+        if isinstance(op, Elementwise) and op.name.endswith("activation"):
+            widths.append(round(op.bytes_per_row / ACTIVATION_BYTES))
+        if isinstance(op, Experts):
+            layer = op.layer
+            shared = max((2 if layer.gated else 1) * layer.inter, layer.hidden)
+            widths.append(layer.topk * (shared + layer.inter))
+    return max(widths)
+
+
+def _nccl_bytes(by_group: dict[int, int], devices: int) -> int:
+    """Buffers of the collective library for a group: those of the largest listed group that is not larger."""
+    smaller = [group for group in by_group if group <= devices]
+    return by_group[max(smaller)] if smaller else 0
+
+
+def _kv_blocks(deployment: Deployment, pool: Pool, layers: range) -> tuple[tuple[tuple[int, int | None], ...], float]:
+    """Units and windows of the model's KV groups, and the bytes a block takes on this stage's devices.
+
+    A unit is the largest number of layers that divides every group. Where a stage holds an uneven share of the groups,
+    its fullest group sets the bytes.
+    """
+    model, tensor = deployment.model, pool.plan.tensor
+    unit = math.gcd(*(group.layers for group in model.kv_groups))
+    units = {group.window: group.layers // unit for group in model.kv_groups}
+    here = model.kv_groups_of(layers)
+    token_bytes = max(group.bytes_per_token(deployment.kv_cache, tensor) / units[group.window] for group in here)
+    return tuple((count, window) for window, count in units.items()), token_bytes * deployment.scheduler.block_size
