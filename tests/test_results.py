@@ -239,7 +239,7 @@ def test_tables() -> None:
     found = result()
     assert found.requests["ttft_s"][1] == 1.0
     assert list(found.steps["start_s"]) == [1.0, 4.0, 8.0, 2.0]
-    assert not [name for name in found.steps if name.endswith("_ns")]
+    assert not [name for name in found.steps if str(name).endswith("_ns")]
     assert list(found.pools["requests"]) == [2, 2]
     assert list(found.pools["output_tokens"]) == [6, 9]
     assert list(found.pools["steps"]) == [5, 9]
@@ -273,7 +273,7 @@ def test_loading_something_else_says_what_would_do(tmp_path: Any) -> None:
 def test_weighted_distribution_equals_the_written_out_one(pairs: list[tuple[int, int]]) -> None:
     values, counts = (np.array([pair[i] for pair in pairs], dtype=np.int64) for i in (0, 1))
     mine = weighted_distribution(values, counts, scale=1e-9)
-    whole = distribution(np.repeat(values, counts) * 1e-9)
+    whole = distribution(np.repeat(values, counts) * np.float64(1e-9))
     assert list(mine) == list(whole)
     for key, expected in whole.items():
         assert mine[key] == pytest.approx(expected, rel=1e-12, abs=1e-15, nan_ok=True)

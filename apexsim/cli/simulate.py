@@ -134,11 +134,9 @@ def _figures(summary: dict[str, Any], result: SimulationResult) -> list[tuple[st
     counts, rates, slo = summary["requests"], summary["throughput"], summary["slo"]
     energy, cost, used = summary["energy"], summary["cost"], summary["utilization"]
     others = "".join(f", {counts[verdict]:,} {verdict}" for verdict in ("rejected", "unfinished") if counts[verdict])
-    shown = [
-        (
-            "requests",
-            f"{counts['finished']:,} of {counts['total']:,} finished{others} in {summary['duration_s']:,.1f} s",
-        ),
+    duration = f"{summary['duration_s']:,.1f} s"
+    return [
+        ("requests", f"{counts['finished']:,} of {counts['total']:,} finished{others} in {duration}"),
         (
             "throughput",
             f"{_figure(rates['requests_per_s'])} requests/s, {_figure(rates['output_tokens_per_s'])} output tokens/s, "

@@ -87,7 +87,10 @@ def resolve_deployment(file: DeploymentFile, where: object) -> Deployment:
     for key in ("weights", "moe_weights", "kv_cache"):
         _check_known(getattr(file, key), DTYPE_BYTES, where, key)
     if ":" not in file.router:
-        _check_known(file.router, policy_names()["router"], where, "router")
+        _check_known(file.router, policy_classes()["router"], where, "router")
+    _check_catalog("model", file.model, where)
+    _check_catalog("device", file.device, where)
+    _check_catalog("engine", file.engine, where)
     engine: EngineProfile = catalog.load("engine", file.engine)
     model: ModelSpec = catalog.load("model", file.model)
     device: DeviceProfile = catalog.load("device", file.device)
@@ -133,16 +136,16 @@ def with_engine_options(engine: EngineProfile, options: Mapping[str, EngineOptio
             data["long_context"][key] = value
     policy = data["scheduler"]["policy"]
     if ":" not in policy:
-        _check_known(policy, policy_names()["batching"], where, "policy")
+        _check_known(policy, policy_classes()["batching"], where, "policy")
     return parse_spec(EngineProfile, data, where)
 
 
-def policy_names() -> dict[str, tuple[str, ...]]:
-    """Names of the batching policies and routers that a deployment can ask for."""
+def policy_classes() -> dict[str, dict[str, type]]:
+    """The batching policies and routers that a deployment can ask for, by kind and name."""
     from apexsim.serving.batching import POLICIES
     from apexsim.serving.routing import ROUTERS
 
-    return {"batching": tuple(sorted(POLICIES)), "router": tuple(sorted(ROUTERS))}
+    return {"batching": dict(POLICIES), "router": dict(ROUTERS)}
 
 
 def _cluster(file: DeploymentFile, device: DeviceProfile, where: object) -> Cluster:
@@ -164,6 +167,14 @@ def _fits(plan: Plan, tensor: int, model: ModelSpec, cluster: Cluster) -> bool:
 def _beside(name: str, path: Path | str) -> str:
     near = Path(path).parent / name
     return str(near) if near.suffix in (".yaml", ".yml") and near.is_file() else name
+
+
+def _check_catalog(kind: catalog.Kind, name: str, where: object) -> None:
+    """Unknown names are told with the file and key they stand in; a path is for ``catalog.load`` to judge."""
+    if "/" not in name and not name.endswith((".yaml", ".yml")):
+        known = catalog.names(kind)
+        if name not in known:
+            raise BadInput(f"unknown {kind}; {nearest(name, known)}", where=where, key=kind, got=name)
 
 
 def _check_known(name: str | None, known: Mapping[str, object] | tuple[str, ...], where: object, key: str) -> None:

@@ -1,0 +1,207 @@
+"""Tables of ``apexsim list`` and ``apexsim show``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from apexsim.specs.device import DeviceProfile
+    from apexsim.specs.model import ModelSpec
+
+Row = tuple[str, ...]
+_HOLD_OUTS = ("random", "largest", "served_shapes")
+
+
+def print_tables(*tables: Table) -> None:
+    """Print tables to stdout."""
+    from rich.console import Console
+
+    # Not on a terminal, nobody scrolls sideways: rows stay whole for grep and awk.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    for table in tables:
+        console.print(table)
+
+
+def _table(header: Row, rows: Iterable[Row], title: str | None = None) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, title=title, title_justify="left", header_style="bold", padding=(0, 2, 0, 0))
+    rows = list(rows)
+    for index, name in enumerate(header):
+        numbers = all(row[index][:1].isdigit() or row[index] in ("-", "") for row in rows)
+        table.add_column(name, justify="right" if numbers and index else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _models() -> Table:
+    from apexsim import catalog
+
+    specs = [catalog.load("model", name) for name in catalog.names("model")]
+    header = ("model", "parameters", "active", "layers", "heads", "KV heads", "experts", "context")
+    rows = [
+        (
+            spec.name,
+            f"{spec.params / 1e9:.1f}e9",
+            f"{spec.active_params / 1e9:.1f}e9",
+            str(spec.layers),
+            str(spec.heads),
+            str(spec.kv_heads),
+            str(spec.moe.experts) if spec.moe else "-",
+            f"{spec.max_context:,}",
+        )
+        for spec in specs
+    ]
+    return _table(header, rows)
+
+
+def _devices() -> Table:
+    from apexsim import catalog
+    from apexsim.units import format_bytes
+
+    specs = [catalog.load("device", name) for name in catalog.names("device")]
+    header = ("device", "memory", "memory/s", "bf16 FLOP/s", "power", "USD/hour", "operators")
+    rows = [
+        (
+            spec.name,
+            format_bytes(spec.datasheet.memory_bytes),
+            format_bytes(spec.datasheet.memory_bytes_per_s),
+            f"{spec.datasheet.flops_per_s['bf16']:.3g}",
+            f"{spec.datasheet.tdp_w:g} W",
+            f"{spec.price.usd_per_hour:g}",
+            ", ".join(sorted(spec.operators)),
+        )
+        for spec in specs
+    ]
+    return _table(header, rows)
+
+
+def _engines() -> Table:
+    from apexsim import catalog
+
+    specs = [catalog.load("engine", name) for name in catalog.names("engine")]
+    rows = [(s.name, f"{s.engine} {_span(s.versions)}", s.scheduler.policy, s.evidence) for s in specs]
+    return _table(("engine", "versions", "policy", "evidence"), rows)
+
+
+def _span(versions: tuple[str, ...]) -> str:
+    return f"{versions[0]} to {versions[-1]}" if len(versions) > 4 else ", ".join(versions)
+
+
+def _workloads() -> Table:
+    from apexsim import catalog
+
+    rows = [(name, catalog.load("workload", name).source or "-") for name in catalog.names("workload")]
+    return _table(("workload", "source"), rows)
+
+
+def _policies() -> Table:
+    from apexsim.io.deployments import policy_classes
+
+    rows = [
+        (name, kind, (cls.__doc__ or "").strip().splitlines()[0])
+        for kind, classes in policy_classes().items()
+        for name, cls in sorted(classes.items())
+    ]
+    return _table(("policy", "kind", "what it does"), rows)
+
+
+LISTINGS: dict[str, Callable[[], Table]] = {
+    "models": _models,
+    "devices": _devices,
+    "engines": _engines,
+    "workloads": _workloads,
+    "policies": _policies,
+}
+
+
+def model_table(model: ModelSpec) -> Table:
+    """What follows from a model's spec."""
+    from apexsim.units import format_bytes
+
+    expert_dtype = (model.moe.dtype if model.moe else None) or "bf16"
+    kv_bytes = sum(group.bytes_per_token("bf16") for group in model.kv_groups)
+    rows = [
+        ("parameters", f"{model.params:,}"),
+        ("active parameters", f"{model.active_params:,}"),
+        (f"weights, bf16 (experts {expert_dtype})", format_bytes(model.weight_bytes("bf16", expert_dtype))),
+        ("KV cache of a token, bf16", format_bytes(kv_bytes)),
+        ("FLOPs of a token at context 1", f"{model.flops_per_token(1):.4g}"),
+    ]
+    return _table(("", model.name), rows)
+
+
+def device_tables(device: DeviceProfile) -> list[Table]:
+    """Datasheet, price and power of a device, then how well each of its operators is known."""
+    sheet = device.datasheet.model_dump(exclude={"flops_per_s", "nccl_bytes", "source"})
+    facts = [(key, f"{value:,}") for key, value in sheet.items()]
+    facts += [(f"flops_per_s.{dtype}", f"{rate:.4g}") for dtype, rate in device.datasheet.flops_per_s.items()]
+    facts += [("datasheet source", device.datasheet.source)]
+    price = device.price
+    facts += [("price", f"{price.usd_per_hour:g} USD/hour ({price.source}, {price.date})")]
+    power = device.power.model_dump(exclude={"j_per_flop", "evidence", "source"})
+    evidence = device.power.evidence
+    facts += [(key, f"{value:.4g} ({evidence[key]})") for key, value in power.items()]
+    facts += [
+        (f"j_per_flop.{dtype}", f"{joules:.4g} ({evidence[f'j_per_flop.{dtype}']})")
+        for dtype, joules in device.power.j_per_flop.items()
+    ]
+    facts += [("profile made", f"{device.provenance.date} by {device.provenance.tool}")]
+    header = ("operator", "key", "evidence", "rows", "dropped", *(f"{name} p50 / p90" for name in _HOLD_OUTS), "source")
+    title = "Fit quality: median and 90th percentile of the error on rows held out of the fit"
+    return [_table(("", device.name), facts), _table(header, _quality_rows(device), title)]
+
+
+def _quality_rows(device: DeviceProfile) -> list[Row]:
+    return [
+        (
+            kind,
+            key,
+            fitted.evidence,
+            f"{fitted.rows_used:,}",
+            f"{sum(fitted.rows_dropped.values()):,}",
+            *(_errors(fitted.quality.get(name)) for name in _HOLD_OUTS),
+            fitted.source,
+        )
+        for kind, by_key in device.operators.items()
+        for key, fitted in by_key.items()
+    ]
+
+
+def _errors(held_out: Any) -> str:
+    return f"{held_out.median:.1%} / {held_out.p90:.1%}" if held_out else "-"
+
+
+def graph_tables(name: str, plan: dict[str, Any]) -> list[Table]:
+    """The operators of each kind of block of a model under a plan, with the shapes that one rank runs."""
+    from apexsim import catalog
+    from apexsim.costs.lowering import lower
+    from apexsim.io.deployments import DeploymentFile, check_lawful, resolve_deployment
+
+    # Shapes depend on the model and the plan alone: any device will do.
+    device = catalog.names("device")[0]
+    deployment = resolve_deployment(DeploymentFile(model=name, device=device, **plan), "show")
+    check_lawful(deployment, "show")
+    lowered = lower(deployment, deployment.pools[0])
+    tables = []
+    for block in lowered.blocks:
+        layers = sum(count for stage in lowered.stages for found, count in stage.blocks if found is block)
+        attends = f"window of {block.window}" if block.window else "full attention"
+        title = f"{layers} layers: {attends}, {'experts' if block.moe else 'dense'}"
+        tables.append(_table(("operator", "kind", "shape of one rank", "feeds"), _graph_rows(block.graph), title))
+    return tables
+
+
+def _graph_rows(graph: Any) -> list[Row]:
+    rows: list[Row] = []
+    for name, data in graph.nodes(data=True):
+        operator = data["operator"]
+        shape = ", ".join(f"{key} {value}" for key, value in asdict(operator).items() if key != "name")
+        rows.append((name, operator.kind, shape, ", ".join(graph.successors(name))))
+    return rows
