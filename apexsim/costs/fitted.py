@@ -170,8 +170,8 @@ class OperatorCosts:
         """Seconds of a collective over ``group`` devices of a node; zero for one device or nothing to send.
 
         ``kind``: all_reduce, all_gather, reduce_scatter, all_to_all (bytes as nccl-tests counts them: the largest
-        buffer of a rank), send_recv (group 2) or send_recv_across_nodes. ``custom_allowed`` (may be an array): the engine's own
-        all-reduce kernel may be used.
+        buffer of a rank), send_recv (group 2) or send_recv_across_nodes. ``custom_allowed`` (may be an array): the
+        engine's own all-reduce kernel may be used.
         """
         size = np.asarray(message_bytes, dtype=float)
         if group == 1:

@@ -9,7 +9,9 @@ Symbols: ``b`` sequences, ``L`` mean keys each (at most the window), ``h`` query
     t_m = B (miss / (BW e_m) + (1 - miss) / (BW l2)) / min(1, act b_sm)
     T   = t0 + pnorm(t_m, b kv t_cta / SM, 4 b h L d / (P e_c)) + t_l log2(1 + ns)
 
-``miss = 1 / (1 + (c L2 / B)^6)``: tables replay one buffer, which L2 holds when small. Serving is cold: miss = 1. Lengths of unequal sequences count through their mean, as measured batches of unequal lengths do.
+``miss = 1 / (1 + (c L2 / B)^6)``: tables replay one buffer, which L2 holds when small.
+Serving is cold: miss = 1.
+Lengths of unequal sequences count through their mean, as measured batches of unequal lengths do.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def touched_experts(tokens: Any, experts: int, topk: int, alpha: float) -> Array
     """Distinct experts that ``tokens`` tokens reach: min(E, T k) when balanced, expected under a power law."""
     tokens = np.asarray(tokens, dtype=float)
     if alpha == 0:
-        return np.minimum(float(experts), tokens * topk)
+        return np.asarray(np.minimum(float(experts), tokens * topk))
     missed = (1 - pick_chances(experts, topk, alpha)) ** tokens[..., None]
     return np.asarray((1 - missed).sum(axis=-1))
 

@@ -1,7 +1,8 @@
 """Prefill attention of a chunk behind a history: tiles of queries times the keys they see, packed on multiprocessors.
 
 Symbols: ``L`` tokens of the chunk, ``H`` tokens of its history, ``b`` equal sequences, ``h`` query heads, ``kv`` KV
-heads, ``g = h / kv``, ``d`` head size, ``win`` sliding window (None: full), P peak FLOP/s, SM multiprocessors, BW HBM bytes/s.
+heads, ``g = h / kv``, ``d`` head size, ``win`` sliding window (None: full), P peak FLOP/s, SM
+multiprocessors, BW HBM bytes/s.
 
     gp    = min(g, max(1, TQ / L)) for L < 2048, else 1       heads of a group packed into a short query tile of TQ rows
     nt    = ceil(L gp / TQ)                                   query tiles of a packed head

@@ -16,7 +16,7 @@ SAMPLING = (
     Coefficient("launch_s", 15e-6, 2e-6, 100e-6, "launches of the sampler's kernels"),
     Coefficient("passes", 4.0, 0.1, 100.0, "passes over 4-byte logits at the HBM peak"),
     Coefficient("extra_passes", 4.0, 0.01, 100.0, "further passes for sequences beyond the knee"),
-    Coefficient("knee_sequences", 100.0, 16.0, 256.0, "sequences whose logits a cache still holds"),
+    Coefficient("knee_l2_share", 0.4, 0.05, 1.5, "share of L2 whose logits cost only the first slope"),
 )
 
 
@@ -26,8 +26,7 @@ def elementwise_s(moved_bytes: Any, c: Coefficients, hw: Hardware) -> Array:
 
 
 def sampling_s(sequences: Any, vocab: Any, c: Coefficients, hw: Hardware) -> Array:
-    """Seconds to sample one token for every sequence: a line in sequences with a second slope beyond the knee."""
-    beyond = np.maximum(0.0, np.asarray(sequences, dtype=float) - c["knee_sequences"])
-    return np.asarray(
-        c["launch_s"] + 4 * vocab * (c["passes"] * sequences + c["extra_passes"] * beyond) / hw.bytes_per_s
-    )
+    """Seconds to sample one token for every sequence: a line in logits with a second slope once they outgrow L2."""
+    logits = 4.0 * np.asarray(vocab, dtype=float) * np.asarray(sequences, dtype=float)
+    beyond = np.maximum(0.0, logits - c["knee_l2_share"] * hw.l2_bytes)
+    return np.asarray(c["launch_s"] + (c["passes"] * logits + c["extra_passes"] * beyond) / hw.bytes_per_s)

@@ -1,0 +1,167 @@
+"""Fits of prefill and decode attention, one per KV dtype and head size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from apexsim.costs.forms import decode, prefill
+from apexsim.costs.forms.hardware import Array, Coefficients, Hardware
+from apexsim.fitting.cleaning import Mask, Rule, clean, faster_than, one_query_token
+from apexsim.fitting.problems import Problem, random_fifth
+from apexsim.fitting.served import head_shapes
+from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
+from apexsim.units import dtype_bytes
+
+NUMBERS = ["batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim", "latency_us"]
+PREFILL_KNOTS = {
+    "length": (16.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0),
+    "heads_in_flight": (1.0, 8.0, 32.0, 128.0, 512.0, 4096.0),
+    "group": (1.0, 4.0, 8.0),
+    "window": (1.0, 2.0),
+}
+DECODE_KNOTS = {
+    "keys": (16.0, 64.0, 256.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0, 131072.0),
+    "pairs": (1.0, 4.0, 16.0, 64.0, 128.0, 256.0, 1024.0, 8192.0),
+    "group": (1.0, 4.0, 8.0),
+    "window": (1.0, 2.0),
+}
+
+
+def _rows(table: Path, kv_dtype: str, head_dim: int) -> pd.DataFrame:
+    """Rows of one KV dtype and head size, with ``seconds``; ``window`` is NaN for full attention."""
+    frame = read_table(table, [*NUMBERS, "window_size"], ["kv_dtype", "kernel_source"])
+    keep = (frame["kv_dtype"] == kv_dtype) & (frame["head_dim"] == head_dim)
+    frame = frame[keep].reset_index(drop=True)
+    frame["seconds"] = frame["latency_us"] * SECONDS_PER_US
+    frame["keys"] = np.where(
+        frame["window_size"] > 0, np.minimum(frame["kv_len"], frame["window_size"]), frame["kv_len"]
+    )
+    return frame
+
+
+def _knots(knots: dict[str, tuple[float, ...]], frame: pd.DataFrame) -> dict[str, tuple[float, ...]]:
+    """The knots, with one window knot where the table has no sliding windows."""
+    return knots if (frame["window_size"] > 0).any() else {**knots, "window": (1.0,)}
+
+
+def _served_heads(frame: pd.DataFrame) -> Mask:
+    return np.array([pair in head_shapes() for pair in zip(frame["heads"], frame["kv_heads"], strict=True)])
+
+
+def _windowed(frame: pd.DataFrame) -> list[tuple[float | None, Mask]]:
+    windows = frame["window_size"].to_numpy()
+    return [(float(w) if w > 0 else None, windows == w) for w in np.unique(windows)]
+
+
+def prefill_problem(table: Path, kv_dtype: str, head_dim: int, hw: Hardware, causal_skip: float) -> Problem:
+    """Prefill attention from a table of whole prompts (no history); ``causal_skip`` comes from another fit."""
+    frame = _rows(table, kv_dtype, head_dim)
+
+    def heads(rows: pd.DataFrame, window: float | None) -> prefill.Heads:
+        sizes = (rows["heads"].to_numpy(), rows["kv_heads"].to_numpy(), rows["head_dim"].to_numpy())
+        return prefill.Heads(*sizes, window, dtype_bytes(kv_dtype))
+
+    def chunks(rows: pd.DataFrame) -> prefill.Chunks:
+        return prefill.Chunks(rows["q_len"].to_numpy(), np.zeros(len(rows)), rows["batch"].to_numpy())
+
+    def predict(rows: pd.DataFrame, c: Coefficients) -> Array:
+        out = np.empty(len(rows))
+        for window, at in _windowed(rows):
+            out[at] = prefill.prefill_s(chunks(rows[at]), heads(rows[at], window), c, hw)
+        return out
+
+    def floor(rows: pd.DataFrame) -> Array:
+        out = np.empty(len(rows))
+        for window, at in _windowed(rows):
+            part = rows[at]
+            pairs = prefill.causal_pairs(part["q_len"].to_numpy(), np.zeros(len(part)), window)
+            out[at] = 4 * part["batch"] * pairs * part["heads"] * part["head_dim"] / hw.flops_per_s
+        return out
+
+    def coordinates(rows: pd.DataFrame) -> Sequence[Array]:
+        length, flight, group, _ = prefill.residual_coordinates(chunks(rows), heads(rows, None))
+        return length, flight, group, np.where(rows["window_size"] > 0, 2.0, 1.0)
+
+    frame, dropped = clean(frame, [one_query_token("q_len"), faster_than(floor)])
+    served = _served_heads(frame)
+    full = (frame["window_size"] == 0).to_numpy()
+    large = (frame["q_len"] > 8192).to_numpy()
+    extra = (prefill.WINDOW_EFFICIENCY,) if not full.all() else ()
+    return Problem(
+        kind="prefill_attention",
+        key=f"{kv_dtype}_d{head_dim}",
+        form="prefill",
+        source=f"{table.name} ({table_version(table)})",
+        frame=frame,
+        dropped=dropped,
+        predict=predict,
+        coefficients=[*prefill.COEFFICIENTS, *extra],
+        coordinates=coordinates,
+        knots=_knots(PREFILL_KNOTS, frame),
+        valid={"chunk": "q_len", "heads": "heads", "kv_heads": "kv_heads"},
+        holdouts={
+            "random": (
+                random_fifth(len(frame)),
+                {"random": np.ones(len(frame), bool), "random_served_full": served & full},
+            ),
+            "largest": (large, {"largest": served & full}),
+            "served_shapes": (served, {"served_shapes": full, "served_shapes_windowed": ~full}),
+        },
+        weight=np.ones(len(frame)),
+        constants={"causal_skip": causal_skip},
+        scan=("query_tile", tuple(float(t) for t in prefill.QUERY_TILES)),
+    )
+
+
+def decode_problem(table: Path, kv_dtype: str, head_dim: int, hw: Hardware) -> Problem:
+    """Decode attention from a table of equal-length batches."""
+    frame = _rows(table, kv_dtype, head_dim)
+    width = dtype_bytes(kv_dtype)
+
+    def shape(rows: pd.DataFrame) -> decode.DecodeShape:
+        batch, keys, heads, kv_heads, head_dim = (
+            rows[column].to_numpy() for column in ("batch", "keys", "heads", "kv_heads", "head_dim")
+        )
+        return decode.DecodeShape(batch, keys, heads, kv_heads, head_dim, width)
+
+    def predict(rows: pd.DataFrame, c: Coefficients) -> Array:
+        return decode.decode_s(shape(rows), c, hw, cold=False)
+
+    def coordinates(rows: pd.DataFrame) -> Sequence[Array]:
+        keys, pairs, group, _ = decode.residual_coordinates(shape(rows), False)
+        return keys, pairs, group, np.where(rows["window_size"] > 0, 2.0, 1.0)
+
+    def cold_floor(rows: pd.DataFrame) -> Array:
+        size = decode.moved_bytes(shape(rows))
+        return np.asarray(np.where(size > 2 * hw.l2_bytes, size / hw.bytes_per_s, 0.0))
+
+    rules: list[Rule] = [faster_than(cold_floor)]
+    frame, dropped = clean(frame, rules)
+    served, full = _served_heads(frame), (frame["window_size"] == 0).to_numpy()
+    cold = np.asarray(decode.moved_bytes(shape(frame)) > 2 * hw.l2_bytes) & full
+    large = (frame["kv_len"] * frame["batch"] * frame["kv_heads"] > 2.1e6).to_numpy() & full
+    everything = np.ones(len(frame), bool)
+    return Problem(
+        kind="decode_attention",
+        key=f"{kv_dtype}_d{head_dim}",
+        form="decode",
+        source=f"{table.name} ({table_version(table)})",
+        frame=frame,
+        dropped=dropped,
+        predict=predict,
+        coefficients=decode.COEFFICIENTS,
+        coordinates=coordinates,
+        knots=_knots(DECODE_KNOTS, frame),
+        valid={"keys": "keys", "batch": "batch", "heads": "heads", "kv_heads": "kv_heads"},
+        holdouts={
+            "random": (random_fifth(len(frame)), {"random": everything, "random_served_cold": served & cold}),
+            "largest": (large, {"largest": served}),
+            "served_shapes": (served, {"served_shapes": full, "served_shapes_cold": cold}),
+        },
+        # Cold rows are what serving sees; the hot ones are there to tell the cache apart from the form.
+        weight=np.where(cold, 1.0, 0.3),
+    )

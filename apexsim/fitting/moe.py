@@ -1,0 +1,109 @@
+"""Fit of fused expert layers, one per dtype (and kernel, where the engine picks it by expert parallelism)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from apexsim.costs.fitted import ROUTING_ALPHA
+from apexsim.costs.forms import moe
+from apexsim.costs.forms.hardware import Array, Coefficients, Hardware
+from apexsim.fitting.cleaning import clean, faster_than, thin_shards
+from apexsim.fitting.problems import Problem, random_fifth
+from apexsim.fitting.served import expert_shapes
+from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
+from apexsim.units import dtype_bytes
+
+NUMBERS = ["tokens", "hidden", "inter", "topk", "experts", "tp", "ep", "latency_us"]
+KNOTS = {
+    "tokens": (1.0, 8.0, 32.0, 128.0, 512.0, 1536.0, 4096.0, 16384.0),
+    "matrix": (2.5e5, 1e6, 4e6, 1.6e7, 1e8),
+    "ep": (1.0, 2.0, 8.0, 64.0),
+    "sparsity": (4.0, 16.0, 64.0),
+    "routing": (1.0, 2.0),
+}
+# Shapes of plain (not gated) experts in the tables: two matrices instead of three.
+PLAIN = {(2688, 1856), (2048, 5120), (1024, 2688)}
+# Group-limited routing of these shapes reaches 4 of 8 groups in the synthetic rows on one device: half the experts.
+GROUPED = (7168, 256)
+
+
+def problem(tables: Sequence[Path], key: str, dtype: str, kernels: str, hw: Hardware) -> Problem:
+    """The fit of experts stored in ``dtype`` from the rows whose kernel name contains ``kernels``.
+
+    ``key`` names the operator in the profile; ``dtype`` is one of ours, mxfp4 being ``w4a16_mxfp4`` in the tables.
+    """
+    frame = pd.concat([_rows(table, dtype, kernels) for table in tables], ignore_index=True)
+    width = dtype_bytes(dtype)
+
+    def shape(rows: pd.DataFrame) -> moe.MoeShape:
+        columns = ("tokens", "hidden", "shard", "topk", "experts", "ep", "matrices", "touched", "power_law")
+        return moe.MoeShape(*(rows[column].to_numpy(dtype=float) for column in columns))
+
+    def predict(rows: pd.DataFrame, c: Coefficients) -> Array:
+        return moe.moe_s(shape(rows), width, c, hw)
+
+    def compute_floor(rows: pd.DataFrame) -> Array:
+        s = shape(rows)
+        return np.asarray(2 * s.tokens * s.topk / s.ep * s.matrices * s.hidden * s.inter / hw.flops_per_s)
+
+    frame, dropped = clean(frame, [thin_shards("shard"), faster_than(compute_floor)])
+    model = list(zip(frame["hidden"], frame["inter"], frame["topk"], frame["experts"], strict=True))
+    served = np.array([tuple(int(x) for x in sizes) in expert_shapes() for sizes in model])
+    everything = np.ones(len(frame), bool)
+    return Problem(
+        kind="moe",
+        key=key,
+        form="moe",
+        source="; ".join(f"{table.name} ({table_version(table)}), kernels {kernels}" for table in tables),
+        frame=frame,
+        dropped=dropped,
+        predict=predict,
+        coefficients=moe.COEFFICIENTS,
+        coordinates=lambda rows: moe.residual_coordinates(shape(rows)),
+        knots=_knots(frame),
+        valid={"tokens": "tokens", "hidden": "hidden", "inter": "shard", "experts": "experts", "ep": "ep"},
+        holdouts={
+            "random": (random_fifth(len(frame)), {"random": everything, "random_served": served}),
+            "largest": ((frame["tokens"] > 4096).to_numpy(), {"largest": everything}),
+            "served_shapes": (served, {"served_shapes": everything}),
+        },
+        weight=everything.astype(float),
+    )
+
+
+def _rows(table: Path, dtype: str, kernels: str) -> pd.DataFrame:
+    frame = read_table(table, NUMBERS, ["dtype", "routing", "kernel_source"])
+    label = "w4a16_mxfp4" if dtype == "mxfp4" else dtype
+    keep = (frame["dtype"] == label) & frame["kernel_source"].str.contains(kernels, regex=False)
+    frame = frame[keep].reset_index(drop=True)
+    frame["seconds"] = frame["latency_us"] * SECONDS_PER_US
+    frame["shard"] = frame["inter"] / frame["tp"]
+    plain = [pair in PLAIN for pair in zip(frame["hidden"], frame["inter"], strict=True)]
+    frame["matrices"] = np.where(plain, 2.0, 3.0)
+    frame["power_law"] = (frame["routing"] != "balanced").astype(float)
+    frame["touched"] = _touched(frame)
+    grouped = (frame["hidden"] == GROUPED[0]) & (frame["experts"] == GROUPED[1]) & (frame["ep"] == 1)
+    frame.loc[grouped, "touched"] = np.minimum(frame.loc[grouped, "touched"], GROUPED[1] / 2)
+    return frame
+
+
+def _touched(frame: pd.DataFrame) -> Array:
+    """Distinct experts that the tokens of every row reach."""
+    out = np.empty(len(frame))
+    settings = list(zip(frame["experts"], frame["topk"], frame["routing"], strict=True))
+    for experts, topk, routing in set(settings):
+        at = np.array([setting == (experts, topk, routing) for setting in settings])
+        tokens = frame["tokens"].to_numpy()[at]
+        out[at] = moe.touched_experts(tokens, int(experts), int(topk), ROUTING_ALPHA[routing])
+    return out
+
+
+def _knots(frame: pd.DataFrame) -> dict[str, tuple[float, ...]]:
+    """The knots, without those of coordinates that the rows never vary."""
+    varies = {"ep": frame["ep"].nunique() > 1, "routing": frame["power_law"].nunique() > 1}
+    varies["sparsity"] = (frame["experts"] / frame["topk"]).nunique() > 1
+    return {name: knots if varies.get(name, True) else knots[:1] for name, knots in KNOTS.items()}

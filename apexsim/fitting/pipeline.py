@@ -1,0 +1,117 @@
+"""``apexsim fit``: the whole profile of a device from the reference tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+
+from apexsim import __version__
+from apexsim.costs.forms.hardware import Hardware
+from apexsim.errors import BadInput, nearest
+from apexsim.fitting import attention, estimates, facts, gemm, links, moe, small
+from apexsim.fitting.facts import Facts
+from apexsim.fitting.problems import Problem, solve
+from apexsim.fitting.tables import data_root
+from apexsim.specs.device import DeviceProfile, FittedOperator, Provenance
+
+FIT_DATE = "2026-11-21"
+HEAD_DIMS = (64, 128)
+Progress = Callable[[str], None]
+
+
+def fit_device(name: str, root: str | Path | None = None, progress: Progress | None = None) -> DeviceProfile:
+    """Fit every operator of device ``name`` from the tables under ``root`` (default: where the reference data lie).
+
+    ``progress`` is told, in a few words, what is being fitted. The same tables give the same profile, to the byte.
+    """
+    known = facts.devices()
+    if name not in known:
+        raise BadInput(f"no tables of it can be fitted; {nearest(name, known)}", where="--device", got=name)
+    device, kernels = known[name], data_root(root) / "kernels"
+    operators: dict[str, dict[str, FittedOperator]] = {}
+    for problem in _problems(device, kernels):
+        if progress:
+            progress(f"{name}: {problem.kind} {problem.key}, {len(problem.frame)} rows")
+        operators.setdefault(problem.kind, {})[problem.key] = solve(problem)
+    for kind, found in _tables(device, kernels).items():
+        operators.setdefault(kind, {}).update(found)
+    used = {op.source for found in operators.values() for op in found.values()}
+    return DeviceProfile(
+        name=name,
+        datasheet=device.datasheet,
+        price=device.price,
+        power=device.power,
+        sustained=estimates.sustained(),
+        operators=operators,
+        provenance=Provenance(tool=f"apexsim fit {__version__}", date=FIT_DATE, tables=tuple(sorted(used))),
+    )
+
+
+def quality_table(profile: DeviceProfile) -> pd.DataFrame:
+    """The hold-outs that a profile reports: one row per operator and hold-out, errors in percent."""
+    rows = [
+        {
+            "device": profile.name,
+            "operator": kind,
+            "key": key,
+            "evidence": op.evidence,
+            "rows_used": op.rows_used,
+            "rows_dropped": sum(op.rows_dropped.values()),
+            "hold_out": hold_out,
+            "median_percent": round(100 * score.median, 2),
+            "p90_percent": round(100 * score.p90, 2),
+            "rows_scored": score.rows,
+        }
+        for kind, found in profile.operators.items()
+        for key, op in found.items()
+        for hold_out, score in op.quality.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def _problems(device: Facts, kernels: Path) -> Iterator[Problem]:
+    """Every operator of the device that is fitted from its own tables."""
+    folder, sheet = kernels / "datacenter" / device.folder, device.datasheet
+    hopper = "fp8" in sheet.flops_per_s
+    for dtype in ("bf16", "fp8", "fp8_block") if hopper else ("bf16",):
+        table = {"bf16": "gemm", "fp8": "gemm", "fp8_block": "gemm__fp8_block_trtllm"}[dtype]
+        path = folder / f"{table if hopper else 'gemm__sglang'}.parquet"
+        yield gemm.problem(path, dtype, Hardware.of(sheet, dtype))
+    for kv_dtype in ("bf16", "fp8") if hopper else ("bf16",):
+        hw = Hardware.of(sheet, kv_dtype)
+        for head_dim in HEAD_DIMS if hopper else (128,):
+            yield attention.prefill_problem(folder / "context_attention.parquet", kv_dtype, head_dim, hw, 1.0)
+            yield attention.decode_problem(folder / "generation_attention.parquet", kv_dtype, head_dim, hw)
+    for key, dtype, source in MOE_KERNELS if hopper else (("bf16", "bf16", "triton"),):
+        table_name = "moe.parquet" if hopper else "moe__sglang.parquet"
+        yield moe.problem([folder / table_name], key, dtype, source, Hardware.of(sheet, dtype))
+
+
+# Key in the profile, dtype, and what its kernel is called in the tables. Block-scaled experts run Triton on one rank
+# and CUTLASS over several.
+MOE_KERNELS = (
+    ("bf16", "bf16", "triton"),
+    ("fp8", "fp8", "cutlass"),
+    ("fp8_block", "fp8_block", "triton"),
+    ("fp8_block_ep", "fp8_block", "cutlass"),
+    ("mxfp4", "mxfp4", "gptoss"),
+)
+
+
+def _tables(device: Facts, kernels: Path) -> links.Operators:
+    """Operators kept as tables, and those estimated from elsewhere."""
+    found = links.collectives(kernels / "datacenter" / device.folder)
+    network = kernels / "a100_h100_2024" / "network"
+    near = "a100_dgx" if device.folder.startswith("a100") else "h100_dgx"
+    own = device.folder[:4] == near[:4]
+    for kind, across in (("send_recv", False), ("send_recv_across_nodes", True)):
+        found[kind] = {
+            "p2p": links.send_recv(
+                network / near / "send_recv.parquet", across_nodes=across, evidence="fitted" if own else "estimated"
+            )
+        }
+    found["elementwise"] = {"any": estimates.elementwise()}
+    found["sampling"] = {"any": small.sampling(kernels / "vllm_layers" / "RTXPRO6000")}
+    return found

@@ -1,0 +1,135 @@
+"""A fit as data, and how it is carried out: coefficients, residual, and the three hold-outs that judge them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from apexsim.costs.forms.hardware import Array, Coefficient, Coefficients
+from apexsim.costs.forms.residual import LogGrid
+from apexsim.fitting.cleaning import Mask
+from apexsim.fitting.fit import Knots, fit_coefficients, fit_residual
+from apexsim.specs.device import Evidence, FittedOperator, HoldOut, ResidualGrid
+
+FIT_ROWS = 4000
+RESIDUAL_ROWS = 20000
+SEED = 20260101
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One operator of one dtype to fit.
+
+    ``frame`` holds the cleaned rows with their ``seconds``; ``predict`` gives the form's seconds on rows as they were
+    measured (caches hot); ``coordinates`` those of the residual over ``knots``. ``scan`` are constants tried in turn
+    (a tile size), the best kept. ``holdouts`` maps a name to the rows kept out of that fit and the rows scored.
+    """
+
+    kind: str
+    key: str
+    form: str
+    source: str
+    frame: pd.DataFrame
+    dropped: dict[str, int]
+    predict: Callable[[pd.DataFrame, Coefficients], Array]
+    coefficients: Sequence[Coefficient]
+    coordinates: Callable[[pd.DataFrame], Sequence[Array]]
+    knots: Knots
+    valid: Mapping[str, str]
+    holdouts: Mapping[str, tuple[Mask, Mapping[str, Mask]]]
+    weight: Array
+    constants: Mapping[str, float] = field(default_factory=dict)
+    scan: tuple[str, Sequence[float]] | None = None
+    evidence: Evidence = "fitted"
+
+
+def random_fifth(rows: int) -> Mask:
+    """One row in five, the same ones every time."""
+    return np.asarray(np.random.default_rng(SEED).random(rows) < 0.2)
+
+
+def solve(problem: Problem) -> FittedOperator:
+    """Fit a problem on all its rows, and again without each hold-out to score it."""
+    everything = np.ones(len(problem.frame), dtype=bool)
+    quality: dict[str, HoldOut] = {}
+    start = _choose_constants(problem)
+    for test, scores in problem.holdouts.values():
+        if not test.any() or test.all():
+            continue
+        c, grid = _fit_rows(problem, ~test, start)
+        errors = _errors(problem, c, grid)
+        quality |= {name: _summary(errors[test & mask]) for name, mask in scores.items() if (test & mask).any()}
+    c, grid = _fit_rows(problem, everything, start)
+    valid = {
+        name: (float(problem.frame[col].min()), float(problem.frame[col].max())) for name, col in problem.valid.items()
+    }
+    return FittedOperator(
+        form=problem.form,
+        coefficients=c,
+        residual=grid,
+        valid=valid,
+        evidence=problem.evidence,
+        source=problem.source,
+        rows_used=len(problem.frame),
+        rows_dropped=problem.dropped,
+        quality=quality,
+    )
+
+
+def _choose_constants(problem: Problem) -> dict[str, float]:
+    """The scanned constant with the least median error, beside the fixed ones."""
+    fixed = dict(problem.constants)
+    if problem.scan is None:
+        return fixed
+    name, values = problem.scan
+    everything = np.ones(len(problem.frame), dtype=bool)
+    losses = []
+    for value in values:
+        c = _fit_form(problem, everything, {**fixed, name: value}, FIT_ROWS // 4)
+        rows = _sample(everything, FIT_ROWS)
+        error = np.abs(np.log(problem.predict(problem.frame.iloc[rows], c) / problem.frame["seconds"].to_numpy()[rows]))
+        losses.append(float(np.mean(np.minimum(error, 0.5) * problem.weight[rows])))
+    return {**fixed, name: values[int(np.argmin(losses))]}
+
+
+def _fit_rows(problem: Problem, train: Mask, start: Coefficients) -> tuple[dict[str, float], ResidualGrid]:
+    c = _fit_form(problem, train, start, FIT_ROWS)
+    rows = _sample(train, RESIDUAL_ROWS)
+    part = problem.frame.iloc[rows]
+    log_error = np.log(part["seconds"].to_numpy() / problem.predict(part, c))
+    return c, fit_residual(log_error, problem.weight[rows], problem.coordinates(part), problem.knots)
+
+
+def _fit_form(problem: Problem, train: Mask, start: Coefficients, most_rows: int) -> dict[str, float]:
+    rows = _sample(train, most_rows)
+    part = problem.frame.iloc[rows]
+    return fit_coefficients(
+        lambda c: problem.predict(part, c),
+        part["seconds"].to_numpy(),
+        problem.weight[rows],
+        problem.coefficients,
+        start,
+    )
+
+
+def _sample(mask: Mask, most: int) -> npt.NDArray[np.int64]:
+    """At most ``most`` of the rows in ``mask``, drawn with a fixed seed, in order."""
+    rows = np.flatnonzero(mask)
+    if len(rows) <= most:
+        return rows
+    return np.sort(np.random.default_rng(SEED).choice(rows, most, replace=False))
+
+
+def _errors(problem: Problem, c: Coefficients, grid: ResidualGrid) -> Array:
+    """Absolute relative error of every row."""
+    factor = np.exp(LogGrid.of(grid).log_factor(*problem.coordinates(problem.frame)))
+    return np.asarray(np.abs(problem.predict(problem.frame, c) * factor / problem.frame["seconds"].to_numpy() - 1))
+
+
+def _summary(errors: Array) -> HoldOut:
+    median, p90 = np.quantile(errors, [0.5, 0.9])
+    return HoldOut(median=round(float(median), 4), p90=round(float(p90), 4), rows=len(errors))
