@@ -29,6 +29,17 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         Path(scratch).unlink(missing_ok=True)
 
 
+def make_folder(path: Path | str, *, where: object = "--out") -> Path:
+    """The folder at ``path``, made with its parents where it is not there; ``BadInput`` when that cannot be."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot be made a folder: {error.strerror}", where=where, got=str(path)) from None
+    check_writable(folder / "file", where=where)
+    return folder
+
+
 def check_writable(path: Path | str, *, where: object) -> None:
     """Raise ``BadInput`` now rather than after a long run when ``path`` could not be written."""
     target = Path(path)

@@ -1,1 +1,1 @@
-"""Which deployment is best: space, objective, study, executors."""
+"""Which deployment is best: space, question, objective, judging, study, executors."""

@@ -1,0 +1,178 @@
+"""``apexsim search``: judge every plan on the devices given, and rank them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from apexsim.cli.options import (
+    JsonFlag,
+    check_targets,
+    emit_json,
+    parse_engine_options,
+    progress_bar,
+    table_console,
+    with_flags,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from apexsim.search.study import Study
+
+_QUESTION, _RUN = "Question", "Run"
+
+
+@dataclass(frozen=True)
+class SearchFlags:
+    """Flags that say what is asked; None = not given, so that the search file's value or the default holds."""
+
+    model: Annotated[str | None, typer.Option(help="Model name or YAML.", rich_help_panel=_QUESTION)] = None
+    devices: Annotated[str | None, typer.Option(help="As 8xh100-sxm.", rich_help_panel=_QUESTION)] = None
+    workload: Annotated[str | None, typer.Option(help="Workload name or request file.", rich_help_panel=_QUESTION)] = (
+        None
+    )
+    objective: Annotated[
+        str | None, typer.Option(help="latency, throughput, goodput, energy or cost.", rich_help_panel=_QUESTION)
+    ] = None
+    slo: Annotated[str | None, typer.Option(help="As ttft_s=0.5,tpot_s=0.05.", rich_help_panel=_QUESTION)] = None
+    requests: Annotated[int | None, typer.Option(help="Only the first so many.", rich_help_panel=_QUESTION)] = None
+    rate_per_s: Annotated[
+        float | None, typer.Option(help="Rescale arrivals to this mean rate.", rich_help_panel=_QUESTION)
+    ] = None
+    concurrency: Annotated[
+        int | None, typer.Option(help="Closed loop of so many clients.", rich_help_panel=_QUESTION)
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="Seed of all that is random; 0.", rich_help_panel=_QUESTION)] = None
+    allow_idle: Annotated[
+        bool | None, typer.Option("--allow-idle", help="Plans that use fewer devices too.", rich_help_panel=_QUESTION)
+    ] = None
+    engine: Annotated[str | None, typer.Option(help="Engine profile.", rich_help_panel=_QUESTION)] = None
+    engine_option: Annotated[
+        list[str] | None, typer.Option(help="Engine field, key=value (repeatable).", rich_help_panel=_QUESTION)
+    ] = None
+    router: Annotated[
+        str | None, typer.Option(help="How requests spread over replicas.", rich_help_panel=_QUESTION)
+    ] = None
+    weights: Annotated[str | None, typer.Option(help="Dtype of the weights.", rich_help_panel=_QUESTION)] = None
+    moe_weights: Annotated[str | None, typer.Option(help="Dtype of expert weights.", rich_help_panel=_QUESTION)] = None
+    kv_cache: Annotated[str | None, typer.Option(help="Dtype of the KV cache.", rich_help_panel=_QUESTION)] = None
+
+    def choices(self) -> dict[str, Any]:
+        """The flags given, as keys of a search file."""
+        from apexsim.specs.slo import SLO
+
+        given = {key: value for key, value in vars(self).items() if value is not None}
+        given["engine_options"] = parse_engine_options(given.pop("engine_option", ()))
+        if "slo" in given:
+            given["slo"] = SLO.parse(given["slo"])
+        return given
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """Flags that say how to run the search; none of them changes the answer."""
+
+    out: Annotated[Path | None, typer.Option(help="Folder for best.yaml and all plans.", rich_help_panel=_RUN)] = None
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the search in --out.", rich_help_panel=_RUN)] = (
+        False
+    )
+    jobs: Annotated[int | None, typer.Option(help="Processes; the cores at hand.", rich_help_panel=_RUN)] = None
+    executor: Annotated[str, typer.Option(help="local, or ray (extra [ray]).", rich_help_panel=_RUN)] = "local"
+    top: Annotated[int | None, typer.Option(help="Show only so many plans.", min=1, rich_help_panel=_RUN)] = None
+    json: JsonFlag = None
+
+
+@with_flags
+def search(
+    search_file: Annotated[Path | None, typer.Argument(metavar="[SEARCH.yaml]", help="A search as YAML.")] = None,
+    *,
+    question: SearchFlags,
+    run: RunFlags,
+) -> None:
+    """Which tensor x pipeline x replicas plan serves a workload best? Flags outweigh the file.
+
+    Exit status 1 when no plan keeps the SLO: all plans are still shown and written, by attainment.
+    """
+    from apexsim.io.search_files import study_data
+    from apexsim.planning import search as find
+
+    check_targets({"--json": run.json})
+    with progress_bar("Searching") as report:
+        study = find(
+            search_file,
+            out=run.out,
+            resume=run.resume,
+            jobs=run.jobs,
+            executor=run.executor,
+            progress=lambda judged, plans: report(judged / plans),
+            **question.choices(),
+        )
+    if run.json:
+        emit_json(study_data(study), run.json)
+    _show(study, run)
+    if study.winner is None:
+        raise typer.Exit(1)
+
+
+def _show(study: Study, run: RunFlags) -> None:
+    from apexsim.search.headline import headline
+
+    console = table_console(run.json)
+    ran = [record for record in study.records if record["verdict"] in ("ok", "misses_slo")]
+    others = [record for record in study.records if record not in ran]
+    for table in (_ranking(ran[: run.top]), _not_run(others[: run.top])):
+        if table.row_count:
+            console.print(table)
+    line = headline(study)
+    console.print(line[0].upper() + line[1:] + ".", highlight=False)
+    if run.out:
+        console.print(f"Written to {run.out}.", highlight=False)
+
+
+# Heading of a column: the figure it shows and its format.
+_COLUMNS = {
+    "attainment": ("attainment", "{:.1%}"),
+    "TTFT p90 s": ("ttft_p90_s", "{:.3g}"),
+    "TPOT p90 s": ("tpot_p90_s", "{:.3g}"),
+    "e2e p90 s": ("e2e_p90_s", "{:.3g}"),
+    "tokens/s": ("output_tokens_per_s", "{:.0f}"),
+    "J/token": ("energy_per_output_token_j", "{:.3g}"),
+    "USD/Mtoken": ("usd_per_million_output_tokens", "{:.3g}"),
+}
+
+
+def _ranking(records: Sequence[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
+    table = Table("rank", "plan", "devices", "objective", *_COLUMNS, "verdict")
+    for column in table.columns[2:-1]:
+        column.justify = "right"
+    for record in records:
+        objective = _format(record["objective_value"], "{:.4g}")
+        figures = [_format(record[figure], form) for figure, form in _COLUMNS.values()]
+        verdict = record["verdict"] + ", front" * record["front"]
+        table.add_row(str(record["rank"]), record["plan"], _devices(record), objective, *figures, verdict)
+    return table
+
+
+def _not_run(records: Sequence[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
+    table = Table("plan", "verdict", "reason")
+    for record in records:
+        table.add_row(record["plan"], record["verdict"], record["reason"])
+    return table
+
+
+def _devices(record: dict[str, Any]) -> str:
+    idle = record["devices_idle"]
+    return f"{record['devices_used']} (+{idle} idle)" if idle else str(record["devices_used"])
+
+
+def _format(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

@@ -1,0 +1,132 @@
+"""Searches as YAML, and what a search leaves behind. The keys are the flags of ``apexsim search``:
+
+model: llama-3.1-70b        # catalog name, or the path of a model YAML
+devices: 8xh100-sxm
+workload: chat              # catalog name, or the path of a request file
+requests: 1024
+slo: {ttft_s: 0.5, tpot_s: 0.05}
+objective: latency
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from apexsim import __version__
+from apexsim.atomic import atomic_path, write_json
+from apexsim.errors import BadInput
+from apexsim.io.deployments import (
+    DEFAULT_ENGINE,
+    DEVICES_PER_NODE,
+    DeploymentFile,
+    EngineOption,
+    resolve_deployment,
+    write_deployment,
+)
+from apexsim.io.requests import resolve_workload
+from apexsim.io.yaml_files import load_spec
+from apexsim.search.headline import headline
+from apexsim.search.objective import objective_named
+from apexsim.search.question import Question
+from apexsim.search.space import SearchSpace
+from apexsim.search.study import Study
+from apexsim.specs.base import Spec
+from apexsim.specs.cluster import parse_devices
+from apexsim.specs.slo import SLO
+from apexsim.specs.workload import Requests
+
+
+class Traffic(Spec):
+    """What is asked of a deployment, by name: the workload flags of the command line."""
+
+    workload: str
+    rate_per_s: float | None = Field(None, gt=0)
+    concurrency: int | None = Field(None, ge=1)
+    requests: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=0)
+    slo: SLO = SLO()
+
+    def read(self) -> Requests:
+        """The requests that these keys describe."""
+        return resolve_workload(
+            self.workload,
+            rate_per_s=self.rate_per_s,
+            concurrency=self.concurrency,
+            requests=self.requests,
+            seed=self.seed,
+        )
+
+
+class SearchFile(Traffic):
+    """A search by names: what a person writes. ``resolve_search`` turns it into a ``Question``."""
+
+    model: str
+    devices: str
+    allow_idle: bool = False
+    objective: str = "latency"
+    engine: str = DEFAULT_ENGINE
+    engine_options: dict[str, EngineOption] = Field(default_factory=dict)
+    router: str = "round_robin"
+    weights: str = "bf16"
+    moe_weights: str | None = None
+    kv_cache: str = "bf16"
+
+
+def read_search(path: Path | str) -> SearchFile:
+    """Read a search YAML; a model, engine or workload given as a path is looked for beside the file first."""
+    file = load_spec(SearchFile, path)
+    return file.model_copy(update={key: beside(getattr(file, key), path) for key in ("model", "engine", "workload")})
+
+
+def beside(name: str, path: Path | str) -> str:
+    """``name`` as the path of a file beside ``path`` where there is one; else unchanged."""
+    near = Path(path).parent / name
+    return str(near.resolve()) if near.is_file() else name
+
+
+def resolve_search(file: SearchFile, where: object) -> Question:
+    """Look every name up; ``BadInput`` at ``where`` on the first that means nothing."""
+    objective = objective_named(file.objective, where)
+    base = resolve_deployment(deployment_file(file, where), where)
+    space = SearchSpace(base=base, allow_idle=file.allow_idle)
+    return Question(space=space, requests=file.read(), objective=objective, slo=file.slo, seed=file.seed)
+
+
+def deployment_file(file: SearchFile, where: object) -> DeploymentFile:
+    """The deployment that a search varies: its cluster and all its choices but the plan."""
+    count, device = parse_devices(file.devices, where)
+    per_node = min(count, DEVICES_PER_NODE)
+    if count % per_node:
+        raise BadInput(f"give up to {per_node} devices or whole nodes of {per_node}", where=where, got=file.devices)
+    shared = file.model_dump(include=set(DeploymentFile.model_fields))
+    return DeploymentFile(**shared, device=device, nodes=count // per_node, devices_per_node=per_node)
+
+
+def write_study(out: Path, study: Study, file: SearchFile) -> None:
+    """Write ``study.json``, ``plans.parquet`` and, when a plan won, ``best.yaml`` into the folder ``out``."""
+    with atomic_path(out / "plans.parquet") as scratch:
+        study.table.to_parquet(scratch, index=False)
+    write_json(out / "study.json", study_data(study))
+    best = out / "best.yaml"
+    best.unlink(missing_ok=True)  # that of an earlier search answers another question
+    if study.winner:
+        candidate = study.winner.candidate
+        degrees = {**candidate.plan.model_dump(), "replicas": candidate.replicas}
+        write_deployment(best, deployment_file(file, out).model_copy(update=degrees))
+
+
+def study_data(study: Study) -> dict[str, Any]:
+    """A study as one JSON object; ``timing`` alone may differ between two equal searches."""
+    return {
+        "version": __version__,
+        "question": study.question.describe(),
+        "feasible": study.winner is not None,
+        "best": study.winner.candidate.name if study.winner else None,
+        "headline": headline(study),
+        "front": [record["plan"] for record in study.records if record["front"]],
+        "plans": study.records,
+        "timing": study.timing,
+    }

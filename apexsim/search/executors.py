@@ -1,0 +1,121 @@
+"""Where the simulations of a search run: in this process, over local processes, or on a Ray cluster.
+
+An executor takes a function that never raises and its tasks, and yields ``(number of the task, result)`` as they end;
+the result is None where the process that ran the task died. Order is the caller's affair: it knows the numbers.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import BaseContext
+from typing import Any, Protocol, TypeVar
+
+from apexsim.errors import BadInput, nearest
+
+T = TypeVar("T")
+R = TypeVar("R")
+Results = Iterator[tuple[int, R | None]]
+
+# Below this many requests to simulate, starting processes (each imports numpy and pandas) takes longer than it saves.
+REQUESTS_WORTH_A_POOL = 20_000
+LOST = "the process that ran it died, out of memory perhaps; a script that starts jobs needs if __name__ == '__main__'"
+
+
+class Executor(Protocol):
+    """Runs ``function`` on every task, at most ``jobs`` at a time."""
+
+    def __call__(self, function: Callable[[T], R], tasks: Sequence[T], jobs: int) -> Results[R]: ...
+
+
+def choose_jobs(jobs: int | None, requests: int) -> int:
+    """``jobs`` as asked for, else the cores this process may use, but one where the requests to simulate are few."""
+    if jobs is not None and jobs < 1:
+        raise BadInput("give at least 1", where="--jobs", got=jobs)
+    if jobs is None and requests < REQUESTS_WORTH_A_POOL:
+        return 1
+    return jobs or available_cores()
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def executor_named(name: str) -> Executor:
+    """The executor of that name; ``BadInput`` when there is none."""
+    if name not in EXECUTORS:
+        raise BadInput(f"unknown executor; {nearest(name, EXECUTORS)}", where="--executor", got=name)
+    return EXECUTORS[name]
+
+
+def run_local(function: Callable[[T], R], tasks: Sequence[T], jobs: int) -> Results[R]:
+    """Over local processes; in this one when a single job is asked for or there is a single task."""
+    if min(jobs, len(tasks)) <= 1:
+        yield from enumerate(map(function, tasks))
+        return
+    lost = []
+    for number, result in _run_pool(function, list(enumerate(tasks)), jobs):
+        if result is None:
+            lost.append(number)
+        else:
+            yield number, result
+    # A dying worker takes down its whole pool: each task gets a process of its own, and only the culprit is lost.
+    for number in lost:
+        yield from _run_pool(function, [(number, tasks[number])], 1)
+
+
+def run_on_ray(function: Callable[[T], R], tasks: Sequence[T], jobs: int) -> Results[R]:
+    """On a Ray cluster: the one named by ``RAY_ADDRESS``, else one started here with ``jobs`` cores."""
+    try:
+        import ray
+    except ImportError:
+        raise BadInput("install it with: pip install 'apexsim[ray]'", where="--executor", got="ray") from None
+    if not ray.is_initialized():
+        ray.init(num_cpus=None if os.environ.get("RAY_ADDRESS") else jobs, log_to_driver=False)
+
+    def run(task: T) -> R:  # ray takes plain functions only, not partial ones
+        return function(task)
+
+    remote = ray.remote(max_retries=0)(run)
+    pending = {remote.remote(task): number for number, task in enumerate(tasks)}
+    while pending:
+        (done, *_), _ = ray.wait(list(pending))
+        number = pending.pop(done)
+        try:
+            yield number, ray.get(done)
+        except ray.exceptions.RayError:
+            yield number, None
+
+
+EXECUTORS: dict[str, Executor] = {"local": run_local, "ray": run_on_ray}
+
+
+def _run_pool(function: Callable[[T], R], tasks: Sequence[tuple[int, T]], jobs: int) -> Results[R]:
+    pool = ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=_process_context())
+    try:
+        numbers = {pool.submit(function, task): number for number, task in tasks}
+        for future in as_completed(numbers):
+            yield numbers[future], _result(future)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _result(future: Future[R]) -> R | None:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        return None
+
+
+def _process_context() -> BaseContext:
+    """A server that imports apexsim once and forks workers from that; plain fork is unsafe beside threads."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["apexsim.search.study"])
+    return context  # type: ignore[no-any-return]

@@ -1,0 +1,343 @@
+"""Search: spaces counted by hand, rankings under an injected simulator, and the real line end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apexsim import catalog
+from apexsim.cli.main import main
+from apexsim.errors import BadInput, InfeasiblePlan
+from apexsim.io.deployments import load_deployment
+from apexsim.io.search_files import SearchFile, read_search, resolve_search, study_data
+from apexsim.planning import search as plan
+from apexsim.search.executors import choose_jobs, executor_named, run_local
+from apexsim.search.headline import headline, usual_choice
+from apexsim.search.journal import Journal, fingerprint, identity
+from apexsim.search.objective import FIGURES, MAX_DOUBLINGS, OBJECTIVES, RATE_TOLERANCE, highest_passing
+from apexsim.search.outcomes import Outcome
+from apexsim.search.pareto import pareto_front
+from apexsim.search.question import Question
+from apexsim.search.space import SearchSpace, divisors
+from apexsim.search.study import search
+from apexsim.specs.cluster import Cluster
+from apexsim.specs.deployment import Deployment
+from apexsim.specs.slo import SLO
+from apexsim.specs.workload import Requests
+
+REQUESTS = Requests(
+    name="four", arrival_s=np.arange(4) * 0.5, prompt_tokens=np.full(4, 100), output_tokens=np.full(4, 10)
+)
+LIMITS = SLO(ttft_s=1.0)
+
+
+def space(model: str = "llama-3.1-70b", devices: int = 8, nodes: int = 1, allow_idle: bool = False) -> SearchSpace:
+    cluster = Cluster(device=catalog.load("device", "h100-sxm"), devices_per_node=devices, nodes=nodes)
+    base = Deployment(
+        model=catalog.load("model", model), cluster=cluster, engine=catalog.load("engine", "vllm-v1-async")
+    )
+    return SearchSpace(base=base, allow_idle=allow_idle)
+
+
+def question(objective: str = "latency", **changed: Any) -> Question:
+    asked: dict[str, Any] = {"space": space(), "requests": REQUESTS, "slo": LIMITS}
+    return Question(**{**asked, **changed}, objective=OBJECTIVES[objective])
+
+
+def summary(**figures: float) -> dict[str, Any]:
+    """A summary in which every figure is 1 except those named."""
+    nested: dict[str, Any] = {}
+    for figure, path in FIGURES.items():
+        inner = nested
+        for key in path[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[path[-1]] = figures.get(figure, 1.0)
+    return nested
+
+
+def layout(deployment: Deployment) -> tuple[int, int, int]:
+    pool = deployment.pools[0]
+    return pool.plan.tensor, pool.plan.pipeline, pool.replicas
+
+
+def toy(deployment: Deployment, requests: Requests, slo: SLO, seed: int) -> Mapping[str, Any]:
+    """Wider tensor parallelism answers faster and costs more energy; one device does not hold the model; pipelines of
+    8 crash; more than 0.5 requests/s a replica and tensor rank miss the SLO."""
+    tensor, pipeline, replicas = layout(deployment)
+    if tensor * pipeline == 1:
+        raise InfeasiblePlan(["weights of 10 bytes exceed 5 bytes"])
+    if pipeline == 8:
+        raise RuntimeError("no\nluck")
+    keeps = requests.rate_per_s <= 0.5 * tensor * replicas
+    return summary(
+        attainment=1.0 if keeps else 1 / (1 + pipeline),
+        e2e_p90_s=10 / tensor + pipeline,
+        energy_per_output_token_j=tensor / pipeline,
+        output_tokens_per_s=100.0 * replicas / pipeline,
+    )
+
+
+def dies_on_pipelines_of_8(deployment: Deployment, requests: Requests, slo: SLO, seed: int) -> Mapping[str, Any]:
+    """Like ``toy``, but its process dies where that one raises."""
+    if layout(deployment)[1] == 8:
+        os._exit(1)
+    return toy(deployment, requests, slo, seed)
+
+
+# -- space ---------------------------------------------------------------------------------------------------------------
+
+
+def test_every_factorisation_of_the_devices_is_a_candidate() -> None:
+    layouts = {(c.plan.tensor, c.plan.pipeline, c.replicas) for c in space().candidates()}
+    assert len(layouts) == len(space().candidates()) == 10  # triples of divisors whose product is 8
+    assert all(t * p * r == 8 for t, p, r in layouts)
+
+
+@given(st.integers(1, 24))
+def test_idle_devices_add_the_smaller_spaces(devices: int) -> None:
+    small = space(devices=devices, allow_idle=True).candidates()
+    alone = [c.name for count in range(1, devices + 1) for c in space(devices=count).candidates()]
+    assert [c.name for c in small] == alone
+    assert len({c.name for c in small}) == len(small)
+
+
+def test_experts_are_spread_over_every_divisor_of_the_tensor_degree() -> None:
+    degrees = [c.plan.expert for c in space("mixtral-8x7b").candidates() if c.plan.tensor == 8]
+    assert degrees == [1, 2, 4, 8]
+
+
+def test_unlawful_plans_stay_with_their_reasons() -> None:
+    by_name = {c.name: c for c in space(devices=6).candidates()}
+    assert by_name["tp2-pp3-dp1"].reasons == ()
+    assert any("64 attention heads" in reason for reason in by_name["tp3-pp1-dp2"].reasons)
+
+
+def test_tensor_parallelism_does_not_cross_nodes() -> None:
+    by_name = {c.name: c for c in space(nodes=2).candidates()}
+    assert by_name["tp8-pp2-dp1"].reasons == ()
+    assert any("crosses nodes" in reason for reason in by_name["tp16-pp1-dp1"].reasons)
+
+
+def test_divisors() -> None:
+    assert divisors(12) == (1, 2, 3, 4, 6, 12)
+
+
+# -- ranking -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_plan_is_a_row_whatever_becomes_of_it() -> None:
+    study = search(question(), evaluate=toy)
+    rows = {row.candidate.name: row.outcome for row in study.rows}
+    assert len(rows) == 10
+    assert rows["tp1-pp1-dp8"] == Outcome("infeasible", "weights of 10 bytes exceed 5 bytes")
+    assert rows["tp1-pp8-dp1"] == Outcome("failed", "RuntimeError: no luck")
+    assert rows["tp2-pp4-dp1"].verdict == "misses_slo"
+    assert rows["tp2-pp4-dp1"].reason == "attainment 0.200 is below the target 0.9"
+    assert rows["tp8-pp1-dp1"].verdict == "ok"
+
+
+def test_order_is_by_objective_then_attainment_then_what_did_not_run() -> None:
+    verdicts = [row.outcome.verdict for row in search(question(), evaluate=toy).rows]
+    assert verdicts == sorted(verdicts, key=["ok", "misses_slo", "failed", "infeasible", "unlawful"].index)
+    table = search(question(), evaluate=toy).table
+    assert table.loc[table.verdict == "ok", "objective_value"].is_monotonic_increasing
+    assert table.loc[table.verdict == "misses_slo", "attainment"].is_monotonic_decreasing
+    assert list(table["rank"]) == list(range(1, 11))
+
+
+def test_ties_go_to_fewer_devices_then_to_the_name() -> None:
+    def equal(deployment: Deployment, requests: Requests, slo: SLO, seed: int) -> Mapping[str, Any]:
+        return summary()
+
+    rows = search(question(space=space(devices=4, allow_idle=True)), evaluate=equal).rows
+    ran = [(row.candidate.devices, row.candidate.name) for row in rows if row.outcome.verdict == "ok"]
+    assert ran == sorted(ran)
+
+
+@pytest.mark.parametrize(
+    ("objective", "best"),
+    [("latency", "tp8-pp1-dp1"), ("throughput", "tp2-pp1-dp4"), ("energy", "tp1-pp2-dp4"), ("goodput", "tp2-pp1-dp4")],
+)
+def test_each_objective_has_its_winner(objective: str, best: str) -> None:
+    study = search(question(objective, slo=SLO(ttft_s=1.0, target=0.5)), evaluate=toy)
+    assert study.winner is not None
+    assert study.winner.candidate.name == best
+
+
+def test_throughput_is_of_all_requests_at_once_and_attainment_of_the_workload_as_given() -> None:
+    seen = []
+
+    def watched(deployment: Deployment, requests: Requests, slo: SLO, seed: int) -> Mapping[str, Any]:
+        seen.append(requests.span_s)
+        return summary(attainment=float(requests.span_s > 0), output_tokens_per_s=7.0 if requests.span_s else 9.0)
+
+    study = search(question("throughput"), evaluate=watched)
+    assert study.winner is not None
+    assert study.winner.outcome.figures["saturated_output_tokens_per_s"] == 9.0
+    assert study.winner.outcome.figures["output_tokens_per_s"] == 7.0
+    assert sorted(set(seen)) == [0.0, 1.5]
+
+
+def test_goodput_is_the_highest_rate_within_the_slo_per_device_used() -> None:
+    table = search(question("goodput"), evaluate=toy).table.set_index("plan")
+    rate = table.loc["tp8-pp1-dp1", "goodput_requests_per_s"]
+    assert 4.0 / (1 + RATE_TOLERANCE) <= rate <= 4.0  # toy: 0.5 requests/s a rank
+    assert table.loc["tp8-pp1-dp1", "goodput_per_device_per_s"] == rate / 8
+    idle = search(question("goodput", space=space(devices=4, allow_idle=True)), evaluate=toy).table.set_index("plan")
+    assert idle.loc["tp2-pp1-dp1", "goodput_per_device_per_s"] == pytest.approx(0.5, rel=RATE_TOLERANCE)
+
+
+def test_goodput_needs_limits_and_arrival_times() -> None:
+    with pytest.raises(BadInput, match="--slo"):
+        question("goodput", slo=SLO())
+    with pytest.raises(BadInput, match="arrival times"):
+        question("goodput", requests=REQUESTS.all_at_once())
+    with pytest.raises(BadInput, match="arrival times"):
+        question("goodput", requests=REQUESTS.closed_loop(2))
+
+
+def test_without_a_feasible_plan_there_is_no_best_but_all_rows() -> None:
+    study = search(question(slo=SLO(ttft_s=1.0, target=1.0), requests=REQUESTS.at_rate(100.0)), evaluate=toy)
+    assert study.best is None
+    assert len(study.front) == 0
+    assert study.rows[0].outcome.verdict == "misses_slo"
+    assert headline(study).startswith("no plan keeps the SLO; the nearest is ")
+
+
+@given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
+def test_bisection_finds_a_threshold_from_any_start(threshold: float, start: float) -> None:
+    found = highest_passing(lambda value: value <= threshold, start)
+    far = start * 2.0**MAX_DOUBLINGS
+    if threshold < start / 2.0**MAX_DOUBLINGS:
+        assert found is None
+    elif threshold >= far:
+        assert found == far
+    else:
+        assert found is not None
+        assert found <= threshold <= found * (1 + RATE_TOLERANCE) * (1 + 1e-12)
+
+
+def test_bisection_ends_when_nothing_or_everything_passes() -> None:
+    assert highest_passing(lambda value: False, 1.0) is None
+    assert highest_passing(lambda value: True, 1.0) == 2.0**MAX_DOUBLINGS
+
+
+# -- front, words ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 5)), max_size=30))
+def test_front_is_what_no_other_point_beats(points: list[tuple[int, int, int]]) -> None:
+    front = pareto_front(points)
+    for point, best in zip(points, front, strict=True):
+        beaten = any(other != point and all(a <= b for a, b in zip(other, point, strict=True)) for other in points)
+        assert best is not beaten
+    assert not points or any(front)
+
+
+def test_front_of_a_study_keeps_fast_and_frugal_plans() -> None:
+    front = search(question(slo=SLO(ttft_s=1.0, target=0.1)), evaluate=toy).front
+    # (10 / tensor + pipeline, tensor / pipeline) of toy: tp2-pp1-dp4 loses to tp4-pp2-dp1, tp1-pp2-dp4 to tp2-pp4-dp1.
+    best = ["tp8-pp1-dp1", "tp4-pp1-dp2", "tp4-pp2-dp1", "tp2-pp2-dp2", "tp2-pp4-dp1", "tp1-pp4-dp2"]
+    assert list(front["plan"]) == best
+    assert set(front["verdict"]) == {"ok"}
+
+
+def test_usual_choice_is_the_widest_lawful_tensor_degree_in_a_node() -> None:
+    for where, name in ((space(), "tp8-pp1-dp1"), (space(nodes=2), "tp8-pp2-dp1"), (space(devices=6), "tp2-pp3-dp1")):
+        row = usual_choice(search(question(space=where), evaluate=toy))
+        assert row is not None
+        assert row.candidate.name == name
+
+
+def test_headline_gives_the_margin_over_the_second_and_the_usual_choice() -> None:
+    line = headline(search(question("throughput", slo=SLO(ttft_s=1.0, target=0.1)), evaluate=toy))
+    assert line.startswith("best by throughput: tp2-pp1-dp4")
+    assert "100.0% above the second" in line
+    assert "300.0% above the usual choice (largest tensor degree in a node), tp8-pp1-dp1" in line
+    assert "it is the usual choice" in headline(search(question(), evaluate=toy))
+
+
+# -- determinism, resuming, failing ------------------------------------------------------------------------------------------
+
+
+def comparable(study: Any) -> dict[str, Any]:
+    return {key: value for key, value in study_data(study).items() if key != "timing"}
+
+
+def test_jobs_change_nothing_and_a_dying_process_costs_one_row() -> None:
+    alone = search(question(), evaluate=toy, jobs=1)
+    together = search(question(), evaluate=dies_on_pipelines_of_8, jobs=2)
+    died = [row for row in together.rows if row.outcome.verdict == "failed"]
+    assert [row.candidate.name for row in died] == ["tp1-pp8-dp1"]
+    assert "process that ran it died" in died[0].outcome.reason
+    same = [row for row in together.rows if row not in died]
+    assert same == [row for row in alone.rows if row.outcome.verdict != "failed"]
+
+
+def test_a_journal_spares_what_was_done_and_tries_again_what_failed(tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    def counted(deployment: Deployment, requests: Requests, slo: SLO, seed: int) -> Mapping[str, Any]:
+        ran.append("tp{}-pp{}-dp{}".format(*layout(deployment)))
+        return toy(deployment, requests, slo, seed)
+
+    path = tmp_path / "journal.jsonl"
+    first = search(question(), evaluate=counted, journal=Journal(path))
+    assert len(ran) == 10
+    with path.open("a") as file:
+        file.write('\n{"identity": "cut sho')
+    ran.clear()
+    again = search(question(), evaluate=counted, journal=Journal(path, resume=True))
+    assert ran == ["tp1-pp8-dp1"]
+    assert comparable(again) == comparable(first)
+    ran.clear()
+    search(question("energy"), evaluate=counted, journal=Journal(path, resume=True))
+    assert len(ran) == 10
+
+
+def test_identity_forgets_defaults_and_file_names_but_no_figure() -> None:
+    key = question().identity
+    assert question(seed=1).identity != key
+    assert question(slo=SLO(ttft_s=2.0)).identity != key
+    assert question(slo=SLO(ttft_s=1.0, target=0.9)).identity == key
+    assert fingerprint(REQUESTS) == fingerprint(REQUESTS.head(4))
+    assert fingerprint(REQUESTS) != fingerprint(REQUESTS.at_rate(3.0))
+    assert identity({"a": 1, "b": 2}) == identity({"b": 2, "a": 1})
+
+
+def test_progress_counts_every_plan() -> None:
+    seen: list[tuple[int, int]] = []
+    search(question(), evaluate=toy, progress=lambda done, plans: seen.append((done, plans)))
+    assert seen == [(done, 10) for done in range(1, 11)]
+
+
+def test_small_searches_start_no_processes() -> None:
+    assert choose_jobs(None, 100) == 1
+    assert choose_jobs(3, 100) == 3
+    assert choose_jobs(None, 10**9) >= 1
+    with pytest.raises(BadInput, match="at least 1"):
+        choose_jobs(0, 100)
+
+
+def test_local_executor_yields_every_task_once() -> None:
+    for jobs in (1, 2):
+        assert Counter(run_local(partial(pow, 2), range(5), jobs)) == Counter((n, 2**n) for n in range(5))
+
+
+def test_ray_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # as where it is not installed
+    with pytest.raises(BadInput, match=r"apexsim\[ray\]"):
+        list(executor_named("ray")(partial(pow, 2), range(2), 1))
+    with pytest.raises(BadInput, match="did you mean local"):
+        executor_named("locl")
