@@ -172,7 +172,7 @@ def write_requests(path: str | os.PathLike[str], requests: Requests) -> None:
         _WRITERS[path.suffix](table, scratch)
         os.replace(scratch, path)
     except OSError as error:
-        raise BadInput(f"cannot be written: {error.strerror or error}", where=path) from None
+        raise BadInput(f"cannot be written: {_reason(error)}", where=path) from None
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -210,24 +210,30 @@ def _read_table(path: Path) -> tuple[pa.Table, list[str]]:
             raise BadInput("is empty; give at least one request", where=path)
         table = _READERS[path.suffix](path)
     except (pa.ArrowException, OSError) as error:
-        reason = getattr(error, "strerror", None) or _first_line(error)
-        raise BadInput(f"cannot be read as {path.suffix[1:]}: {reason}", where=path) from None
-    names = table.column_names
-    for column in names:
-        if names.count(column) > 1:
-            raise BadInput("the column is there twice; keep one", where=path, key=column)
+        raise BadInput(f"cannot be read as {path.suffix[1:]}: {_reason(error)}", where=path) from None
+    if not table.num_rows:
+        raise BadInput("holds no request; give at least one row", where=path)
+    _check_header(table.column_names, path)
+    kept = [name for name in table.column_names if name in (*REQUIRED, *OPTIONAL)]
+    return table.select(kept), [name for name in table.column_names if name not in kept]
+
+
+def _check_header(names: list[str], path: Path) -> None:
     for column in REQUIRED:
         if column not in names:
             others = [name for name in names if name not in REQUIRED]
-            raise BadInput(f"the column is missing; {nearest(column, others)}", where=path, key=column)
-    if not table.num_rows:
-        raise BadInput("holds no request; give at least one row", where=path)
-    kept = [name for name in names if name in (*REQUIRED, *OPTIONAL)]
-    return table.select(kept), [name for name in names if name not in kept]
+            hint = nearest(column, others) if others else f"the file has {', '.join(names)}"
+            raise BadInput(f"the column is missing; {hint}", where=path, key=column)
+    for column in names:
+        if names.count(column) > 1:
+            raise BadInput("the column is there twice; keep one", where=path, key=column)
 
 
-def _first_line(error: Exception) -> str:
-    """pyarrow's own words, its rows counted from 1."""
+def _reason(error: Exception) -> str:
+    """What the system or pyarrow says, in one line, pyarrow's rows counted from 1."""
+    number = getattr(error, "errno", None)
+    if number:
+        return os.strerror(number)
     text = str(error).split("\n", 1)[0].rstrip(". ")
     return re.sub(r"in row (\d+)$", lambda match: f"in row {int(match[1]) + 1} (the first data row is 1)", text)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from apexsim.errors import BadInput, nearest
 
@@ -20,7 +21,7 @@ SpecT = TypeVar("SpecT", bound=Spec)
 
 
 def parse_spec(cls: type[SpecT], data: Mapping[str, Any], where: object) -> SpecT:
-    """Build a spec from plain data; the first fault becomes ``BadInput`` naming ``where``, the key and what would do."""
+    """Build a spec from plain data; a fault becomes ``BadInput`` naming ``where``, the key and what would do."""
     try:
         return cls.model_validate(data)
     except ValidationError as error:
@@ -28,25 +29,46 @@ def parse_spec(cls: type[SpecT], data: Mapping[str, Any], where: object) -> Spec
 
 
 def _first_fault(error: ValidationError, cls: type[Spec], where: object) -> BadInput:
-    fault = error.errors()[0]
+    """The fault to tell: an unknown key before all others, since a misspelt one is also a missing one."""
+    faults = error.errors()
+    fault = next((each for each in faults if each["type"] == "extra_forbidden"), faults[0])
     path = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         name = str(fault["loc"][-1])
         return BadInput(f"unknown key; {nearest(name, _keys_at(cls, fault['loc'][:-1]))}", where=where, key=path)
     if fault["type"] == "missing":
         return BadInput("is missing and has no default", where=where, key=path)
+    if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return _wrong_kind(fault, cls, where)
     message = str(fault["msg"]).removeprefix("Value error, ")
     return BadInput(message, where=where, key=path or None, got=fault["input"])
 
 
+def _wrong_kind(fault: ErrorDetails, cls: type[Spec], where: object) -> BadInput:
+    """A value whose ``kind`` is missing or names none of the specs that may stand there."""
+    kinds = [str(option.model_fields["kind"].default) for option in _options_at(cls, fault["loc"])]
+    key = ".".join([*(str(part) for part in fault["loc"]), "kind"])
+    if fault["type"] == "union_tag_not_found":
+        return BadInput(f"is missing; known: {', '.join(kinds)}", where=where, key=key)
+    tag = str(fault["ctx"]["tag"])
+    return BadInput(nearest(tag, kinds), where=where, key=key, got=tag)
+
+
 def _keys_at(cls: type[Spec], path: tuple[int | str, ...]) -> list[str]:
     """Field names that a spec knows at ``path``; of the spec itself where the path leads elsewhere."""
-    current = cls
+    return list(_options_at(cls, path)[0].model_fields)
+
+
+def _options_at(cls: type[Spec], path: tuple[int | str, ...]) -> list[type[Spec]]:
+    """Specs that may stand at ``path``; pydantic's paths name the ``kind`` of a union's member after its field."""
+    options = [cls]
     for part in path:
-        field = current.model_fields.get(str(part))
-        inner = [t for t in _types_in(field.annotation)] if field else []
-        current = inner[0] if inner else current
-    return list(current.model_fields)
+        field = options[0].model_fields.get(str(part))
+        of_kind = [
+            each for each in options if "kind" in each.model_fields and each.model_fields["kind"].default == part
+        ]
+        options = (_types_in(field.annotation) if field else of_kind) or options
+    return options
 
 
 def _types_in(annotation: Any) -> list[type[Spec]]:
