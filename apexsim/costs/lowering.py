@@ -63,8 +63,9 @@ class StageLayers:
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """A model on a plan: the distinct blocks, and the pipeline stages made of them."""
+    """A model on a plan: the distinct blocks, and the pipeline stages made of them, each on ``tensor`` devices."""
 
+    tensor: int
     blocks: tuple[Block, ...]
     stages: tuple[StageLayers, ...]
 
@@ -81,7 +82,7 @@ def lower(deployment: Deployment, pool: Pool) -> Lowered:
         last = index == plan.pipeline - 1
         once = (*(_entry(deployment, pool) if index == 0 else ()), *_exit(deployment, last))
         stages.append(StageLayers(layers, counted, once, _head(deployment, pool) if last else ()))
-    return Lowered(tuple(blocks.values()), tuple(stages))
+    return Lowered(plan.tensor, tuple(blocks.values()), tuple(stages))
 
 
 def split_layers(layers: int, stages: int) -> tuple[range, ...]:

@@ -18,7 +18,7 @@ from apexsim.costs.lowering import Lowered, StageLayers, lower
 from apexsim.costs.operators import Attention, RowOperator
 from apexsim.costs.tables import BLOCK, OperatorTables, PrefixTable, tables_for, to_ns_array
 from apexsim.specs.deployment import Deployment, Pool
-from apexsim.specs.engine import HostTerms
+from apexsim.specs.engine import EngineProfile
 from apexsim.units import to_ns
 
 Counted = Iterable[tuple[RowOperator, int]]
@@ -83,23 +83,25 @@ def _stage_ns(fixed: Nanoseconds, floor: int, layers: Layers, spent: Sequence[in
 class StepCost:
     """Cost of the steps of one pool's replicas. ``stages`` is the pipeline degree."""
 
-    def __init__(self, lowered: Lowered, tables: OperatorTables, host: HostTerms, *, max_context: int) -> None:
-        """Windows must be those of the blocks; ``max_context`` bounds how far a run of decode steps looks ahead."""
+    def __init__(self, lowered: Lowered, tables: OperatorTables, engine: EngineProfile, *, max_context: int) -> None:
+        """``max_context`` (tokens) bounds how far a run of decode steps looks ahead."""
         self.lowered = lowered
         self.tables = tables
-        self.host = host
+        self.engine = engine
         self.stages = len(lowered.stages)
         self.max_context = max_context
         self.attentions = distinct_attentions(lowered)
         self._windows = tuple(a.shape.window for a in self.attentions if a.shape.window is not None)
         self._full = len(self._windows) < len(self.attentions)
-        self._layers = tuple(_layers_by_attention(stage, self.attentions) for stage in lowered.stages)
+        self._layers = tuple(layers_by_attention(stage, self.attentions) for stage in lowered.stages)
         self._plain = self.stages == 1 and self._full and not self._windows
         self._plain_layers = self._layers[0][0]
         self._chunks = tuple(tables.chunks_ns(attention) for attention in self.attentions)
         self._dense: dict[int, tuple[int, ...]] = {}
         self._heads: dict[int, int] = {0: 0}
         self._rows: dict[int, _Row] = {}
+        host = engine.host
+        self._overlapped = host.overlapped
         self._host_step = to_ns(host.step_s)
         self._host_sequence = to_ns(host.per_sequence_s)
         self._exposed = to_ns(host.exposed_step_s)
@@ -178,7 +180,7 @@ class StepCost:
         fixed[-1] += self._new_head(survivors) if head is None else head
         fixed[0] += self._exposed
         host = self._host_step + self._host_sequence * sequences
-        if self.host.overlapped:
+        if self._overlapped:
             return fixed, host + self._exposed
         fixed[0] += host
         return fixed, 0
@@ -281,7 +283,7 @@ def build_step_cost(deployment: Deployment, pool: Pool) -> StepCost:
     """The cost of a pool's steps; raises InfeasiblePlan for an unlawful plan, Unsupported where no cost is known."""
     tables = tables_for(deployment.cluster.device)
     tables.trim()
-    return StepCost(lower(deployment, pool), tables, deployment.engine.host, max_context=deployment.model.max_context)
+    return StepCost(lower(deployment, pool), tables, deployment.engine, max_context=deployment.model.max_context)
 
 
 def distinct_attentions(lowered: Lowered) -> tuple[Attention, ...]:
@@ -290,6 +292,6 @@ def distinct_attentions(lowered: Lowered) -> tuple[Attention, ...]:
     return tuple(sorted(found, key=lambda attention: attention.shape.window or 0))
 
 
-def _layers_by_attention(stage: StageLayers, attentions: tuple[Attention, ...]) -> tuple[int, ...]:
+def layers_by_attention(stage: StageLayers, attentions: tuple[Attention, ...]) -> tuple[int, ...]:
     """Layers of a stage that run each kind of attention."""
     return tuple(sum(count for block, count in stage.blocks if block.attention == kind) for kind in attentions)
