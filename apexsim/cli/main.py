@@ -76,10 +76,15 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run one command line (``sys.argv`` when ``args`` is None) and return its exit status."""
     given = list(sys.argv[1:] if args is None else args)
     try:
-        return int(app(given or ["--help"], prog_name="apexsim", standalone_mode=False) or 0)
-    except BrokenPipeError:
-        # The reader of our output left (``| head``): not a fault, and nothing more can be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = int(app(given or ["--help"], prog_name="apexsim", standalone_mode=False) or 0)
+        sys.stdout.flush()
+        return status
+    except (BrokenPipeError, SystemExit) as error:
+        # The reader of our output left (``| head``): not a fault, and nothing more can be said to it. typer turns
+        # a broken pipe that it meets itself into SystemExit.
+        if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except (Exception, KeyboardInterrupt) as error:
         status, line = _verdict(error)
@@ -112,3 +117,7 @@ def _usage_line(error: Any) -> str:
 def run() -> None:
     """Entry point of the console script."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,411 @@
+"""The command line: what it prints, where, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from apexsim.cli import main as entry
+from apexsim.cli.main import COMMANDS, main
+from apexsim.cli.options import parse_engine_options
+from apexsim.errors import BadInput, InfeasiblePlan
+from apexsim.io.deployments import (
+    DeploymentFile,
+    load_deployment,
+    read_deployment,
+    resolve_deployment,
+    write_deployment,
+)
+
+BASE = ["simulate", "--model", "llama-3.1-8b", "--device", "h100-sxm", "--workload"]
+ROWS = "arrival_s,prompt_tokens,output_tokens\n0.0,100,5\n0.5,200,1\n1.0,300,20\n"
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> str:
+    path = tmp_path / "three.csv"
+    path.write_text(ROWS)
+    return str(path)
+
+
+@pytest.fixture
+def fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must end with 2, one line on stderr, nothing on stdout and no new file; gives the line."""
+
+    def run(*args: str) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        capsys.readouterr()
+        status = main(list(args))
+        said = capsys.readouterr()
+        assert (status, said.out) == (2, "")
+        assert said.err.startswith("apexsim: ")
+        assert said.err.count("\n") == 1
+        assert sorted(tmp_path.rglob("*")) == before
+        return said.err
+
+    return run
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ("arrival_s,prompt_tokens,output_tokens\n0,1,1\n2,1,1\n1,1,1\n", ["arrival_s", "row 3", "sort"]),
+        ("arrival_s,prompt_tokens,output_tokens\n0,1,1\n,1,1\n", ["arrival_s", "row 2", "nan"]),
+        ("arrival_s,prompt_tokens,output_tokens\n0,1,1\n1,0,1\n", ["prompt_tokens", "row 2", "got 0"]),
+        ("arrival_s,prompt_tokens\n0,1\n", ["output_tokens", "missing"]),
+        ("arrival_s,prompt_tokens,output_tokens\n", ["no request"]),
+        ("", ["is empty"]),
+    ],
+)
+def test_bad_traces_are_told_by_row_and_column(
+    tmp_path: Path, fails: Callable[..., str], rows: str, told: list[str]
+) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text(rows)
+    line = fails(*BASE, str(path), "--json", str(tmp_path / "out.json"))
+    for part in ["bad.csv", *told]:
+        assert part in line
+
+
+def test_an_unreadable_trace_is_told(tmp_path: Path, fails: Callable[..., str]) -> None:
+    assert "none.parquet" in fails(*BASE, str(tmp_path / "none.parquet"))
+    (tmp_path / "text.parquet").write_text("not parquet")
+    assert "cannot be read" in fails(*BASE, str(tmp_path / "text.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--model", "llama-3.1-80b"], ["unknown model", "llama-3.1-8b or llama-3.1-70b"]),
+        (["--device", "h100-sxn"], ["unknown device", "h100-sxm"]),
+        (["--engine", "vllm-v1-asinc"], ["unknown engine", "vllm-v1-async"]),
+        (["--router", "round_robbin"], ["router", "round_robin"]),
+        (["--weights", "fp9"], ["weights", "fp8"]),
+        (["--tensor", "3"], ["tensor degree 3", "32 attention heads", "1, 2"]),
+        (["--tensor", "0"], ["tensor", "got 0"]),
+        (["--expert", "2", "--tensor", "2"], ["without experts"]),
+        (["--nodes", "1", "--devices-per-node", "2", "--replicas", "4"], ["4 devices", "1 x 2"]),
+        (["--rate-per-s", "-1"], ["--rate-per-s", "got -1.0", "above 0"]),
+        (["--rate-per-s", "nan"], ["--rate-per-s"]),
+        (["--concurrency", "0"], ["--concurrency", "at least 1"]),
+        (["--requests", "0"], ["--requests"]),
+        (["--seed", "-1"], ["--seed"]),
+        (["--engine-option", "max_num_seq=4"], ["engine option", "max_num_seqs"]),
+        (["--engine-option", "max_num_seqs=many"], ["max_num_seqs", "got 'many'"]),
+        (["--engine-option", "max_num_seqs"], ["--engine-option", "key=value"]),
+        (["--engine-option", "policy=chunked"], ["policy", "chunked_prefill"]),
+        (["--slo", "tfft_s=1"], ["--slo", "ttft_s"]),
+        (["--slo", "ttft_s=fast"], ["--slo", "got 'fast'"]),
+        (["--slo", "ttft_s=-1"], ["--slo", "ttft_s", "got -1.0"]),
+        (["--json", "/no/such/folder/out.json"], ["--json", "folder does not exist"]),
+        (["--plot", "figure.jpeg2"], ["--plot", ".png"]),
+        (["--tensor", "two"], ["simulate", "--tensor", "valid integer"]),
+        (["--tenser", "2"], ["simulate", "--tenser", "--tensor"]),
+    ],
+)
+def test_bad_flags_are_told(trace: str, fails: Callable[..., str], flags: list[str], told: list[str]) -> None:
+    line = fails(*BASE, trace, *flags)
+    for part in told:
+        assert part in line
+
+
+def test_unknown_workloads_and_commands_name_the_nearest(fails: Callable[..., str]) -> None:
+    assert "did you mean chat?" in fails(*BASE, "chatt")
+    assert "did you mean simulate?" in fails("simulat")
+    assert "--workload" in fails(*BASE[:-1])
+    assert "--model" in fails("simulate", "--workload", "chat")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("model: llama-3.1-8b\ndevice: h100-sxm\ntensr: 2\n", ["bad.yaml", "tensr", "did you mean tensor"]),
+        ("device: h100-sxm\n", ["model"]),
+        ("model: llama-3.1-8b\nmodel: llama-3.1-8b\ndevice: h100-sxm\n", ["bad.yaml", "model", "line 2"]),
+        ("model: llama-3.1-88b\ndevice: h100-sxm\n", ["bad.yaml", "model", "llama-3.1-8b"]),
+        ("model: llama-3.1-8b\ndevice: h100-sxm\nengine_options: {blocksize: 8}\n", ["bad.yaml", "block_size"]),
+        ("model: llama-3.1-8b\ndevice: h100-sxm\ntensor: 3\n", ["bad.yaml", "tensor degree 3"]),
+        ("model: [", ["bad.yaml", "line"]),
+    ],
+)
+def test_bad_deployment_files_are_told_by_file_and_key(
+    tmp_path: Path, trace: str, fails: Callable[..., str], text: str, told: list[str]
+) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    line = fails("simulate", str(path), "--workload", trace)
+    for part in told:
+        assert part in line
+
+
+def test_a_missing_deployment_file_is_told(tmp_path: Path, trace: str, fails: Callable[..., str]) -> None:
+    assert "none.yaml" in fails("simulate", str(tmp_path / "none.yaml"), "--workload", trace)
+
+
+def test_show_list_and_import_refuse_what_they_do_not_know(tmp_path: Path, fails: Callable[..., str]) -> None:
+    assert "did you mean gpt-oss-20b" in fails("show", "model", "gpt-oss-21b")
+    assert "models" in fails("list", "modells")
+    assert "--graph" in fails("show", "engine", "vllm-0.6", "--graph")
+    (tmp_path / "config.json").write_text("{}")
+    assert "config.json" in fails("import-model", str(tmp_path / "config.json"), "--out", str(tmp_path / "out.yaml"))
+    assert "--out" in fails("fit", "--device", "h100-sxm")
+    assert "h100-sxm" in fails("fit", "--device", "h101-sxm", "--out", str(tmp_path / "out.yaml"))
+
+
+# -- how a run ends ----------------------------------------------------------------------------------------------------
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Let ``apexsim list`` raise ``error``."""
+
+    def broken() -> None:
+        raise error
+
+    monkeypatch.setattr("apexsim.cli.inspect.list_names", broken)
+    monkeypatch.setattr(entry.app.info, "cls", type("Fresh", (entry.LazyGroup,), {}))
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (InfeasiblePlan(["weights need 9 GiB"]), 1, "apexsim: infeasible: weights need 9 GiB\n"),
+        (BadInput("say more", where="file", key="key"), 2, "apexsim: file: key: say more\n"),
+    ],
+)
+def test_exit_status_says_how_it_went(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, status: int, line: str
+) -> None:
+    stand_in(monkeypatch, error)
+    assert main(["list"]) == status
+    assert capsys.readouterr() == ("", line)
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, KeyboardInterrupt())
+    assert main(["list"]) == 130
+
+
+def test_a_fault_of_ours_is_one_line_and_a_traceback_when_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in(monkeypatch, ZeroDivisionError("two\nlines"))
+    monkeypatch.delenv("APEXSIM_TRACEBACK", raising=False)
+    assert main(["list"]) == 3
+    line = capsys.readouterr().err
+    assert "internal error: ZeroDivisionError: two lines; set APEXSIM_TRACEBACK=1" in line
+    monkeypatch.setenv("APEXSIM_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(["list"])
+
+
+def test_help_is_there_for_every_command_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from apexsim.cli.main import main, COMMANDS; codes = [main([c, '--help']) for c in COMMANDS]; "
+        "codes.append(main(['--help'])); heavy = {'torch', 'matplotlib', 'ray', 'scipy', 'pyarrow', 'simpy'}; "
+        "print(codes, sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == f"{[0] * (len(COMMANDS) + 1)} []"
+    for command in COMMANDS:
+        assert f"apexsim {command}" in done.stdout
+
+
+def test_a_reader_that_leaves_early_is_no_fault() -> None:
+    for command in (["list", "models"], ["show", "model", "llama-3.1-8b"], ["--help"]):
+        pipe = subprocess.PIPE
+        with subprocess.Popen([sys.executable, "-m", "apexsim.cli.main", *command], stdout=pipe, stderr=pipe) as done:
+            assert done.stdout is not None
+            assert done.stderr is not None
+            done.stdout.close()
+            assert (done.wait(), done.stderr.read()) == (0, b"")
+
+
+# -- deployment files --------------------------------------------------------------------------------------------------
+
+
+def test_a_deployment_file_survives_writing_and_reading(tmp_path: Path) -> None:
+    file = DeploymentFile(
+        model="mixtral-8x7b", device="h100-sxm", tensor=2, expert=2, engine_options={"max_num_seqs": 64}, kv_cache="fp8"
+    )
+    write_deployment(tmp_path / "best.yaml", file)
+    assert read_deployment(tmp_path / "best.yaml") == file
+    deployment = load_deployment(tmp_path / "best.yaml")
+    assert deployment.engine.scheduler.max_num_seqs == 64
+    assert (deployment.pools[0].plan.name, deployment.kv_cache) == ("tp2-pp1-ep2", "fp8")
+
+
+@pytest.mark.parametrize(
+    ("cluster", "devices"),
+    [({}, (1, 6)), ({"replicas": 6}, (2, 8)), ({"devices_per_node": 4}, (2, 4)), ({"nodes": 2}, (2, 8))],
+)
+def test_the_cluster_holds_the_replicas_in_whole_nodes(cluster: dict[str, int], devices: tuple[int, int]) -> None:
+    file = DeploymentFile(model="llama-3.1-8b", device="h100-sxm", tensor=2, **{"replicas": 3, **cluster})
+    found = resolve_deployment(file, "test").cluster
+    assert (found.nodes, found.devices_per_node) == devices
+
+
+def test_engine_options_reach_the_profile_and_hold_for_long_contexts() -> None:
+    options = parse_engine_options(["gpu-memory-utilization=0.97", "custom_all_reduce=false", "chunked_prefill=false"])
+    assert options == {"gpu_memory_utilization": 0.97, "custom_all_reduce": False, "chunked_prefill": False}
+    file = DeploymentFile(model="llama-3.1-8b", device="h100-sxm", engine="vllm-0.6", engine_options=options)
+    deployment = resolve_deployment(file, "test")
+    assert deployment.engine.memory.gpu_memory_utilization == 0.97
+    assert not deployment.engine.communication.custom_all_reduce
+    assert deployment.context_limit > 32768
+    assert not deployment.scheduler.chunked_prefill
+
+
+def test_models_beside_a_deployment_file_are_found(tmp_path: Path) -> None:
+    assert main(["show", "model", "llama-3.1-8b"]) == 0
+    (tmp_path / "mine.yaml").write_text("name: mine\n")
+    (tmp_path / "plan.yaml").write_text("model: mine.yaml\ndevice: h100-sxm\n")
+    assert read_deployment(tmp_path / "plan.yaml").model == str(tmp_path / "mine.yaml")
+
+
+# -- listing and showing -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [
+        ("models", "llama-3.1-70b"),
+        ("devices", "h100-sxm"),
+        ("engines", "vllm-v1-async"),
+        ("workloads", "chat"),
+        ("policies", "chunked_prefill"),
+    ],
+)
+def test_list_names_what_there_is(capsys: pytest.CaptureFixture[str], what: str, name: str) -> None:
+    assert main(["list", what]) == 0
+    assert name in capsys.readouterr().out
+
+
+def test_show_model_graph_has_collectives_only_under_tensor_parallelism(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "model", "gpt-oss-20b", "--graph"]) == 0
+    alone = capsys.readouterr().out
+    assert "12 layers: window of 128, experts" in alone
+    assert "12 layers: full attention, experts" in alone
+    assert "all_reduce" not in alone
+    assert main(["show", "model", "gpt-oss-20b", "--graph", "--tensor", "2"]) == 0
+    assert "all_reduce" in capsys.readouterr().out
+
+
+def test_show_device_tells_fit_quality(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "device", "h100-sxm"]) == 0
+    said = capsys.readouterr().out
+    assert "Fit quality" in said
+    assert [line for line in said.splitlines() if line.startswith("gemm") and "fitted" in line and "%" in line]
+
+
+def test_import_model_writes_a_spec_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1000,
+        "max_position_embeddings": 128,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source, out = str(tmp_path / "config.json"), str(tmp_path / "tiny.yaml")
+    assert main(["import-model", source, "--out", out, "--name", "tiny"]) == 0
+    assert main(["import-model", source, "--name", "tiny"]) == 0
+    assert capsys.readouterr().out == Path(out).read_text()
+    assert main(["show", "model", out]) == 0
+
+
+# -- simulate ----------------------------------------------------------------------------------------------------------
+
+
+def run(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "apexsim.cli.main", *args]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+
+
+def without_timing(text: str) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads(text)
+    assert summary.pop("timing")["wall_s"] > 0
+    return summary
+
+
+def test_simulate_prints_one_json_object_and_the_same_again(trace: str) -> None:
+    flags = [*BASE, trace, "--slo", "ttft_s=0.5,tpot_s=0.05", "--json", "-"]
+    first, second = run(*flags), run(*flags, "--exact-steps", PYTHONHASHSEED="7")
+    assert (first.returncode, second.returncode) == (0, 0)
+    summary = without_timing(first.stdout)
+    assert summary["requests"] == {"total": 3, "finished": 3, "rejected": 0, "unfinished": 0}
+    assert summary["slo"]["attainment"] == 1.0
+    assert summary["energy"]["total_j"] > 0
+    assert sum(sum(shares.values()) for shares in summary["provenance"].values()) == pytest.approx(1)
+    assert "TTFT" in first.stderr
+    assert without_timing(run(*flags).stdout) == summary
+    exact = without_timing(second.stdout)
+    for key in ("requests", "duration_s", "ttft_s", "tpot_s", "itl_s", "e2e_s", "queue_s", "slo"):
+        assert exact[key] == summary[key]
+
+
+def test_simulate_writes_what_it_is_asked_for(tmp_path: Path, trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {"--json": "s.json", "--requests-out": "r.parquet", "--timeline": "t.json", "--plot": "p.png"}
+    flags = [part for flag, name in names.items() for part in (flag, str(tmp_path / name))]
+    assert main([*BASE, trace, "--replicas", "2", "--slo", "ttft_s=0.5", *flags]) == 0
+    assert "requests/s" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names.values(), "three.csv"])
+    rows = pd.read_parquet(tmp_path / "r.parquet")
+    assert list(rows["output_tokens"]) == [5, 1, 20]
+    assert (rows["ttft_s"] > 0).all()
+    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    assert {event["pid"] for event in events} == {0, 1}
+    bars = [event for event in events if event["ph"] == "X"]
+    assert (
+        sum(event["args"]["chunk_tokens"] + event["args"]["decodes"] * event["args"]["repeats"] for event in bars)
+        >= 623
+    )
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_flags_outweigh_the_deployment_file(tmp_path: Path, trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "plan.yaml").write_text("model: llama-3.1-70b\ndevice: h100-sxm\ntensor: 4\nreplicas: 2\n")
+    hourly = []
+    for flags in ([], ["--replicas", "1"]):
+        assert main(["simulate", str(tmp_path / "plan.yaml"), "--workload", trace, *flags, "--json", "-"]) == 0
+        hourly.append(json.loads(capsys.readouterr().out)["cost"]["usd_per_hour"])
+    assert hourly[0] == pytest.approx(2 * hourly[1])
+
+
+def test_a_prompt_beyond_the_context_is_a_rejected_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "long.csv").write_text("arrival_s,prompt_tokens,output_tokens,color\n0,200000,5,red\n1,100,5,blue\n")
+    out = tmp_path / "r.parquet"
+    assert main([*BASE, str(tmp_path / "long.csv"), "--requests-out", str(out), "--json", "-"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["requests"] == {"total": 2, "finished": 1, "rejected": 1, "unfinished": 0}
+    assert any("color" in note for note in summary["notes"])
+    rows = pd.read_parquet(out)
+    assert list(rows["status"]) == ["rejected", "finished"]
+    assert "context" in rows["reason"][0]
+
+
+def test_a_model_that_does_not_fit_ends_with_1_and_says_which_bytes(
+    trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", "llama-3.1-405b", "--device", "h100-sxm", "--workload", trace]
+    assert main(["simulate", *flags, "--json", str(tmp_path / "out.json")]) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith("apexsim: infeasible: ")
+    assert "weights" in said.err
+    assert not (tmp_path / "out.json").exists()
