@@ -40,9 +40,8 @@ class PrefillCost:
     Both run the same form and interpolate the same one-dimensional residual, cut from the grid at this shape's heads.
     """
 
-    def __init__(self, op: FittedOperator, heads: Heads, hw: Hardware, clock: Curve) -> None:
-        """``clock``: (log tokens, factor) of the sustained-clock multiplier."""
-        self._c, self._heads, self._hw, self._clock = op.coefficients, heads, hw, clock
+    def __init__(self, op: FittedOperator, heads: Heads, hw: Hardware) -> None:
+        self._bound = prefill.bind(heads, op.coefficients, hw)
         self._residual: Curve = ([0.0], [0.0])
         if op.residual:
             _, *others = prefill.residual_coordinates(prefill.Chunks(1.0, 0.0), heads)
@@ -51,22 +50,17 @@ class PrefillCost:
 
     def __call__(self, chunk: float, history: float) -> float:
         """Seconds of a chunk of ``chunk`` >= 1 tokens behind ``history``: plain floats, a few microseconds."""
-        chunks = prefill.Chunks(chunk, history)
-        seconds: float = prefill.prefill_s(chunks, self._heads, self._c, self._hw, SCALAR)
-        seconds *= math.exp(interpolate(math.log(chunk + 2 * history), self._residual))
-        floor: float = prefill.roofline_s(chunks, self._heads, self._hw, SCALAR)
-        return max(seconds, floor) * interpolate(math.log(chunk), self._clock)
+        seconds, least = prefill.prefill_s(prefill.Chunks(chunk, history), self._bound, SCALAR)
+        seconds = seconds * math.exp(interpolate(math.log(chunk + 2 * history), self._residual))
+        return float(max(seconds, least))
 
     def many(self, chunk: Any, history: Any) -> Array:
         """The same over arrays of at least one token; zero where a chunk is empty."""
         tokens, past = np.broadcast_arrays(np.asarray(chunk, dtype=float), np.asarray(history, dtype=float))
         some = np.maximum(tokens, 1.0)
-        chunks = prefill.Chunks(some, past)
-        seconds = prefill.prefill_s(chunks, self._heads, self._c, self._hw)
+        seconds, least = prefill.prefill_s(prefill.Chunks(some, past), self._bound)
         seconds = seconds * np.exp(np.interp(np.log(some + 2 * past), *self._residual))
-        floor = prefill.roofline_s(chunks, self._heads, self._hw)
-        seconds = np.maximum(seconds, floor) * np.interp(np.log(some), *self._clock)
-        return np.asarray(np.where(tokens > 0, seconds, 0.0))
+        return np.asarray(np.where(tokens > 0, np.maximum(seconds, least), 0.0))
 
 
 class DecodeCost:

@@ -111,8 +111,7 @@ class OperatorCosts:
     def _prefill_attention(self, shape: AttentionShape) -> PrefillCost:
         """Prepared cost of chunks under one attention shape; calling it with floats is the fast path of a step."""
         op = self.operator("prefill_attention", shape.key)
-        clock = (self._clock[0].tolist(), self._clock[1].tolist())
-        return PrefillCost(op, shape.sizes, self._hardware(shape.kv_dtype, attention=True), clock)
+        return PrefillCost(op, shape.sizes, self._hardware(shape.kv_dtype, attention=True))
 
     def prefill_attention_s(self, chunk: Any, history: Any, shape: AttentionShape) -> Array:
         """Seconds of chunks of ``chunk`` new tokens behind ``history`` cached ones, each on its own (arrays)."""

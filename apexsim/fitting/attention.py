@@ -71,7 +71,7 @@ def prefill_problem(table: Path, kv_dtype: str, head_dim: int, hw: Hardware, cau
     def predict(rows: pd.DataFrame, c: Coefficients) -> Array:
         out = np.empty(len(rows))
         for window, at in _windowed(rows):
-            out[at] = prefill.prefill_s(chunks(rows[at]), heads(rows[at], window), c, hw)
+            out[at], _ = prefill.prefill_s(chunks(rows[at]), prefill.bind(heads(rows[at], window), c, hw))
         return out
 
     def floor(rows: pd.DataFrame) -> Array:

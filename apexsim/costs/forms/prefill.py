@@ -72,39 +72,76 @@ def causal_pairs(chunk: Any, history: Any, window: Any, xp: Any = np) -> Any:
     return full - lost
 
 
-def prefill_s(chunks: Chunks, heads: Heads, c: Coefficients, hw: Hardware, xp: Any = np) -> Any:
-    """Seconds of ``batch`` equal chunks, without residual; ``xp`` is numpy, or the scalar look-alike for floats."""
-    chunk, history, batch = chunks
+class Bound(NamedTuple):
+    """A form with everything worked out that does not depend on the chunk: one head shape on one device."""
+
+    heads: Any
+    group: Any
+    window: Any
+    c: Coefficients
+    sms: int
+    query_tile: float
+    tile_s: Any
+    pad: float
+    token_s: Any
+    pair_s: Any
+    query_io_s: Any
+    key_s: Any
+
+
+def bind(heads: Heads, c: Coefficients, hw: Hardware) -> Bound:
+    """Work out the constants of one head shape: seconds of a tile, per new token, per pair and per key read."""
     h, kv, d, window, kv_bytes = heads
-    tq, sms = c["query_tile"], hw.sms
-    packed = xp.where(chunk < 2048, xp.minimum(h / kv, xp.maximum(1.0, tq / chunk)), 1.0)
-    tiles = batch * (h / packed) * xp.ceil(chunk * packed / tq)
-    pairs = causal_pairs(chunk, history, window, xp)
-    keys = pairs / chunk + xp.minimum(chunk, tq / packed) / 2 + (64 if window is None else 128)
-    rectangle = xp.where(history > 0, (1 - c["causal_skip"]) * (chunk - 1) / 2, 0.0)
-    longest = history + chunk if window is None else xp.minimum(history + chunk, window + tq)
-    keys = xp.minimum(keys + rectangle, longest + 128.0)
+    tq = c["query_tile"]
     efficiency = c["compute_efficiency"] * (1.0 if window is None else c["window_efficiency"])
-    tile = 4 * tq * 128 * d * sms / (hw.flops_per_s * efficiency)
-    work = tiles * (xp.maximum(keys, 64.0) / 128 * tile + c["tile_s"]) / sms
-    splits = xp.maximum(1.0, xp.minimum(xp.floor(sms / tiles), longest / 256))
-    tail = c["tail"] * (xp.ceil(longest / 128) * tile * splits ** -c["split_exponent"] + c["tile_s"])
-    most = xp.maximum(work, tail)
-    p = c["sharpness"]
-    busy = most * ((work / most) ** p + (tail / most) ** p) ** (1 / p)
-    busy = busy * xp.maximum(1.0, busy / 1e-3) ** c["throttle"]
     traffic = c["kv_passes"] * 2 * kv * (2 + kv_bytes) + c["io_passes"] * 4 * h
-    return c["launch_s"] + busy + batch * chunk * d * traffic / hw.bytes_per_s
+    return Bound(
+        heads=h,
+        group=h / kv,
+        window=window,
+        c=c,
+        sms=hw.sms,
+        query_tile=tq,
+        tile_s=4 * tq * 128 * d * hw.sms / (hw.flops_per_s * efficiency),
+        pad=64.0 if window is None else 128.0,
+        token_s=d * traffic / hw.bytes_per_s,
+        pair_s=4 * h * d / hw.flops_per_s,
+        query_io_s=4 * h * d / hw.bytes_per_s,
+        key_s=2 * kv_bytes * kv * d / hw.bytes_per_s,
+    )
 
 
-def roofline_s(chunks: Chunks, heads: Heads, hw: Hardware, xp: Any = np) -> Any:
-    """Least time: causal pairs at peak FLOP/s, or bytes (keys, values, queries, outputs) at peak HBM bandwidth."""
+def prefill_s(chunks: Chunks, bound: Bound, xp: Any = np) -> tuple[Any, Any]:
+    """Seconds of ``chunks`` without residual, and the least the hardware allows (for one sequence at a time).
+
+    ``xp`` is numpy, or the scalar look-alike for plain floats. The least is the causal pairs at peak FLOP/s, or the
+    queries, outputs and keys in sight at peak HBM bandwidth.
+    """
     chunk, history, batch = chunks
-    h, kv, d, window, kv_bytes = heads
-    seen = history + chunk if window is None else xp.minimum(history + chunk, window + chunk)
-    flops = 4 * causal_pairs(chunk, history, window, xp) * h * d
-    moved = 2 * kv_bytes * seen * kv * d + 4 * chunk * h * d
-    return batch * xp.maximum(flops / hw.flops_per_s, moved / hw.bytes_per_s)
+    c, window = bound.c, bound.window
+    pairs = causal_pairs(chunk, history, window, xp)
+    busy = _busy_s(chunks, pairs, bound, xp)
+    busy = busy * xp.maximum(1.0, busy / 1e-3) ** c["throttle"]
+    seen = history + chunk if window is None else chunk + xp.minimum(history, window)
+    least = xp.maximum(bound.pair_s * pairs, bound.query_io_s * chunk + bound.key_s * seen)
+    return c["launch_s"] + busy + batch * chunk * bound.token_s, batch * least
+
+
+def _busy_s(chunks: Chunks, pairs: Any, bound: Bound, xp: Any) -> Any:
+    """Makespan of the query tiles: all the work over the multiprocessors, or the longest tile."""
+    chunk, history, batch = chunks
+    c, window, tq, sms = bound.c, bound.window, bound.query_tile, bound.sms
+    packed = xp.where(chunk < 2048, xp.minimum(bound.group, xp.maximum(1.0, tq / chunk)), 1.0)
+    tiles = batch * (bound.heads / packed) * xp.ceil(chunk * packed / tq)
+    longest = history + chunk if window is None else xp.minimum(history + chunk, window + tq)
+    keys = pairs / chunk + xp.minimum(chunk, tq / packed) / 2 + bound.pad
+    keys = keys + xp.where(history > 0, (1 - c["causal_skip"]) * (chunk - 1) / 2, 0.0)
+    keys = xp.maximum(xp.minimum(keys, longest + 128.0), 64.0)
+    work = tiles * (keys / 128 * bound.tile_s + c["tile_s"]) / sms
+    splits = xp.maximum(1.0, xp.minimum(xp.floor(sms / tiles), longest / 256))
+    tail = c["tail"] * (xp.ceil(longest / 128) * bound.tile_s * splits ** -c["split_exponent"] + c["tile_s"])
+    most, p = xp.maximum(work, tail), c["sharpness"]
+    return most * ((work / most) ** p + (tail / most) ** p) ** (1 / p)
 
 
 def residual_coordinates(chunks: Chunks, heads: Heads) -> tuple[Any, ...]:
