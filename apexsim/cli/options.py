@@ -227,4 +227,5 @@ def progress_bar(label: str) -> Iterator[Callable[[float], None]]:
     try:
         yield report
     finally:
-        bar.stop()
+        if bar.live.is_started:
+            bar.stop()

@@ -153,7 +153,7 @@ def _cluster(file: DeploymentFile, device: DeviceProfile, where: object) -> Clus
     per_node = file.devices_per_node or (used if used <= DEVICES_PER_NODE and not file.nodes else DEVICES_PER_NODE)
     nodes = file.nodes or -(-used // per_node)
     if nodes * per_node < used:
-        have = f"{nodes} nodes of {per_node}"
+        have = f"{nodes} x {per_node}"
         raise BadInput(
             f"the replicas use {used} devices, the cluster has {have}", where=where, key="nodes", got=file.nodes
         )

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 
 from apexsim.costs.accounting import account
 from apexsim.costs.memory import MemoryPlan, plan_memory
@@ -45,7 +44,7 @@ def simulate(
     Raises ``InfeasiblePlan`` when the model does not fit and ``BadInput`` when the deployment is not lawful.
     """
     started_s = time.perf_counter()
-    requests = workload.sample(np.random.default_rng(seed)) if isinstance(workload, Workload) else workload
+    requests = workload.sample(seed=seed) if isinstance(workload, Workload) else workload
     pool = deployment.pools[0]
     memory = plan_memory(deployment, pool)
     cost = build_step_cost(deployment, pool)
@@ -67,6 +66,7 @@ def simulate(
         memory=memory,
         notes=requests.notes,
         timing={
+            "wall_s": time.perf_counter() - started_s,
             "build_s": built_s - started_s,
             "simulate_s": simulated_s - built_s,
             "account_s": time.perf_counter() - simulated_s,
@@ -75,7 +75,10 @@ def simulate(
 
 
 class Run:
-    """The clock, the replicas and the requests of one simulation."""
+    """The clock, the replicas and the requests of one simulation.
+
+    ``request_ns`` is the number of requests in the system integrated over time (L x T of Little's law).
+    """
 
     def __init__(
         self,
@@ -100,6 +103,9 @@ class Run:
         self._turnaround_ns = None if requests.concurrency is None else max(1, to_ns(requests.turnaround_s))
         self._clients = requests.concurrency
         self._arrivals_ns = None if requests.arrival_s is None else [to_ns(t) for t in requests.arrival_s]
+        self.request_ns = 0
+        self._in_system = 0
+        self._since_ns = 0
         self._next = 0
         self._done = 0
         self._progress = progress
@@ -168,11 +174,19 @@ class Run:
             self.recorder.reject(request, reason)
             self._count()
             return False
+        self._enter(1)
         chosen = self._router.choose([replica.unfinished for replica in self.replicas]) if len(self.replicas) > 1 else 0
         self.replicas[chosen].submit(request)
         return True
 
+    def _enter(self, change: int) -> None:
+        """Requests enter or leave the system."""
+        self.request_ns += self._in_system * (self.clock.now - self._since_ns)
+        self._in_system += change
+        self._since_ns = self.clock.now
+
     def _finished(self, request: Request) -> None:
+        self._enter(-1)
         self._count()
         if self._turnaround_ns is not None and self._next < len(self.requests):
             self.clock.at(self.clock.now + self._response_ns + self._turnaround_ns, ARRIVAL, self._send_in_turn)
