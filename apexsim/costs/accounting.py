@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from apexsim.costs.forms.hardware import COMPUTE_DTYPE, Array
 from apexsim.costs.forms.prefill import causal_pairs
 from apexsim.costs.operators import Attention, Collective, Experts, Gemm, RowOperator
-from apexsim.costs.steps import StepCost, layers_by_attention
+from apexsim.costs.steps import StepCost, layers_of
 from apexsim.specs.device import PowerModel
 from apexsim.units import NS_PER_S
 
@@ -107,8 +107,8 @@ def account(cost: StepCost, steps: Columns, chunks: Columns) -> Accounting:
     """
     tally = _Tally(cost.tables.costs.profile.power)
     first_s = _add_rows(tally, cost, steps)
-    for index, attention in enumerate(cost.attentions):
-        layers = [layers_by_attention(stage, cost.attentions)[index] for stage in cost.lowered.stages]
+    for attention in cost.attentions:
+        layers = layers_of(cost.lowered, attention)
         runs = float(sum(layers) * cost.lowered.tensor)
         first_s += layers[0] * _add_decodes(tally, cost, attention, steps, runs) / np.maximum(steps["repeats"], 1)
         chunk_s = _add_chunks(tally, cost, attention, chunks, runs)

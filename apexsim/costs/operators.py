@@ -201,10 +201,6 @@ class Attention:
         """``batch`` sequences of one query token each, attending to ``mean_context`` tokens on average."""
         return costs.decode_attention_s(batch, mean_context, self.shape)
 
-    def chunk_s(self, costs: OperatorCosts, tokens: int, history: int) -> float:
-        """One sequence computing ``tokens`` after ``history`` cached ones."""
-        return costs.prefill_attention_scalar(tokens, history, self.shape)
-
     def flops(self, attended: Array) -> Array:
         """Scores and weighted sum over ``attended`` query-key pairs."""
         return 4.0 * self.shape.heads * self.shape.head_dim * attended

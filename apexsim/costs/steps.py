@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from apexsim.costs.lowering import Lowered, StageLayers, lower
+from apexsim.costs.lowering import Lowered, lower
 from apexsim.costs.operators import Attention, RowOperator
 from apexsim.costs.tables import BLOCK, OperatorTables, PrefixTable, tables_for, to_ns_array
 from apexsim.specs.deployment import Deployment, Pool
@@ -50,9 +50,9 @@ class BatchStats(NamedTuple):
 class _Row:
     """What a decode batch of one size costs whatever its context: looked up once per batch size.
 
-    ``fixed`` nanoseconds per stage; stage 0 never takes less than ``floor``, the host time that overlaps with it.
-    ``tables`` answer for decode attention of one layer, one per kind of attention; ``layers`` counts the layers of each
-    kind, stage by stage.
+    ``fixed`` nanoseconds per stage; stage 0 never takes less than ``floor``, the host time that overlaps with it. One
+    of ``tables`` for each kind of attention answers for decode attention of one layer; ``layers`` counts the layers of
+    that kind, stage by stage.
     """
 
     __slots__ = ("fixed", "floor", "layers", "prefix", "tables")
@@ -64,18 +64,18 @@ class _Row:
         self.tables = tables
         self.prefix = tables[0].prefix
 
-    def stage_ns(self, means: Iterable[int]) -> tuple[int, ...]:
+    def stage_ns(self, means: Sequence[int]) -> tuple[int, ...]:
         """Nanoseconds of every stage at these mean contexts, one per kind of attention."""
-        spent = [table.at(mean) for table, mean in zip(self.tables, means, strict=True)]
+        spent = [table.at(mean) for table, mean in zip(self.tables, means)]  # noqa: B905 - a hot path
         return _stage_ns(self.fixed, self.floor, self.layers, spent)
 
 
 def _stage_ns(fixed: Nanoseconds, floor: int, layers: Layers, spent: Sequence[int]) -> tuple[int, ...]:
     """Fixed nanoseconds plus those of each kind of attention in every layer; stage 0 takes at least ``floor``."""
-    stages = [
-        constant + sum(count * ns for count, ns in zip(counts, spent, strict=True))
-        for constant, counts in zip(fixed, layers, strict=True)
-    ]
+    stages = list(fixed)
+    for counts, ns in zip(layers, spent):  # noqa: B905 - a hot path
+        for stage, count in enumerate(counts):
+            stages[stage] += count * ns
     stages[0] = max(stages[0], floor)
     return tuple(stages)
 
@@ -93,10 +93,10 @@ class StepCost:
         self.attentions = distinct_attentions(lowered)
         self._windows = tuple(a.shape.window for a in self.attentions if a.shape.window is not None)
         self._full = len(self._windows) < len(self.attentions)
-        self._layers = tuple(layers_by_attention(stage, self.attentions) for stage in lowered.stages)
+        self._layers = tuple(layers_of(lowered, attention) for attention in self.attentions)
         self._plain = self.stages == 1 and self._full and not self._windows
         self._plain_layers = self._layers[0][0]
-        self._chunks = tuple(tables.chunks_ns(attention) for attention in self.attentions)
+        self._chunks = tuple(tables.chunks(attention) for attention in self.attentions)
         self._dense: dict[int, tuple[int, ...]] = {}
         self._heads: dict[int, int] = {0: 0}
         self._rows: dict[int, _Row] = {}
@@ -136,8 +136,10 @@ class StepCost:
     def _attended(self, stats: BatchStats) -> tuple[int, ...]:
         """Mean context of the decodes under each kind of attention, rounded down."""
         decodes = stats.decodes
-        windowed = tuple(attended // decodes for attended in stats.window_contexts)
-        return (stats.context // decodes, *windowed) if self._full else windowed
+        if not self._windows:
+            return (stats.context // decodes,)
+        windowed = [attended // decodes for attended in stats.window_contexts]
+        return (stats.context // decodes, *windowed) if self._full else tuple(windowed)
 
     def _regime(self, stats: BatchStats) -> tuple[tuple[bool, ...], int]:
         """Which kinds of attention grow as a decode batch goes on, and for how many steps that stays so.
@@ -147,7 +149,10 @@ class StepCost:
         between, or where all contexts just reach the window, the next step is a matter of its own: limit 1.
         """
         decodes, context = stats.decodes, stats.context
-        moving, limit = [True] if self._full else [], self.max_context - context // decodes + 1
+        limit = max(1, self.max_context - context // decodes + 1)
+        if not self._windows:
+            return (True,), limit
+        moving = [True] if self._full else []
         longest = context - decodes + 1
         for window, attended in zip(self._windows, stats.window_contexts, strict=True):
             full, is_open = attended == decodes * window, attended == context
@@ -155,8 +160,8 @@ class StepCost:
             if full == is_open:
                 limit = 1
             elif is_open:
-                limit = min(limit, window - longest + 1)
-        return tuple(moving), max(1, limit)
+                limit = max(1, min(limit, window - longest + 1))
+        return tuple(moving), limit
 
     def _mixed_ns(self, stats: BatchStats) -> tuple[int, ...]:
         """A step with chunks: its parts added up, chunk by chunk."""
@@ -165,11 +170,10 @@ class StepCost:
         spent = [0] * len(self.attentions)
         if decodes:
             row = self._rows.get(decodes) or self._new_row(decodes)
-            spent = [table.at(mean) for table, mean in zip(row.tables, self._attended(stats), strict=True)]
+            spent = [table.at(mean) for table, mean in zip(row.tables, self._attended(stats))]  # noqa: B905 - a hot path
         for kind, known in enumerate(self._chunks):
             for chunk in chunks:
-                ns = known.get(chunk)
-                spent[kind] += self.tables.chunk_ns(self.attentions[kind], *chunk) if ns is None else ns
+                spent[kind] += known[chunk]
         fixed, floor = self._fixed_ns(tokens, survivors, decodes + len(chunks))
         return _stage_ns(fixed, floor, self._layers, spent)
 
@@ -225,7 +229,7 @@ class DecodeRun:
     time, later ones the device time.
     """
 
-    __slots__ = ("_below", "_means", "_moving", "_row", "limit")
+    __slots__ = ("_below", "_constant", "_floor", "_growing", "_means", "_moving", "_row", "limit")
 
     def __init__(self, row: _Row, means: tuple[int, ...], moving: tuple[bool, ...], limit: int) -> None:
         """Per kind of attention: its mean context now, and whether that grows from step to step."""
@@ -233,38 +237,42 @@ class DecodeRun:
         self._row = row
         self._means = means
         self._moving = moving
-        self._below = 0  # steps known to take less device than host time
+        # Stage 0: nanoseconds of every step, and (layers, table, mean context) of the attention that grows.
+        self._constant = row.fixed[0]
+        self._growing: list[tuple[int, PrefixTable, int]] = []
+        for table, layers, mean, moves in zip(row.tables, row.layers, means, moving):  # noqa: B905 - a hot path
+            if moves:
+                self._growing.append((layers[0], table, mean))
+            else:
+                self._constant += layers[0] * table.at(mean)
+        self._floor = row.floor if row.floor and self._device_ns(0, 1) < row.floor else 0
+        self._below = 1  # with a floor: steps known to take less device than host time
 
     def stage_ns(self, step: int) -> tuple[int, ...]:
         """Nanoseconds of step 0, 1, ... of the run on each stage."""
-        return self._row.stage_ns(mean + step * moves for mean, moves in zip(self._means, self._moving, strict=True))
+        return self._row.stage_ns([mean + step * moves for mean, moves in zip(self._means, self._moving, strict=True)])
 
     def elapsed_ns(self, steps: int) -> int:
         """Nanoseconds of the first ``steps`` steps one after another, on one stage."""
-        below = self._steps_below_floor(steps) if self._row.floor else 0
-        return below * self._row.floor + self._device_ns(below, steps)
+        if not self._floor:
+            return self._device_ns(0, steps)
+        below = self._steps_below_floor(steps)
+        return below * self._floor + self._device_ns(below, steps)
 
     def durations_ns(self, steps: int) -> NDArray[np.int64]:
         """Nanoseconds of each of the first ``steps`` steps, on one stage."""
-        spent = np.full(steps, self._row.fixed[0], dtype=np.int64)
-        for table, layers, mean, moves in self._kinds():
-            if moves:
-                table.between(mean, mean + steps)
-                prefix = np.array(table.prefix[mean : mean + steps + 1], dtype=np.int64)
-                spent = spent + layers * (prefix[1:] - prefix[:-1])
-            else:
-                spent = spent + layers * table.at(mean)
-        return np.maximum(spent, self._row.floor)
-
-    def _kinds(self) -> Iterable[tuple[PrefixTable, int, int, bool]]:
-        return zip(self._row.tables, self._row.layers[0], self._means, self._moving, strict=True)
+        spent = np.full(steps, self._constant, dtype=np.int64)
+        for layers, table, mean in self._growing:
+            table.between(mean, mean + steps)
+            prefix = np.array(table.prefix[mean : mean + steps + 1], dtype=np.int64)
+            spent = spent + layers * (prefix[1:] - prefix[:-1])
+        return np.maximum(spent, self._floor)
 
     def _device_ns(self, start: int, end: int) -> int:
         """Device nanoseconds of steps ``start`` ... ``end - 1``."""
-        total = (end - start) * self._row.fixed[0]
-        for table, layers, mean, moves in self._kinds():
-            spent = table.between(mean + start, mean + end) if moves else (end - start) * table.at(mean)
-            total += layers * spent
+        total = (end - start) * self._constant
+        for layers, table, mean in self._growing:
+            total += layers * table.between(mean + start, mean + end)
         return total
 
     def _steps_below_floor(self, steps: int) -> int:
@@ -273,9 +281,8 @@ class DecodeRun:
         def device_ns(step: int) -> int:
             return self._device_ns(step, step + 1)
 
-        floor = self._row.floor
-        if self._below < steps and device_ns(self._below) < floor:
-            self._below = bisect_left(range(steps), floor, lo=self._below + 1, key=device_ns)
+        if self._below < steps and device_ns(self._below) < self._floor:
+            self._below = bisect_left(range(steps), self._floor, lo=self._below + 1, key=device_ns)
         return min(self._below, steps)
 
 
@@ -292,6 +299,6 @@ def distinct_attentions(lowered: Lowered) -> tuple[Attention, ...]:
     return tuple(sorted(found, key=lambda attention: attention.shape.window or 0))
 
 
-def layers_by_attention(stage: StageLayers, attentions: tuple[Attention, ...]) -> tuple[int, ...]:
-    """Layers of a stage that run each kind of attention."""
-    return tuple(sum(count for block, count in stage.blocks if block.attention == kind) for kind in attentions)
+def layers_of(lowered: Lowered, attention: Attention) -> tuple[int, ...]:
+    """Layers that run this kind of attention, stage by stage."""
+    return tuple(sum(n for block, n in stage.blocks if block.attention == attention) for stage in lowered.stages)

@@ -76,6 +76,21 @@ class PrefixTable:
         return self.prefix[end] - self.prefix[start]
 
 
+class ChunkTable(dict[tuple[int, int], int]):
+    """Chunk attention of one layer: (tokens, history) to nanoseconds, worked out when first asked for."""
+
+    def __init__(self, seconds: Callable[[float, float], float]) -> None:
+        """``seconds`` answers for one chunk in plain floats."""
+        super().__init__()
+        self._seconds = seconds
+
+    def __missing__(self, chunk: tuple[int, int]) -> int:
+        if len(self) >= MAX_CHUNKS:
+            self.clear()
+        found = self[chunk] = round(self._seconds(*chunk) * NS_PER_S)
+        return found
+
+
 class OperatorTables:
     """Times of one device's operators, remembered."""
 
@@ -83,7 +98,7 @@ class OperatorTables:
         self.costs = costs
         self._rows: dict[tuple[RowOperator, int], Array] = {}
         self._decode: dict[tuple[Attention, int], PrefixTable] = {}
-        self._chunks: dict[Attention, dict[tuple[int, int], int]] = {}
+        self._chunks: dict[Attention, ChunkTable] = {}
 
     def block_s(self, operator: RowOperator, block: int) -> Array:
         """Seconds at row counts 64 block + 1 ... 64 block + 64."""
@@ -110,18 +125,12 @@ class OperatorTables:
             self._decode[key] = found
         return found
 
-    def chunks_ns(self, attention: Attention) -> dict[tuple[int, int], int]:
-        """Remembered chunk attention of one layer: (tokens, history) to nanoseconds; filled by ``chunk_ns``."""
-        return self._chunks.setdefault(attention, {})
-
-    def chunk_ns(self, attention: Attention, tokens: int, history: int) -> int:
-        """Chunk attention of one layer, remembered."""
-        known = self.chunks_ns(attention)
-        if len(known) >= MAX_CHUNKS:
-            known.clear()
-        nanoseconds = round(attention.chunk_s(self.costs, tokens, history) * NS_PER_S)
-        known[tokens, history] = nanoseconds
-        return nanoseconds
+    def chunks(self, attention: Attention) -> ChunkTable:
+        """Chunk attention of one layer."""
+        found = self._chunks.get(attention)
+        if found is None:
+            found = self._chunks[attention] = ChunkTable(self.costs.prefill_attention(attention.shape))
+        return found
 
     def trim(self) -> None:
         """Forget decode tables once they have grown too large together; runs that hold some keep theirs."""
