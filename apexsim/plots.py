@@ -28,7 +28,8 @@ _STYLE: Any = {
     "axes.grid": True,
     "grid.alpha": 0.3,
     "grid.linewidth": 0.5,
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.9,
     # Text stays text in SVG, with element names that do not change from run to run.
     "svg.fonttype": "none",
     "svg.hashsalt": "apexsim",

@@ -14,15 +14,14 @@ if TYPE_CHECKING:
     from apexsim.specs.model import ModelSpec
 
 Row = tuple[str, ...]
-_HOLD_OUTS = ("random", "largest", "served_shapes")
 
 
 def print_tables(*tables: Table) -> None:
     """Print tables to stdout."""
     from rich.console import Console
 
-    # Not on a terminal, nobody scrolls sideways: rows stay whole for grep and awk.
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    # In a file or a pipe rows stay whole, for grep and awk.
+    console = Console() if sys.stdout.isatty() else Console(width=250)
     for table in tables:
         console.print(table)
 
@@ -153,29 +152,28 @@ def device_tables(device: DeviceProfile) -> list[Table]:
         for dtype, joules in device.power.j_per_flop.items()
     ]
     facts += [("profile made", f"{device.provenance.date} by {device.provenance.tool}")]
-    header = ("operator", "key", "evidence", "rows", "dropped", *(f"{name} p50 / p90" for name in _HOLD_OUTS), "source")
-    title = "Fit quality: median and 90th percentile of the error on rows held out of the fit"
-    return [_table(("", device.name), facts), _table(header, _quality_rows(device), title)]
+    return [_table(("", device.name), facts), _operator_table(device), _quality_table(device)]
 
 
-def _quality_rows(device: DeviceProfile) -> list[Row]:
-    return [
-        (
-            kind,
-            key,
-            fitted.evidence,
-            f"{fitted.rows_used:,}",
-            f"{sum(fitted.rows_dropped.values()):,}",
-            *(_errors(fitted.quality.get(name)) for name in _HOLD_OUTS),
-            fitted.source,
-        )
+def _operator_table(device: DeviceProfile) -> Table:
+    header = ("operator", "key", "evidence", "rows used", "dropped", "source")
+    rows = [
+        (kind, key, op.evidence, f"{op.rows_used:,}", f"{sum(op.rows_dropped.values()):,}", op.source)
         for kind, by_key in device.operators.items()
-        for key, fitted in by_key.items()
+        for key, op in by_key.items()
     ]
+    return _table(header, rows, "Operators")
 
 
-def _errors(held_out: Any) -> str:
-    return f"{held_out.median:.1%} / {held_out.p90:.1%}" if held_out else "-"
+def _quality_table(device: DeviceProfile) -> Table:
+    header = ("operator", "key", "hold-out", "median", "p90", "rows scored")
+    rows = [
+        (kind, key, name, f"{held_out.median:.1%}", f"{held_out.p90:.1%}", f"{held_out.rows:,}")
+        for kind, by_key in device.operators.items()
+        for key, op in by_key.items()
+        for name, held_out in op.quality.items()
+    ]
+    return _table(header, rows, "Fit quality: error on rows that were held out of the fit")
 
 
 def graph_tables(name: str, plan: dict[str, Any]) -> list[Table]:
@@ -202,6 +200,16 @@ def _graph_rows(graph: Any) -> list[Row]:
     rows: list[Row] = []
     for name, data in graph.nodes(data=True):
         operator = data["operator"]
-        shape = ", ".join(f"{key} {value}" for key, value in asdict(operator).items() if key != "name")
-        rows.append((name, operator.kind, shape, ", ".join(graph.successors(name))))
+        rows.append((name, operator.kind, ", ".join(_shape(operator)), ", ".join(graph.successors(name))))
     return rows
+
+
+def _shape(operator: Any) -> list[str]:
+    """Sizes of an operator, those of a shape inside it among them."""
+    said = []
+    for key, value in asdict(operator).items():
+        if isinstance(value, tuple):
+            said += [f"{inner} {size}" for inner, size in value._asdict().items()]  # type: ignore[attr-defined]
+        elif key not in ("name", "kind"):
+            said.append(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}")
+    return said

@@ -27,6 +27,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 # A bar for a moment's work is noise.
 _PROGRESS_AFTER_S = 2.0
+# Columns of a table that goes to a file or a pipe.
+_FILE_WIDTH = 120
 _DEPLOYMENT, _WORKLOAD, _OUTPUT = "Deployment", "Workload", "Output"
 
 
@@ -204,7 +206,8 @@ def table_console(json_target: str | None) -> Console:
     """Where tables go: stdout, or stderr when stdout carries JSON."""
     from rich.console import Console
 
-    return Console(stderr=json_target == "-")
+    console = Console(stderr=json_target == "-")
+    return console if console.is_terminal else Console(stderr=console.stderr, width=_FILE_WIDTH)
 
 
 @contextmanager

@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     from apexsim.results import SimulationResult
 
 _LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "end to end", "queue_s": "queueing"}
+_UTILIZATION = {
+    "mfu": "FLOPs",
+    "mbu": "memory bandwidth",
+    "busy": "busy",
+    "kv_cache_mean": "KV cache mean",
+    "kv_cache_peak": "peak",
+}
 
 
 @dataclass(frozen=True)
@@ -152,9 +159,9 @@ def _figures(summary: dict[str, Any], result: SimulationResult) -> list[tuple[st
             f"{_figure(cost['usd_per_million_output_tokens'])} USD/million output tokens "
             f"at {_figure(cost['usd_per_hour'])} USD/hour",
         ),
-        ("utilization", ", ".join(f"{key} {_percent(value)}" for key, value in used.items())),
+        ("utilization", ", ".join(f"{name} {_percent(used[key])}" for key, name in _UTILIZATION.items())),
         ("preemptions", f"{summary['preemptions']:,}"),
-        ("evidence", _evidence_line(summary["provenance"])),
+        ("device time", _evidence_line(summary["provenance"])),
     ]
 
 
@@ -172,7 +179,7 @@ def _evidence_line(provenance: dict[str, dict[str, float]]) -> str:
     for shares in provenance.values():
         for evidence, share in shares.items():
             totals[evidence] = totals.get(evidence, 0.0) + share
-    return ", ".join(f"{_percent(share)} of device time {evidence}" for evidence, share in totals.items()) or "-"
+    return ", ".join(f"{_percent(share)} {evidence}" for evidence, share in totals.items()) or "-"
 
 
 def _figure(value: float | None) -> str:
