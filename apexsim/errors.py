@@ -1,9 +1,9 @@
 """Every error apexsim raises on purpose.
 
-    ApexsimError
-    ├── BadInput         the user can mend it: says where, what was got, what would do   (exit status 2)
-    ├── InfeasiblePlan   a lawful question with no feasible answer: says which bytes do not fit  (exit status 1)
-    └── Unsupported      asks for something the profile, model or engine has no cost for  (exit status 2)
+ApexsimError
+├── BadInput         the user can mend it: says where, what was got, what would do   (exit status 2)
+├── InfeasiblePlan   a lawful question with no feasible answer: says which bytes do not fit  (exit status 1)
+└── Unsupported      asks for something the profile, model or engine has no cost for  (exit status 2)
 """
 
 from __future__ import annotations
@@ -25,8 +25,12 @@ class BadInput(ApexsimError):
 
     def __init__(self, would_do: str, *, where: object = None, key: str | None = None, got: object = ...) -> None:
         parts = [str(part) for part in (where, key) if part is not None]
-        said = would_do if got is ... else f"got {got!r}; {would_do}"
+        said = would_do if got is ... else f"got {_short(repr(got))}; {would_do}"
         super().__init__(" ".join(": ".join([*parts, said]).split()))
+
+
+def _short(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 class InfeasiblePlan(ApexsimError):

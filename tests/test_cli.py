@@ -24,6 +24,8 @@ from apexsim.io.deployments import (
     resolve_deployment,
     write_deployment,
 )
+from apexsim.io.saved import load
+from apexsim.specs.deployment import Deployment
 
 BASE = ["simulate", "--model", "llama-3.1-8b", "--device", "h100-sxm", "--workload"]
 ROWS = "arrival_s,prompt_tokens,output_tokens\n0.0,100,5\n0.5,200,1\n1.0,300,20\n"
@@ -107,6 +109,8 @@ def test_an_unreadable_trace_is_told(tmp_path: Path, fails: Callable[..., str]) 
         (["--engine-option", "policy=chunked"], ["policy", "chunked_prefill"]),
         (["--slo", "tfft_s=1"], ["--slo", "ttft_s"]),
         (["--slo", "ttft_s=fast"], ["--slo", "got 'fast'"]),
+        (["--slo", ""], ["--slo", "at least one limit"]),
+        (["--slo", "ttft_s=nan"], ["--slo", "ttft_s"]),
         (["--slo", "ttft_s=-1"], ["--slo", "ttft_s", "got -1.0"]),
         (["--json", "/no/such/folder/out.json"], ["--json", "folder does not exist"]),
         (["--plot", "figure.jpeg2"], ["--plot", ".png"]),
@@ -264,6 +268,14 @@ def test_engine_options_reach_the_profile_and_hold_for_long_contexts() -> None:
     assert not deployment.engine.communication.custom_all_reduce
     assert deployment.context_limit > 32768
     assert not deployment.scheduler.chunked_prefill
+
+
+def test_load_takes_deployments_and_results(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text("model: llama-3.1-8b\ndevice: h100-sxm\n")
+    assert isinstance(load(tmp_path / "plan.yaml"), Deployment)
+    for wrong in (tmp_path, tmp_path / "plan.txt"):
+        with pytest.raises(BadInput, match=r"SimulationResult|deployment YAML"):
+            load(wrong)
 
 
 def test_models_beside_a_deployment_file_are_found(tmp_path: Path) -> None:

@@ -102,7 +102,12 @@ class WorkloadFlags:
         """The limits, None when none is given."""
         from apexsim.specs.slo import SLO
 
-        return None if self.slo is None else SLO.parse(self.slo)
+        if self.slo is None:
+            return None
+        slo = SLO.parse(self.slo)
+        if not slo.model_dump(exclude={"target"}, exclude_none=True):
+            raise BadInput("give at least one limit, as ttft_s=0.5", where="--slo", got=self.slo)
+        return slo
 
 
 JsonFlag = Annotated[
