@@ -44,8 +44,8 @@ class PrefillCost:
         self._bound = prefill.bind(heads, op.coefficients, hw)
         self._residual: Curve = ([0.0], [0.0])
         if op.residual:
-            _, *others = prefill.residual_coordinates(prefill.Chunks(1.0, 0.0), heads)
-            line = LogGrid.of(op.residual).along(0, *others)
+            *others, _ = prefill.residual_coordinates(prefill.Chunks(1.0, 0.0), heads)
+            line = LogGrid.of(op.residual).along_last(others)
             self._residual = (line.axes[0].tolist(), line.values.tolist())
 
     def __call__(self, chunk: float, history: float) -> float:

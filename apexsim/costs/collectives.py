@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from apexsim.costs.forms.hardware import Array
+from apexsim.specs.device import Points
 
 
 class CollectiveTable:
     """Seconds of one collective on one group size, as a non-decreasing function of message bytes."""
 
-    def __init__(self, points: Sequence[tuple[float, float]]) -> None:
-        """``points`` are (bytes, seconds), ascending and monotone; at least two."""
-        self.bytes, self.seconds = np.array(points, dtype=float).T
+    def __init__(self, points: Points) -> None:
+        self.bytes, self.seconds = np.array(points.bytes, dtype=float), np.array(points.seconds)
         rise = self.seconds[-1] - self.seconds[-2]
         self._s_per_byte = max(0.0, float(rise / (self.bytes[-1] - self.bytes[-2])))
 

@@ -210,7 +210,10 @@ class OperatorCosts:
 
     def _table(self, kind: str, key: str) -> CollectiveTable:
         if (kind, key) not in self._tables:
-            self._tables[kind, key] = CollectiveTable(self.operator(kind, key).points)
+            points = self.operator(kind, key).points
+            if points is None:
+                raise Unsupported(f"{self.profile.name}: {kind} {key} has no points")
+            self._tables[kind, key] = CollectiveTable(points)
         return self._tables[kind, key]
 
     def _moe_shape(self, tokens: Any, layer: MoeLayer) -> moe.MoeShape:

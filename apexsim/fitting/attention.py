@@ -18,16 +18,16 @@ from apexsim.units import dtype_bytes
 
 NUMBERS = ["batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim", "latency_us"]
 PREFILL_KNOTS = {
-    "length": (16.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0),
-    "heads_in_flight": (1.0, 8.0, 32.0, 128.0, 512.0, 4096.0),
-    "group": (1.0, 4.0, 8.0),
     "window": (1.0, 2.0),
+    "group": (1.0, 4.0, 8.0),
+    "heads_in_flight": (1.0, 16.0, 64.0, 256.0, 4096.0),
+    "length": (16.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 16384.0),
 }
 DECODE_KNOTS = {
-    "keys": (16.0, 64.0, 256.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0, 131072.0),
-    "pairs": (1.0, 4.0, 16.0, 64.0, 128.0, 256.0, 1024.0, 8192.0),
-    "group": (1.0, 4.0, 8.0),
     "window": (1.0, 2.0),
+    "group": (1.0, 4.0, 8.0),
+    "pairs": (1.0, 8.0, 32.0, 128.0, 512.0, 4096.0),
+    "keys": (16.0, 64.0, 256.0, 1024.0, 2048.0, 4096.0, 8192.0, 32768.0, 131072.0),
 }
 
 
@@ -83,8 +83,8 @@ def prefill_problem(table: Path, kv_dtype: str, head_dim: int, hw: Hardware, cau
         return out
 
     def coordinates(rows: pd.DataFrame) -> Sequence[Array]:
-        length, flight, group, _ = prefill.residual_coordinates(chunks(rows), heads(rows, None))
-        return length, flight, group, np.where(rows["window_size"] > 0, 2.0, 1.0)
+        _, *others = prefill.residual_coordinates(chunks(rows), heads(rows, None))
+        return np.where(rows["window_size"] > 0, 2.0, 1.0), *others
 
     frame, dropped = clean(frame, [one_query_token("q_len"), faster_than(floor)])
     served = _served_heads(frame)
@@ -132,8 +132,8 @@ def decode_problem(table: Path, kv_dtype: str, head_dim: int, hw: Hardware) -> P
         return decode.decode_s(shape(rows), c, hw, cold=False)
 
     def coordinates(rows: pd.DataFrame) -> Sequence[Array]:
-        keys, pairs, group, _ = decode.residual_coordinates(shape(rows), False)
-        return keys, pairs, group, np.where(rows["window_size"] > 0, 2.0, 1.0)
+        _, *others = decode.residual_coordinates(shape(rows), False)
+        return np.where(rows["window_size"] > 0, 2.0, 1.0), *others
 
     def cold_floor(rows: pd.DataFrame) -> Array:
         size = decode.moved_bytes(shape(rows))

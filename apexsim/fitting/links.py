@@ -9,7 +9,7 @@ import pandas as pd
 
 from apexsim.costs.collectives import CollectiveTable, clean_points
 from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
-from apexsim.specs.device import Evidence, FittedOperator, HoldOut
+from apexsim.specs.device import Evidence, FittedOperator, HoldOut, Points
 
 NCCL_KINDS = {
     "all_reduce": "all_reduce",
@@ -62,24 +62,27 @@ def _table(rows: pd.DataFrame, source: str) -> FittedOperator:
 
 def _operator(points: list[tuple[float, float]], rows: int, source: str, evidence: Evidence) -> FittedOperator:
     kept, dropped = clean_points(points)
-    rounded = [(size, float(f"{seconds:.4g}")) for size, seconds in kept]
+    sizes = tuple(int(size) for size, _ in kept)
+    table = Points(bytes=sizes, seconds=tuple(float(f"{seconds:.4g}") for _, seconds in kept))
     return FittedOperator(
         form="table",
-        points=tuple(rounded),
-        valid={"bytes": (rounded[0][0], rounded[-1][0])},
+        points=table,
+        valid={"bytes": (float(sizes[0]), float(sizes[-1]))},
         evidence=evidence,
         source=source,
         rows_used=rows - dropped,
         rows_dropped={"over 1.15x the time of a larger message": dropped} if dropped else {},
-        quality={"leave_one_out": _leave_one_out(rounded)},
+        quality={"leave_one_out": _leave_one_out(table)},
     )
 
 
-def _leave_one_out(points: list[tuple[float, float]]) -> HoldOut:
+def _leave_one_out(table: Points) -> HoldOut:
     """Error of every inner point predicted from the others."""
     errors = []
-    for at in range(1, len(points) - 1):
-        size, seconds = points[at]
-        errors.append(abs(float(CollectiveTable(points[:at] + points[at + 1 :])(size)) / seconds - 1))
+    for at in range(1, len(table.bytes) - 1):
+        others = Points(
+            bytes=table.bytes[:at] + table.bytes[at + 1 :], seconds=table.seconds[:at] + table.seconds[at + 1 :]
+        )
+        errors.append(abs(float(CollectiveTable(others)(table.bytes[at])) / table.seconds[at] - 1))
     median, p90 = np.quantile(errors, [0.5, 0.9])
     return HoldOut(median=round(float(median), 4), p90=round(float(p90), 4), rows=len(errors))

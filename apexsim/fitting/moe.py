@@ -19,11 +19,11 @@ from apexsim.units import dtype_bytes
 
 NUMBERS = ["tokens", "hidden", "inter", "topk", "experts", "tp", "ep", "latency_us"]
 KNOTS = {
-    "tokens": (1.0, 8.0, 32.0, 128.0, 512.0, 1536.0, 4096.0, 16384.0),
-    "matrix": (2.5e5, 1e6, 4e6, 1.6e7, 1e8),
-    "ep": (1.0, 2.0, 8.0, 64.0),
-    "sparsity": (4.0, 16.0, 64.0),
     "routing": (1.0, 2.0),
+    "sparsity": (4.0, 16.0, 64.0),
+    "ep": (1.0, 8.0, 64.0),
+    "matrix": (2.5e5, 2e6, 1e7, 1e8),
+    "tokens": (1.0, 8.0, 32.0, 128.0, 512.0, 1536.0, 4096.0, 16384.0),
 }
 # Shapes of plain (not gated) experts in the tables: two matrices instead of three.
 PLAIN = {(2688, 1856), (2048, 5120), (1024, 2688)}

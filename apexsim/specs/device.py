@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -89,19 +89,34 @@ class ResidualGrid(Spec):
         return self
 
 
-class HoldOut(Spec):
-    """Absolute relative error on rows kept out of a fit, as fractions; ``rows`` = rows scored."""
+class HoldOut(NamedTuple):
+    """Absolute relative error on rows kept out of a fit, as fractions; ``rows`` = rows scored. One line in YAML."""
 
-    median: float = Field(ge=0)
-    p90: float = Field(ge=0)
-    rows: int = Field(ge=0)
+    median: float
+    p90: float
+    rows: int
+
+
+class Points(Spec):
+    """A measured curve: ``seconds`` at message sizes ``bytes``, both ascending."""
+
+    bytes: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _ascends(self) -> Points:
+        if len(self.bytes) != len(self.seconds) or len(self.bytes) < 2:
+            raise ValueError("bytes and seconds must pair up, two or more")
+        if sorted(set(self.bytes)) != list(self.bytes) or sorted(self.seconds) != list(self.seconds):
+            raise ValueError("bytes must ascend and seconds must not fall")
+        return self
 
 
 class FittedOperator(Spec):
     """One operator of one kind: a form of ``costs/forms``, its coefficients, and how good they are.
 
-    ``valid`` are the measured ranges by size name: outside them an answer counts as extrapolated. ``points`` are
-    (bytes, seconds) of operators kept as a table. ``quality`` maps a hold-out (``random``, ``largest``,
+    ``valid`` are the measured ranges by size name: outside them an answer counts as extrapolated. ``points``
+    are those of operators kept as a table. ``quality`` maps a hold-out (``random``, ``largest``,
     ``served_shapes``, and others that say what they restrict) to its errors; ``rows_dropped`` maps a cleaning rule
     to the rows it removed.
     """
@@ -109,7 +124,7 @@ class FittedOperator(Spec):
     form: str
     coefficients: dict[str, float] = Field(default_factory=dict)
     residual: ResidualGrid | None = None
-    points: tuple[tuple[float, float], ...] = ()
+    points: Points | None = None
     valid: dict[str, tuple[float, float]] = Field(default_factory=dict)
     evidence: Evidence
     source: str

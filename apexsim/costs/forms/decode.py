@@ -76,5 +76,5 @@ def decode_s(s: DecodeShape, c: Coefficients, hw: Hardware, *, cold: bool = True
 
 
 def residual_coordinates(s: DecodeShape, windowed: bool) -> tuple[Any, ...]:
-    """Coordinates of the correction: keys, (sequence, KV head) pairs in flight, group, window."""
-    return s.keys, s.batch * s.kv_heads, s.heads / s.kv_heads, 2.0 if windowed else 1.0
+    """Coordinates of the correction: window (2: sliding, 1: full), group, (sequence, KV head) pairs, keys."""
+    return 2.0 if windowed else 1.0, s.heads / s.kv_heads, s.batch * s.kv_heads, s.keys

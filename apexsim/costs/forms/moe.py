@@ -4,7 +4,7 @@ Symbols: ``T`` tokens, ``k`` experts per token, ``E`` experts of the model, ``ep
 ``I`` expert width on this device, ``w`` bytes of a weight element, ``ng`` matrices of an expert (3 gated, 2 plain),
 P peak FLOP/s, BW HBM bytes/s. Routing is balanced or a power law: expert of rank r is chosen with weight r^-alpha.
 
-    rows = T k                       rl = rows / ep (1 + skew (1 - ep^-skew_exponent))     of the most loaded device
+    rows = T k                       rl = rows / ep (1 + skew log2 ep)     of the most loaded device
     A    = distinct experts touched  act = min(E / ep, A / ep (1 + hot log2 ep))           there
     per  = rl / act                  rows of an expert
     t_w  = act ng h I w / (BW e_m)
@@ -33,11 +33,10 @@ COEFFICIENTS = (
     Coefficient("padding", 0.5, 0.01, 3.0, "pad: rows wasted in the tiles of an expert"),
     Coefficient("least_tile", 1.0, 0.1, 8.0, "pmin: smallest tile, in 16 rows"),
     Coefficient("sharpness", 3.0, 1.0, 12.0, "p: how sharply the slowest resource wins"),
-    Coefficient("skew", 0.3, 0.005, 6.0, "extra rows of the most loaded device under a power law"),
-    Coefficient("skew_exponent", 0.5, 0.05, 3.0, "how fast that grows with ep"),
+    Coefficient("skew", 0.2, 0.001, 1.0, "extra rows of the most loaded device under a power law, per doubling of ep"),
     Coefficient("hot", 0.05, 0.001, 1.0, "extra experts touched on that device, per doubling of ep"),
-    Coefficient("hidden_passes", 1.0, 0.05, 12.0, "c1: passes over rows x hidden (gather, weighted sum)"),
-    Coefficient("inter_passes", 1.0, 0.02, 12.0, "c2: passes over rows x width (activation)"),
+    Coefficient("hidden_passes", 1.0, 0.05, 20.0, "c1: passes over rows x hidden (gather, weighted sum)"),
+    Coefficient("inter_passes", 1.0, 0.02, 20.0, "c2: passes over rows x width (activation)"),
     Coefficient("local_passes", 0.5, 0.01, 12.0, "c3: passes over the rows of this device"),
 )
 
@@ -104,7 +103,7 @@ def roofline_s(s: MoeShape, weight_bytes: float, hw: Hardware) -> Array:
 def moe_s(s: MoeShape, weight_bytes: float, c: Coefficients, hw: Hardware) -> Array:
     """Seconds of the experts on the most loaded device, without residual."""
     rows = s.tokens * s.topk
-    local = rows / s.ep * (1 + s.power_law * c["skew"] * (1 - s.ep ** -c["skew_exponent"]))
+    local = rows / s.ep * (1 + s.power_law * c["skew"] * np.log2(s.ep))
     active = _active(s, c["hot"])
     per = local / active
     matrix = s.matrices * s.hidden * s.inter
@@ -119,5 +118,5 @@ def moe_s(s: MoeShape, weight_bytes: float, c: Coefficients, hw: Hardware) -> Ar
 
 
 def residual_coordinates(s: MoeShape) -> tuple[Any, ...]:
-    """Coordinates of the correction: tokens, size of an expert's matrix, ep, experts per chosen one, routing."""
-    return s.tokens, s.hidden * s.inter, s.ep, s.experts / s.topk, 1.0 + s.power_law
+    """Coordinates of the correction: routing, experts per chosen one, ep, size of an expert's matrix, tokens."""
+    return 1.0 + s.power_law, s.experts / s.topk, s.ep, s.hidden * s.inter, s.tokens

@@ -50,13 +50,11 @@ class LogGrid:
         flat = self.values.ravel()
         return np.asarray(sum(weight * flat[index] for index, weight in self.corners(points)))
 
-    def along(self, axis: int, *others: float) -> LogGrid:
-        """One-dimensional grid along ``axis`` with every other coordinate fixed, in the order of the axes."""
-        knots = np.exp(self.axes[axis])
-        fixed = list(others)
-        fixed.insert(axis, 0.0)
-        coordinates = [knots if i == axis else np.full(len(knots), x) for i, x in enumerate(fixed)]
-        return LogGrid([knots], self.log_factor(*coordinates))
+    def along_last(self, others: Sequence[float]) -> LogGrid:
+        """One-dimensional grid along the last axis, with ``others`` fixing the axes before it."""
+        knots = np.exp(self.axes[-1])
+        fixed = [np.full(len(knots), x) for x in others]
+        return LogGrid([knots], self.log_factor(*fixed, knots))
 
 
 def _locate(x: Array, axis: Array) -> tuple[npt.NDArray[np.int64], Array]:
