@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -159,8 +159,7 @@ def _kernels(operator: RowOperator, rows: Array) -> list[tuple[RowOperator, Mask
     if not isinstance(operator, Collective) or not operator.custom_max_bytes:
         return [(operator, np.ones(len(rows), dtype=bool))]
     own = operator.bytes_per_row * rows <= operator.custom_max_bytes
-    library = (replace(operator, custom_max_bytes=0.0), ~own)
-    return [(operator, own), library] if not own.all() else [(operator, own)]
+    return [(operator, own), (operator.library, ~own)]
 
 
 def _add_decodes(tally: _Tally, cost: StepCost, attention: Attention, steps: Columns, runs: float) -> Array:

@@ -47,7 +47,8 @@ class MemoryPlan:
     def max_tokens(self) -> int | None:
         """Longest sequence that the cache holds alone; None where all layers are windowed and no length is too much."""
         size = self.block_size
-        if all(window is not None for _, window in self.groups) and self.blocks_for(self.blocks * size) <= self.blocks:
+        windows = [window for _, window in self.groups if window is not None]
+        if len(windows) == len(self.groups) and self.blocks_for(max(windows) + 2 * size) <= self.blocks:
             return None
         return size * (bisect_right(range(self.blocks + 1), self.blocks, key=lambda n: self.blocks_for(n * size)) - 1)
 

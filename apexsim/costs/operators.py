@@ -9,7 +9,7 @@ it, and ``sizes`` what its measured range is checked against. Activations are bf
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -165,6 +165,11 @@ class Collective:
     @property
     def key(self) -> str:
         return OperatorCosts.collective_key(self.kind, self.group, custom=self.custom_max_bytes > 0)
+
+    @property
+    def library(self) -> Collective:
+        """The same collective by the library alone, whatever its size."""
+        return replace(self, custom_max_bytes=0.0)
 
     def seconds(self, costs: OperatorCosts, rows: Array) -> Array:
         payload = self.bytes_per_row * rows

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apexsim.costs.lowering import Lowered, lower
-from apexsim.costs.operators import Attention, RowOperator
+from apexsim.costs.operators import Attention, Collective, RowOperator
 from apexsim.costs.tables import BLOCK, OperatorTables, PrefixTable, tables_for, to_ns_array
 from apexsim.specs.deployment import Deployment, Pool
 from apexsim.specs.engine import EngineProfile
@@ -287,10 +287,20 @@ class DecodeRun:
 
 
 def build_step_cost(deployment: Deployment, pool: Pool) -> StepCost:
-    """The cost of a pool's steps; raises InfeasiblePlan for an unlawful plan, Unsupported where no cost is known."""
-    tables = tables_for(deployment.cluster.device)
+    """The cost of a pool's steps; raises InfeasiblePlan for an unlawful plan, Unsupported where a cost is not known."""
+    lowered, tables = lower(deployment, pool), tables_for(deployment.cluster.device)
+    for kind, key in fitted_operators(lowered):
+        tables.costs.operator(kind, key)
     tables.trim()
-    return StepCost(lower(deployment, pool), tables, deployment.engine, max_context=deployment.model.max_context)
+    return StepCost(lowered, tables, deployment.engine, max_context=deployment.model.max_context)
+
+
+def fitted_operators(lowered: Lowered) -> set[tuple[str, str]]:
+    """(kind, key) of every fitted operator that steps will ask a device profile for."""
+    rows = [op for stage in lowered.stages for op in (*(op for op, _ in stage.row_operators()), *stage.head)]
+    attentions = [block.attention for block in lowered.blocks]
+    wanted = {(op.kind, op.key) for op in [*rows, *(op.library for op in rows if isinstance(op, Collective))]}
+    return wanted | {(kind, a.key) for a in attentions for kind in ("prefill_attention", "decode_attention")}
 
 
 def distinct_attentions(lowered: Lowered) -> tuple[Attention, ...]:

@@ -1,0 +1,193 @@
+"""Lowering: the operators of a block, and arithmetic that must agree with the model's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apexsim import catalog
+from apexsim.costs.forms.prefill import causal_pairs
+from apexsim.costs.lowering import Lowered, lower, split_layers
+from apexsim.costs.operators import Collective, Experts, Gemm
+from apexsim.errors import InfeasiblePlan
+from apexsim.specs.cluster import Cluster
+from apexsim.specs.deployment import Deployment, Plan, Pool
+from apexsim.specs.model import MoESpec
+
+ONE = np.ones(1)
+H100 = catalog.load("device", "h100-sxm")
+
+
+def deployed(model: Any, plan: Plan | None = None, engine: str = "vllm-v1-sync", **fields: Any) -> Deployment:
+    return Deployment(
+        model=catalog.load("model", model) if isinstance(model, str) else model,
+        cluster=Cluster(device=H100, devices_per_node=16),
+        engine=catalog.load("engine", engine),
+        pools=(Pool(plan=plan or Plan()),),
+        **fields,
+    )
+
+
+def lowered(model: Any, plan: Plan | None = None, **fields: Any) -> Lowered:
+    deployment = deployed(model, plan, **fields)
+    return lower(deployment, deployment.pools[0])
+
+
+def gemms(low: Lowered) -> dict[str, Gemm]:
+    found = [op for block in low.blocks for op in block.rows if isinstance(op, Gemm)]
+    return {op.name: op for op in found}
+
+
+def flops_of_tokens(low: Lowered, tokens: float, pairs: dict[int | None, float], survivors: float) -> float:
+    """FLOPs of one rank of every stage for a step, from its operators."""
+    total = 0.0
+    for stage in low.stages:
+        total += sum(count * float(op.flops(tokens * ONE)[0]) for op, count in stage.row_operators())
+        total += sum(float(op.flops(survivors * ONE)[0]) for op in stage.head)
+        total += sum(n * float(b.attention.flops(pairs[b.window] * ONE)[0]) for b, n in stage.blocks)
+    return total
+
+
+def test_a_dense_block_by_hand() -> None:
+    low = lowered("llama-3.1-8b")
+    (block,) = low.blocks
+    assert list(nx.topological_sort(block.graph)) == [
+        "attention_norm", "qkv", "rope", "attention", "o", "ffn_norm", "gate_up", "activation", "down",
+    ]  # fmt: skip
+    sizes = {name: (op.n, op.k) for name, op in gemms(low).items()}
+    assert sizes == {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+    per_token = 2 * (6144 * 4096 + 4096 * 4096 + 28672 * 4096 + 4096 * 14336)
+    assert sum(float(op.flops(ONE)[0]) for op in block.rows) == per_token == 436_207_616
+    assert [op.name for op in low.stages[0].once] == ["embedding", "last_norm"]
+    assert [op.name for op in low.stages[0].head] == ["lm_head", "sampling"]
+
+
+def test_tensor_parallelism_splits_and_reduces_twice_a_layer() -> None:
+    low = lowered("llama-3.1-70b", Plan(tensor=4))
+    (block,) = low.blocks
+    sizes = {name: (op.n, op.k) for name, op in gemms(low).items()}
+    assert sizes == {"qkv": (2560, 8192), "o": (8192, 2048), "gate_up": (14336, 8192), "down": (8192, 7168)}
+    assert (block.attention.shape.heads, block.attention.shape.kv_heads) == (16, 2)
+    reduces = [op for op in block.rows if isinstance(op, Collective)]
+    assert [(op.kind, op.group, op.bytes_per_row) for op in reduces] == [("all_reduce", 4, 16384.0)] * 2
+    assert {op.custom_max_bytes for op in reduces} == {8 << 20}
+    (stage,) = low.stages
+    assert [op.name for op in stage.once] == ["embedding", "embedding_all_reduce", "last_norm"]
+    assert [(op.name, op.rows) for op in stage.head] == [
+        ("lm_head", "survivors"), ("logits_all_gather", "survivors"), ("sampling", "survivors"),
+    ]  # fmt: skip
+    assert stage.head[0].weight_bytes == 2 * 8192 * 128256 / 4
+
+
+def test_no_custom_all_reduce_when_the_engine_has_it_off() -> None:
+    deployment = deployed("llama-3.1-8b", Plan(tensor=2))
+    communication = deployment.engine.communication.model_copy(update={"custom_all_reduce": False})
+    engine = deployment.engine.model_copy(update={"communication": communication})
+    deployment = deployment.model_copy(update={"engine": engine})
+    (block,) = lower(deployment, deployment.pools[0]).blocks
+    assert {op.key for op in block.rows if isinstance(op, Collective)} == {"nccl_2"}
+
+
+def test_kv_heads_repeat_beyond_their_number() -> None:
+    (block,) = lowered("llama-3.1-8b", Plan(tensor=16)).blocks
+    assert (block.attention.shape.heads, block.attention.shape.kv_heads) == (2, 1)
+    assert gemms(lowered("llama-3.1-8b", Plan(tensor=16)))["qkv"].n == (2 + 2) * 128
+
+
+def test_an_unlawful_plan_says_why() -> None:
+    with pytest.raises(InfeasiblePlan, match="does not divide the 32 attention heads"):
+        lowered("llama-3.1-8b", Plan(tensor=3))
+
+
+@given(layers=st.integers(1, 200), stages=st.integers(1, 16))
+def test_layers_split_evenly_and_the_first_take_the_rest(layers: int, stages: int) -> None:
+    parts = split_layers(layers, stages)
+    assert [layer for part in parts for layer in part] == list(range(layers))
+    sizes = [len(part) for part in parts]
+    assert sizes == sorted(sizes, reverse=True)
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_pipeline_stages_hold_their_ends_and_hand_over() -> None:
+    low = lowered("opt-13b", Plan(pipeline=3))
+    assert [len(stage.layers) for stage in low.stages] == [14, 13, 13]
+    assert [[op.name for op in stage.once] for stage in low.stages] == [["embedding", "send"], ["send"], ["last_norm"]]
+    assert [bool(stage.head) for stage in low.stages] == [False, False, True]
+    send = low.stages[0].once[-1]
+    assert isinstance(send, Collective)
+    assert (send.kind, send.bytes_per_row) == ("send_recv", 2 * 5120)
+
+
+def test_windowed_and_full_blocks_are_counted_by_stage() -> None:
+    low = lowered("gpt-oss-120b", Plan(pipeline=5))
+    assert [block.window for block in low.blocks] == [128, None]
+    counts = [{block.window: count for block, count in stage.blocks} for stage in low.stages]
+    assert counts == [{128: 4, None: 4}, {128: 4, None: 3}, {None: 4, 128: 3}, {128: 4, None: 3}, {None: 4, 128: 3}]
+
+
+def test_experts_in_tensor_and_expert_parallel() -> None:
+    def experts(plan: Plan) -> Experts:
+        (block,) = lowered("mixtral-8x7b", plan).blocks
+        return next(op for op in block.rows if isinstance(op, Experts))
+
+    assert (experts(Plan(tensor=4)).layer.inter, experts(Plan(tensor=4)).layer.ep) == (14336 // 4, 1)
+    spread = experts(Plan(tensor=4, expert=4))
+    assert (spread.layer.inter, spread.layer.ep, spread.layer.experts) == (14336, 4, 8)
+    assert spread.weight_bytes == experts(Plan(tensor=4)).weight_bytes == 2 * 2 * 3 * 4096 * 14336
+    assert spread.flops(ONE) == pytest.approx(2 * 3 * 4096 * 14336 * 2 / 4)
+
+
+def test_all_to_all_dispatch_replaces_the_closing_all_reduce() -> None:
+    deployment = deployed("qwen3-30b-a3b", Plan(tensor=4, expert=4))
+    communication = deployment.engine.communication.model_copy(update={"moe_dispatch": "all_to_all"})
+    engine = deployment.engine.model_copy(update={"communication": communication})
+    deployment = deployment.model_copy(update={"engine": engine})
+    (block,) = lower(deployment, deployment.pools[0]).blocks
+    order = list(nx.topological_sort(block.graph))
+    assert order[-5:] == ["router", "dispatch", "experts", "combine", "ffn_all_gather"]
+    dispatch = next(op for op in block.rows if op.name == "dispatch")
+    assert isinstance(dispatch, Collective)
+    assert dispatch.bytes_per_row == 2 * 2048 * 8 / 4  # a rank sends its quarter of the tokens to 8 experts each
+
+
+def test_shared_experts_run_beside_the_routed_ones() -> None:
+    base = catalog.load("model", "qwen3-30b-a3b")
+    assert base.moe is not None
+    moe = MoESpec(**base.moe.model_dump() | {"shared_experts": 2, "shared_ffn": 768})
+    low = lowered(base.model_copy(update={"moe": moe, "published_params": None}), Plan(tensor=2))
+    (block,) = low.blocks
+    sizes = gemms(low)
+    assert (sizes["shared_gate_up"].n, sizes["shared_down"].k) == (1536, 768)
+    assert set(block.graph.predecessors("add_shared")) == {"experts", "shared_down"}
+    assert set(block.graph.successors("ffn_norm")) == {"router", "shared_gate_up"}
+    assert list(block.graph.successors("add_shared")) == ["ffn_all_reduce"]
+
+
+@pytest.mark.parametrize("name", catalog.names("model"))
+def test_every_model_lowers_to_its_own_flops_and_weights(name: str) -> None:
+    """FLOPs of a decode step = tokens x the model's FLOPs per token; of a chunk, with its causal pairs."""
+    model = catalog.load("model", name)
+    low = lowered(model)
+    for block in low.blocks:
+        assert nx.is_directed_acyclic_graph(block.graph)
+        named = [data["operator"].name for _, data in block.graph.nodes(data=True)]
+        assert sorted(named) == sorted([block.attention.name, *(op.name for op in block.rows)])
+    tokens, context = 7, 300
+    pairs = {w: tokens * float(min(context, w or context)) for w in (None, *model.windows)}
+    assert flops_of_tokens(low, tokens, pairs, tokens) == pytest.approx(tokens * model.flops_per_token(context))
+    chunk = 256
+    pairs = {w: float(causal_pairs(chunk, 100, w)) for w in (None, *model.windows)}
+    by_token = sum(model.flops_per_token(100 + i) for i in range(1, chunk + 1))
+    assert flops_of_tokens(low, chunk, pairs, chunk) == pytest.approx(by_token)
+
+
+@pytest.mark.parametrize("plan", [Plan(tensor=2), Plan(tensor=8), Plan(tensor=2, pipeline=3)])
+def test_ranks_together_do_the_work_of_one(plan: Plan) -> None:
+    one = flops_of_tokens(lowered("qwen3-8b"), 5, {None: 1000.0}, 5)
+    split = flops_of_tokens(lowered("qwen3-8b", plan), 5, {None: 1000.0}, 5)
+    assert plan.tensor * split == pytest.approx(one)
