@@ -13,11 +13,15 @@ from apexsim.specs.engine import SchedulerDefaults
 class Ledger:
     """One scheduling decision: what is left of the token, seat and block budgets, and who was given what.
 
-    Nothing here touches a request or the block manager; the replica applies a filled ledger in one go.
-    ``lookahead`` is how many sampled tokens of a request may still be in flight when it is given the next.
+    ``decodes`` get the one token that brings them to the end of what they know; ``chunks`` are everybody else with
+    their tokens, the ``admitted`` last of them fresh from the queue. Nothing here touches a request or the block
+    manager; the replica applies a filled ledger in one go. ``lookahead`` is how many sampled tokens of a request may
+    still be in flight when it is given the next.
     """
 
-    __slots__ = ("_full", "_manager", "admitted", "blocks", "entries", "lookahead", "preempted", "seats", "sequences", "tokens")
+    __slots__ = (
+        "_full", "_manager", "admitted", "blocks", "chunks", "decodes", "lookahead", "preempted", "seats", "sequences", "tokens",
+    )  # fmt: skip
 
     def __init__(self, manager: BlockManager, *, tokens: int, seats: int, sequences: int, lookahead: int, full: bool) -> None:
         self.tokens = tokens
@@ -25,11 +29,17 @@ class Ledger:
         self.sequences = sequences
         self.blocks = manager.free
         self.lookahead = lookahead
-        self.entries: list[tuple[Request, int]] = []
+        self.decodes: list[Request] = []
+        self.chunks: list[tuple[Request, int]] = []
         self.preempted: list[Request] = []
         self.admitted = 0
         self._manager = manager
         self._full = full
+
+    @property
+    def entries(self) -> list[tuple[Request, int]]:
+        """Everyone scheduled and their tokens: decodes, then chunks, each in the order given."""
+        return [*((request, 1) for request in self.decodes), *self.chunks]
 
     def wants(self, request: Request) -> int:
         """Tokens that ``request`` could compute in this step; 0 while the token it would start from is in flight."""
@@ -47,7 +57,33 @@ class Ledger:
             self.blocks -= self._manager.missing(request, after)
         self.tokens -= tokens
         self.sequences -= 1
-        self.entries.append((request, tokens))
+        if tokens == 1 and request.known == after:
+            self.decodes.append(request)
+        else:
+            self.chunks.append((request, tokens))
+
+    def give_decodes(self, running: Sequence[Request], position: int) -> int:
+        """Give a token to each request from ``position`` on, as long as they decode and budgets and blocks last.
+
+        Returns the position of the first that got none. Equal to ``give(request, 1)`` one by one, in a tighter loop.
+        """
+        last = min(len(running), position + max(0, min(self.tokens, self.sequences)))
+        first, add = position, self.decodes.append
+        while position < last:
+            request = running[position]
+            computed = request.computed
+            if request.known - computed != 1 or request.pending > self.lookahead:
+                break
+            if computed == request.capacity:
+                blocks = self._manager.missing(request, computed + 1)
+                if blocks > self.blocks:
+                    break
+                self.blocks -= blocks
+            add(request)
+            position += 1
+        self.tokens -= position - first
+        self.sequences -= position - first
+        return position
 
     def can_admit(self, request: Request) -> bool:
         """Whether a waiting request finds a seat, and blocks for its whole prompt (for its whole life if so admitted)."""
@@ -61,7 +97,7 @@ class Ledger:
         self.tokens -= tokens
         self.sequences -= 1
         self.admitted += 1
-        self.entries.append((request, tokens))
+        self.chunks.append((request, tokens))
 
     def held_after(self, request: Request, tokens: int) -> int:
         """Cached tokens that a request has blocks for once it is admitted with ``tokens``."""
@@ -97,7 +133,7 @@ class Fcfs:
 
     def _grow(self, ledger: Ledger, running: Sequence[Request]) -> None:
         """Give each running request what it wants, oldest first; take the youngest off when blocks run out."""
-        last, position = len(running), 0
+        last, position = len(running), ledger.give_decodes(running, 0)
         while position < last and ledger.tokens and ledger.sequences:
             request = running[position]
             tokens = min(ledger.wants(request), ledger.tokens)
@@ -108,7 +144,7 @@ class Fcfs:
                     if last == position:
                         return
                 ledger.give(request, tokens)
-            position += 1
+            position = position + 1 if ledger.preempted else ledger.give_decodes(running, position + 1)
 
     def _admit(self, ledger: Ledger, waiting: Iterable[Request]) -> None:
         """Admit from the head of the queue while budgets last; whole prompts only unless chunked."""
@@ -122,7 +158,7 @@ class Fcfs:
 
     def _may_exceed(self, ledger: Ledger, request: Request) -> bool:
         """Without chunks a preempted request that outgrew the budget is recomputed alone, or it never would be."""
-        return not self.chunked and request.preemptions > 0 and not ledger.entries
+        return not self.chunked and request.preemptions > 0 and not (ledger.decodes or ledger.chunks)
 
 
 class ChunkedPrefill(Fcfs):
@@ -140,7 +176,7 @@ class PrefillFirst(Fcfs):
     def fill(self, ledger: Ledger, running: Sequence[Request], waiting: Iterable[Request]) -> None:
         self._continue_prompts(ledger, running)
         self._admit(ledger, waiting)
-        if not ledger.entries:
+        if not ledger.chunks:
             self._grow(ledger, running)
 
     def _continue_prompts(self, ledger: Ledger, running: Sequence[Request]) -> None:

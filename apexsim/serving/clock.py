@@ -15,10 +15,11 @@ class Alarm(simpy.Event):
     """An event that is certain to happen at its time unless silenced."""
 
     def __init__(self, clock: Clock, action: Callable[[], None]) -> None:
-        super().__init__(clock)
-        self._ok = True
-        self._value = None
+        # As simpy.Timeout does: an event that is triggered from the start, without the cost of being made pending first.
+        self.env = clock
         self.callbacks = [lambda _: action()]
+        self._value = None
+        self._ok = True
 
     def silence(self) -> None:
         """Let the alarm pass without effect."""

@@ -27,7 +27,7 @@ class Recorder:
         self.step_columns = (*STEP_COLUMNS, *(f"window_context_{window}" for window in windows))
         self._steps = array("q")
         self._chunks = array("q")
-        self._gaps: defaultdict[int, int] = defaultdict(int)
+        self.gaps: defaultdict[int, int] = defaultdict(int)
         self._runs: list[tuple[NDArray[np.int64], int]] = []
         self.rejected: dict[int, str] = {}
 
@@ -46,9 +46,10 @@ class Recorder:
         ))  # fmt: skip
 
     def tokens(self, requests: Sequence[Request], end_ns: int) -> None:
-        """Stamp one sampled token of each request; the gap to its previous token is an inter-token latency."""
-        gaps = self._gaps
+        """One sampled token of each request comes to exist; the gap to its previous one is an inter-token latency."""
+        gaps = self.gaps
         for request in requests:
+            request.pending -= 1
             last = request.last_token_ns
             if last is None:
                 request.first_token_ns = end_ns
@@ -75,9 +76,9 @@ class Recorder:
 
     def inter_token_gaps(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Distinct gaps in nanoseconds, ascending, and how many tokens had each."""
-        parts = [np.array(list(self._gaps), dtype=np.int64), *(durations for durations, _ in self._runs)]
+        parts = [np.array(list(self.gaps), dtype=np.int64), *(durations for durations, _ in self._runs)]
         counts = [
-            np.array(list(self._gaps.values()), dtype=np.int64),
+            np.array(list(self.gaps.values()), dtype=np.int64),
             *(np.full(len(durations), sequences, dtype=np.int64) for durations, sequences in self._runs),
         ]
         gaps, inverse = np.unique(np.concatenate(parts), return_inverse=True)

@@ -108,8 +108,6 @@ class Replica:
         batch = self._in_flight.popleft()
         self._recorder.tokens(batch.samples, batch.end_ns)
         self._recorder.step(batch, repeats=1, end_ns=batch.end_ns, held=(self._blocks.held, self._blocks.held))
-        for request in batch.samples:
-            request.pending -= 1
         for request in batch.leaving:
             self._leave(request)
         self._fill_pipeline()
@@ -151,21 +149,19 @@ class Replica:
             request.preemptions += 1
             self.running.pop()
             self.waiting.appendleft(request)
-        fresh = ledger.admitted
-        for _ in range(fresh):
-            self.running.append(self.waiting.popleft())
-        now, grow = self._clock.now, self._blocks.grow
-        first_seated = len(ledger.entries) - fresh
-        for position, (request, tokens) in enumerate(ledger.entries):
-            if position >= first_seated:
-                grow(request, ledger.held_after(request, tokens))
-                if request.scheduled_ns is None:
-                    request.scheduled_ns = now
-            elif request.computed + tokens > request.capacity:
-                grow(request, request.computed + tokens)
-        if not ledger.entries:
+        if ledger.admitted:
+            self._seat(ledger)
+        if not (ledger.decodes or ledger.chunks):
             return None
-        return compose(ledger.entries, self._set.windows, admitted=fresh)
+        return compose(ledger, self._blocks, self._set.windows)
+
+    def _seat(self, ledger: Ledger) -> None:
+        """Admitted requests are the last chunks of a ledger and the first of the queue."""
+        for request, tokens in ledger.chunks[-ledger.admitted :]:
+            self.running.append(self.waiting.popleft())
+            self._blocks.grow(request, ledger.held_after(request, tokens))
+            if request.scheduled_ns is None:
+                request.scheduled_ns = self._clock.now
 
     def _launch(self, batch: Batch) -> None:
         """Send a batch through the stages: it enters one when that is free and the stage before has passed it on."""
@@ -183,9 +179,13 @@ class Replica:
     def _see_off(self, batch: Batch) -> None:
         """Requests whose last token is in flight keep seat and blocks until it ends, but are not scheduled again."""
         if batch.leaving:
-            gone = set(batch.leaving)
-            self.running = [request for request in self.running if request not in gone]
-            self._leaving += len(gone)
+            self.running = [request for request in self.running if request.known < request.total]
+            self._leaving += len(batch.leaving)
+
+    def check_idle(self) -> None:
+        """Assert that nothing is left behind once every request is done."""
+        assert not (self._in_flight or self.running or self.waiting or self.unfinished or self._leaving)
+        assert self._blocks.free == self._blocks.total, f"{self._blocks.held} blocks were never given back"
 
     # -- taking many steps at once ----------------------------------------------------------------------------
 

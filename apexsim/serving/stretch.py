@@ -50,9 +50,13 @@ class Stretch(ABC):
         """The first step end that is not silent."""
         return self.end_ns(self.silent + 1)
 
+    @abstractmethod
+    def passed(self, now_ns: int) -> int:
+        """How many silent ends lie before ``now_ns``; one at that very time has not happened."""
+
     def cut(self, now_ns: int) -> bool:
-        """Keep the silent ends before ``now_ns``; an end at that very time has not happened. True if any were dropped."""
-        passed = bisect_left(range(1, self.silent + 1), now_ns, key=self.end_ns)
+        """Keep only the silent ends before ``now_ns``. True if any were dropped."""
+        passed = self.passed(now_ns)
         dropped = passed < self.silent
         self.silent = passed
         return dropped
@@ -68,6 +72,18 @@ class SingleStage(Stretch):
 
     def end_ns(self, count: int) -> int:
         return self._start_ns + self._run.elapsed_ns(count)
+
+    def passed(self, now_ns: int) -> int:
+        last_ns = self.end_ns(self.silent)
+        if last_ns < now_ns:
+            return self.silent
+        # Steps differ little, so that a straight line through both ends of the stretch guesses within a few steps.
+        count = self.silent * (now_ns - self._start_ns) // (last_ns - self._start_ns)
+        while count and self.end_ns(count) >= now_ns:
+            count -= 1
+        while self.end_ns(count + 1) < now_ns:
+            count += 1
+        return count
 
     def settle(self, in_flight: deque[Batch], stage_free: list[int], recorder: Recorder, blocks: BlockManager) -> None:
         first, silent = in_flight[0], self.silent
@@ -91,6 +107,9 @@ class Rotation(Stretch):
 
     def end_ns(self, count: int) -> int:
         return self._ends[count - 1]
+
+    def passed(self, now_ns: int) -> int:
+        return bisect_left(self._ends, now_ns, hi=self.silent)
 
     def _timeline(self, silent: int) -> tuple[list[int], list[int], list[int]]:
         """Start and end of every step in order of their ends, and when each stage is free after ``silent`` compositions."""
@@ -122,14 +141,16 @@ def _pass(
 ) -> None:
     """Let steps of a steady batch end, the first and last at ``ends_ns``, each followed by its composition anew."""
     held, steps = blocks.held, len(gaps_ns) + 1
-    recorder.tokens(batch.samples, ends_ns[0])
-    recorder.run(gaps_ns, len(batch.samples))
+    first_ns, last_ns = ends_ns
+    gaps = recorder.gaps
     for request in batch.requests:
-        request.computed = computed = request.computed + steps
+        gaps[first_ns - request.last_token_ns] += 1
+        request.last_token_ns = last_ns
         request.known += steps
-        request.last_token_ns = ends_ns[1]
+        request.computed = computed = request.computed + steps
         if computed > request.capacity:
             blocks.grow(request, computed)
+    recorder.run(gaps_ns, len(batch.requests))
     recorder.step(batch, repeats=steps, end_ns=ends_ns[1], held=(held, blocks.held))
 
 
@@ -146,17 +167,17 @@ def plan_stretch(
     everyone = len(running) * (len(in_flight) if single else 1)
     if sum(len(batch.requests) for batch in in_flight) != everyone:
         return None
-    groups = [batch.requests for batch in (in_flight[:1] if single else in_flight)]
-    runs = [cost.decode_run(batch.stats) for batch, _ in zip(in_flight, groups, strict=False)]
-    known_runs = [run for run in runs if run is not None]
-    if len(known_runs) < len(groups):
+    heads = [in_flight[0]] if single else list(in_flight)
+    groups = [batch.requests for batch in heads]
+    runs = [run for batch in heads if (run := cost.decode_run(batch.stats))]
+    if len(runs) < len(groups):
         return None
-    silent = _silent_ends(groups, known_runs, blocks, ahead=len(in_flight) if single else 1)
+    silent = _silent_ends(groups, runs, blocks, ahead=len(in_flight) if single else 1)
     if silent < 1:
         return None
     if single:
-        return SingleStage(in_flight, known_runs[0], silent)
-    return Rotation(in_flight, stage_free, known_runs, min(silent, LONGEST_ROTATION))
+        return SingleStage(in_flight, runs[0], silent)
+    return Rotation(in_flight, stage_free, runs, min(silent, LONGEST_ROTATION))
 
 
 def _silent_ends(groups: Sequence[Sequence[Request]], runs: Sequence[DecodeRun], blocks: BlockManager, *, ahead: int) -> int:
@@ -177,6 +198,6 @@ def _silent_ends(groups: Sequence[Sequence[Request]], runs: Sequence[DecodeRun],
             for request in group
         )
 
-    if silent > 0 and missing(silent) > blocks.free:
-        silent = bisect_right(range(1, silent + 1), blocks.free, key=missing)
-    return silent
+    if silent < 1 or sum(map(len, groups)) * blocks.blocks_for(silent) <= blocks.free or missing(silent) <= blocks.free:
+        return silent
+    return bisect_right(range(1, silent + 1), blocks.free, key=missing)
