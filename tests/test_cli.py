@@ -317,7 +317,9 @@ def test_show_device_tells_fit_quality(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["show", "device", "h100-sxm"]) == 0
     said = capsys.readouterr().out
     assert "Fit quality" in said
-    assert [line for line in said.splitlines() if line.startswith("gemm") and "fitted" in line and "%" in line]
+    gemm = [line for line in said.splitlines() if line.startswith("gemm ")]
+    assert any("bf16" in line and "fitted" in line for line in gemm)
+    assert any("bf16" in line and "served_shapes" in line and "%" in line for line in gemm)
 
 
 def test_import_model_writes_a_spec_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
