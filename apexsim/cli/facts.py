@@ -28,6 +28,7 @@ def print_tables(*tables: Table) -> None:
 
 def _table(header: Row, rows: Iterable[Row], title: str | None = None) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, title=title, title_justify="left", header_style="bold", padding=(0, 2, 0, 0))
     rows = list(rows)
@@ -35,7 +36,7 @@ def _table(header: Row, rows: Iterable[Row], title: str | None = None) -> Table:
         numbers = all(row[index][:1].isdigit() or row[index] in ("-", "") for row in rows)
         table.add_column(name, justify="right" if numbers and index else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 

@@ -91,6 +91,8 @@ def simulate(
     served = deployment_from_flags(deployment, deployment_flags)
     requests = workload_flags.read()
 
+    from rich.text import Text
+
     from apexsim.serving.simulator import simulate as run
 
     with progress_bar("simulating") as progress:
@@ -100,7 +102,7 @@ def simulate(
     for table in summary_tables(result):
         console.print(table)
     for note in result.notes:
-        console.print(f"[dim]note: {note}[/dim]", highlight=False)
+        console.print(Text(f"note: {note}", style="dim"))
 
 
 def summary_tables(result: SimulationResult) -> list[Table]:
