@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Literal, overload
@@ -60,7 +61,14 @@ def load(kind: Kind, name: str | os.PathLike[str]) -> Spec:
 
     Raises BadInput for an unknown name, with the nearest known ones, and for whatever is wrong in the file.
     """
-    return load_spec(_CLASSES[kind], locate(kind, name))
+    path = locate(kind, name)
+    return _parsed(_CLASSES[kind], path, path.stat().st_mtime_ns if path.is_file() else None)
+
+
+@cache
+def _parsed(cls: type[Spec], path: Path, modified_ns: int | None) -> Spec:
+    """A file is parsed once while it stays as it is: a sweep asks for the same few again and again."""
+    return load_spec(cls, path)
 
 
 def locate(kind: Kind, name: str | os.PathLike[str]) -> Path:

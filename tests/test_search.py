@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ from apexsim import catalog
 from apexsim.cli.main import main
 from apexsim.errors import BadInput, InfeasiblePlan
 from apexsim.io.deployments import load_deployment
-from apexsim.io.search_files import SearchFile, read_search, resolve_search, study_data
+from apexsim.io.search_files import read_search, resolve_search, study_data
 from apexsim.planning import search as plan
 from apexsim.search.executors import choose_jobs, executor_named, run_local
 from apexsim.search.headline import headline, usual_choice
@@ -88,14 +89,14 @@ def toy(deployment: Deployment, requests: Requests, slo: SLO, seed: int) -> Mapp
     )
 
 
-def dies_on_pipelines_of_8(deployment: Deployment, requests: Requests, slo: SLO, seed: int) -> Mapping[str, Any]:
-    """Like ``toy``, but its process dies where that one raises."""
-    if layout(deployment)[1] == 8:
+def dies_on_pipelines(deployment: Deployment, requests: Requests, slo: SLO, seed: int) -> Mapping[str, Any]:
+    """Ends its process where the plan has a pipeline."""
+    if layout(deployment)[1] > 1:
         os._exit(1)
-    return toy(deployment, requests, slo, seed)
+    return summary()
 
 
-# -- space ---------------------------------------------------------------------------------------------------------------
+# -- space -------------------------------------------------------------------------------------------------------------
 
 
 def test_every_factorisation_of_the_devices_is_a_candidate() -> None:
@@ -133,7 +134,7 @@ def test_divisors() -> None:
     assert divisors(12) == (1, 2, 3, 4, 6, 12)
 
 
-# -- ranking -------------------------------------------------------------------------------------------------------------
+# -- ranking -----------------------------------------------------------------------------------------------------------
 
 
 def test_every_plan_is_a_row_whatever_becomes_of_it() -> None:
@@ -233,7 +234,7 @@ def test_bisection_ends_when_nothing_or_everything_passes() -> None:
     assert highest_passing(lambda value: True, 1.0) == 2.0**MAX_DOUBLINGS
 
 
-# -- front, words ----------------------------------------------------------------------------------------------------------
+# -- front, words ------------------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 5)), max_size=30))
@@ -268,21 +269,24 @@ def test_headline_gives_the_margin_over_the_second_and_the_usual_choice() -> Non
     assert "it is the usual choice" in headline(search(question(), evaluate=toy))
 
 
-# -- determinism, resuming, failing ------------------------------------------------------------------------------------------
+# -- determinism, resuming, failing ------------------------------------------------------------------------------------
 
 
 def comparable(study: Any) -> dict[str, Any]:
     return {key: value for key, value in study_data(study).items() if key != "timing"}
 
 
-def test_jobs_change_nothing_and_a_dying_process_costs_one_row() -> None:
-    alone = search(question(), evaluate=toy, jobs=1)
-    together = search(question(), evaluate=dies_on_pipelines_of_8, jobs=2)
-    died = [row for row in together.rows if row.outcome.verdict == "failed"]
-    assert [row.candidate.name for row in died] == ["tp1-pp8-dp1"]
-    assert "process that ran it died" in died[0].outcome.reason
-    same = [row for row in together.rows if row not in died]
-    assert same == [row for row in alone.rows if row.outcome.verdict != "failed"]
+def test_jobs_change_nothing_but_the_timing() -> None:
+    alone, together = (search(question(), evaluate=toy, jobs=jobs) for jobs in (1, 2))
+    assert comparable(together) == comparable(alone)
+    assert together.table.equals(alone.table)
+
+
+def test_a_process_that_dies_costs_its_own_row_only() -> None:
+    study = search(question(space=space(devices=2)), evaluate=dies_on_pipelines, jobs=2)
+    verdicts = {row.candidate.name: row.outcome.verdict for row in study.rows}
+    assert verdicts == {"tp1-pp1-dp2": "ok", "tp2-pp1-dp1": "ok", "tp1-pp2-dp1": "failed"}
+    assert "process that ran it died" in study.rows[-1].outcome.reason
 
 
 def test_a_journal_spares_what_was_done_and_tries_again_what_failed(tmp_path: Path) -> None:
@@ -341,3 +345,121 @@ def test_ray_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
         list(executor_named("ray")(partial(pow, 2), range(2), 1))
     with pytest.raises(BadInput, match="did you mean local"):
         executor_named("locl")
+
+
+# -- the real line ----------------------------------------------------------------------------------------------------
+
+SMALL = ["--model", "llama-3.1-8b", "--devices", "2xh100-sxm", "--workload", "chat", "--requests", "30"]
+
+
+def test_the_command_ranks_plans_and_its_best_can_be_simulated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["search", *SMALL, "--slo", "ttft_s=1,tpot_s=0.05", "--out", str(out), "--json", "-"]) == 0
+    printed = capsys.readouterr()
+    data = json.loads(printed.out)
+    assert {plan["plan"] for plan in data["plans"]} == {"tp1-pp1-dp2", "tp1-pp2-dp1", "tp2-pp1-dp1"}
+    assert data["plans"][0]["plan"] == data["best"]
+    assert data["headline"][1:] in " ".join(printed.err.split())
+    assert json.loads((out / "study.json").read_text()) == data
+    assert list(pd.read_parquet(out / "plans.parquet")["plan"]) == [plan["plan"] for plan in data["plans"]]
+
+    assert main(["simulate", str(out / "best.yaml"), *SMALL[4:], "--json", "-"]) == 0
+    e2e_s = json.loads(capsys.readouterr().out)["e2e_s"]["p90"]
+    assert e2e_s == data["plans"][0]["e2e_p90_s"] == data["plans"][0]["objective_value"]
+
+
+def test_resuming_a_finished_search_gives_the_same_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"model": "llama-3.1-8b", "devices": "2xh100-sxm", "workload": "chat", "requests": 30}
+    first = plan(**asked, out=tmp_path)
+    monkeypatch.setattr("apexsim.search.judging.simulate", None)
+    assert comparable(plan(**asked, out=tmp_path, resume=True)) == comparable(first)
+
+
+def test_real_searches_are_the_same_with_one_job_and_with_two() -> None:
+    asked = {"model": "llama-3.1-8b", "devices": "4xh100-sxm", "workload": "chat", "requests": 30}
+    alone, together = (plan(**asked, slo=SLO(ttft_s=0.5), objective="goodput", jobs=jobs) for jobs in (1, 2))
+    assert json.dumps(comparable(alone)) == json.dumps(comparable(together))
+
+
+def test_a_plan_that_does_not_fit_says_which_bytes() -> None:
+    study = plan(model="llama-3.1-70b", devices="2xh100-sxm", workload="chat", requests=10)
+    row = next(row for row in study.rows if row.candidate.name == "tp1-pp1-dp2")
+    assert row.outcome.verdict == "infeasible"
+    assert "GiB" in row.outcome.reason
+    assert study.best is not None
+
+
+def test_idle_devices_cost_money_and_energy() -> None:
+    table = plan(model="llama-3.1-8b", devices="2xh100-sxm", workload="chat", requests=30, allow_idle=True).table
+    one = table.set_index("plan").loc["tp1-pp1-dp1"]
+    alone = plan(model="llama-3.1-8b", devices="1xh100-sxm", workload="chat", requests=30).table.iloc[0]
+    assert (one["devices_used"], one["devices_idle"]) == (1, 1)
+    assert one["usd_per_hour"] == 2 * alone["usd_per_hour"]
+    assert one["energy_per_output_token_j"] > alone["energy_per_output_token_j"]
+    assert one["e2e_p90_s"] == alone["e2e_p90_s"]
+
+
+def test_nothing_feasible_is_exit_status_1_and_no_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "best.yaml").write_text("of another search")
+    assert main(["search", *SMALL, "--slo", "ttft_s=0.0001", "--out", str(tmp_path), "--json", "-"]) == 1
+    data = json.loads(capsys.readouterr().out)
+    assert (data["feasible"], data["best"], len(data["plans"])) == (False, None, 3)
+    assert not (tmp_path / "best.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--devices", "0xh100-sxm"], "devices: got '0xh100-sxm'; give a count of at least 1"),
+        (["--devices", "12xh100-sxm"], "whole nodes of 8"),
+        (["--devices", "2xh100-sx"], "did you mean h100-sxm"),
+        (["--model", "llama-3.1-80b"], "did you mean llama-3.1-8b"),
+        (["--workload", "chatt"], "did you mean chat"),
+        (["--objective", "latancy"], "did you mean latency"),
+        (["--objective", "goodput"], "goodput needs a limit to keep: give --slo"),
+        (["--rate-per-s", "-1"], "rate_per_s: got -1.0"),
+        (["--requests", "0"], "requests: got 0"),
+        (["--engine-option", "max_num_sequ=8"], "did you mean max_num_seqs"),
+        (["--executor", "locl"], "did you mean local"),
+        (["--jobs", "0"], "--jobs"),
+        (["--slo", "ttft=1"], "did you mean ttft_s"),
+    ],
+)
+def test_bad_flags_are_one_line_and_write_nothing(
+    flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["search", *SMALL, "--out", str(tmp_path / "out"), *flags]) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_search_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "search.yaml"
+    (tmp_path / "mine.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,10,5\n1,10,5\n")
+    file.write_text("model: llama-3.1-8b\ndevices: 1xh100-sxm\nworkload: mine.csv\nengine_options: {block_size: 32}\n")
+    study = plan(file, seed=3, engine_options={"max_num_seqs": 7})
+    assert len(study.question.requests) == 2  # found beside the file
+    assert study.question.seed == 3
+    scheduler = study.question.space.base.engine.scheduler
+    assert (scheduler.block_size, scheduler.max_num_seqs) == (32, 7)
+    file.write_text("model: llama-3.1-8b\ndevice: 1xh100-sxm\nworkload: mine.csv\n")
+    assert main(["search", str(file)]) == 2
+    assert f"{file}: device: unknown key; did you mean devices" in capsys.readouterr().err
+    assert main(["search", "--devices", "1xh100-sxm"]) == 2
+    assert main(["search", *SMALL, "--resume"]) == 2
+    assert "--resume: give --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("example", sorted((Path(__file__).parents[1] / "examples").glob("*-on-*.yaml")), ids=str)
+def test_examples_are_valid_searches(example: Path) -> None:
+    assert resolve_search(read_search(example), example).space.candidates()
+
+
+def test_the_deployment_example_is_lawful() -> None:
+    deployment = load_deployment(Path(__file__).parents[1] / "examples" / "llama-3.1-70b-tp4-x2.yaml")
+    assert deployment.devices_used == deployment.cluster.devices == 8

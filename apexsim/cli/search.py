@@ -22,6 +22,7 @@ from apexsim.cli.options import (
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from apexsim.search.objective import Objective
     from apexsim.search.study import Study
 
 _QUESTION, _RUN = "Question", "Run"
@@ -81,7 +82,7 @@ class RunFlags:
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the search in --out.", rich_help_panel=_RUN)] = (
         False
     )
-    jobs: Annotated[int | None, typer.Option(help="Processes; the cores at hand.", rich_help_panel=_RUN)] = None
+    jobs: Annotated[int | None, typer.Option(help="Processes; the cores at hand.", min=1, rich_help_panel=_RUN)] = None
     executor: Annotated[str, typer.Option(help="local, or ray (extra [ray]).", rich_help_panel=_RUN)] = "local"
     top: Annotated[int | None, typer.Option(help="Show only so many plans.", min=1, rich_help_panel=_RUN)] = None
     json: JsonFlag = None
@@ -125,7 +126,7 @@ def _show(study: Study, run: RunFlags) -> None:
     console = table_console(run.json)
     ran = [record for record in study.records if record["verdict"] in ("ok", "misses_slo")]
     others = [record for record in study.records if record not in ran]
-    for table in (_ranking(ran[: run.top]), _not_run(others[: run.top])):
+    for table in (_ranking(study.question.objective, ran[: run.top]), _not_run(others[: run.top])):
         if table.row_count:
             console.print(table)
     line = headline(study)
@@ -134,44 +135,47 @@ def _show(study: Study, run: RunFlags) -> None:
         console.print(f"Written to {run.out}.", highlight=False)
 
 
-# Heading of a column: the figure it shows and its format.
+# Heading of a column: the figure it shows and its format. The objective is put first where it is not among them.
 _COLUMNS = {
-    "attainment": ("attainment", "{:.1%}"),
-    "TTFT p90 s": ("ttft_p90_s", "{:.3g}"),
-    "TPOT p90 s": ("tpot_p90_s", "{:.3g}"),
-    "e2e p90 s": ("e2e_p90_s", "{:.3g}"),
-    "tokens/s": ("output_tokens_per_s", "{:.0f}"),
-    "J/token": ("energy_per_output_token_j", "{:.3g}"),
-    "USD/Mtoken": ("usd_per_million_output_tokens", "{:.3g}"),
+    "SLO\nkept": ("attainment", "{:.1%}"),
+    "TTFT\np90 s": ("ttft_p90_s", "{:.3f}"),
+    "TPOT\np90 s": ("tpot_p90_s", "{:.4f}"),
+    "e2e\np90 s": ("e2e_p90_s", "{:.2f}"),
+    "tokens\n/s": ("output_tokens_per_s", "{:.0f}"),
+    "J\n/token": ("energy_per_output_token_j", "{:.3g}"),
+    "USD\n/Mtoken": ("usd_per_million_output_tokens", "{:.3g}"),
 }
 
 
-def _ranking(records: Sequence[dict[str, Any]]) -> Table:
-    from rich.table import Table
-
-    table = Table("rank", "plan", "devices", "objective", *_COLUMNS, "verdict")
-    for column in table.columns[2:-1]:
-        column.justify = "right"
+def _ranking(objective: Objective, records: Sequence[dict[str, Any]]) -> Table:
+    """Plans that ran, best first. A star: on the Pareto front; dim: misses the SLO."""
+    known = {figure for figure, _ in _COLUMNS.values()}
+    columns = _COLUMNS if objective.column in known else {objective.name: (objective.column, "{:.4g}")} | _COLUMNS
+    table = _table("plan", "")
+    for heading, (figure, _) in columns.items():
+        table.add_column(heading, justify="right", style="bold" if figure == objective.column else None)
+    if any(record["devices_idle"] for record in records):
+        table.add_column("idle", justify="right")
     for record in records:
-        objective = _format(record["objective_value"], "{:.4g}")
-        figures = [_format(record[figure], form) for figure, form in _COLUMNS.values()]
-        verdict = record["verdict"] + ", front" * record["front"]
-        table.add_row(str(record["rank"]), record["plan"], _devices(record), objective, *figures, verdict)
+        figures = [_format(record[figure], form) for figure, form in columns.values()]
+        cells = [record["plan"], "*" * record["front"], *figures, str(record["devices_idle"])]
+        table.add_row(*cells[: len(table.columns)], style=None if record["verdict"] == "ok" else "dim")
+    table.caption = "* on the Pareto front of latency, cost and energy" if any(r["front"] for r in records) else None
     return table
 
 
 def _not_run(records: Sequence[dict[str, Any]]) -> Table:
-    from rich.table import Table
-
-    table = Table("plan", "verdict", "reason")
+    table = _table("plan", "verdict", "reason")
     for record in records:
         table.add_row(record["plan"], record["verdict"], record["reason"])
     return table
 
 
-def _devices(record: dict[str, Any]) -> str:
-    idle = record["devices_idle"]
-    return f"{record['devices_used']} (+{idle} idle)" if idle else str(record["devices_used"])
+def _table(*headings: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Column, Table
+
+    return Table(Column(headings[0], no_wrap=True), *headings[1:], box=SIMPLE_HEAD, padding=0, pad_edge=False)
 
 
 def _format(value: float | None, form: str) -> str:

@@ -21,7 +21,7 @@ def sweep(
     *,
     out: Annotated[Path, typer.Option(help="Folder for sweep.parquet and the journal.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in --out.")] = False,
-    jobs: Annotated[int | None, typer.Option(help="Processes; the cores at hand.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes; the cores at hand.", min=1)] = None,
 ) -> None:
     """Simulate every point of a grid; a run that fails is a row with its error.
 

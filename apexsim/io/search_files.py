@@ -89,7 +89,7 @@ def beside(name: str, path: Path | str) -> str:
 
 def resolve_search(file: SearchFile, where: object) -> Question:
     """Look every name up; ``BadInput`` at ``where`` on the first that means nothing."""
-    objective = objective_named(file.objective, where)
+    objective = objective_named(file.objective, f"{where}: objective")
     base = resolve_deployment(deployment_file(file, where), where)
     space = SearchSpace(base=base, allow_idle=file.allow_idle)
     return Question(space=space, requests=file.read(), objective=objective, slo=file.slo, seed=file.seed)
@@ -97,10 +97,11 @@ def resolve_search(file: SearchFile, where: object) -> Question:
 
 def deployment_file(file: SearchFile, where: object) -> DeploymentFile:
     """The deployment that a search varies: its cluster and all its choices but the plan."""
-    count, device = parse_devices(file.devices, where)
+    count, device = parse_devices(file.devices, f"{where}: devices")
     per_node = min(count, DEVICES_PER_NODE)
     if count % per_node:
-        raise BadInput(f"give up to {per_node} devices or whole nodes of {per_node}", where=where, got=file.devices)
+        would_do = f"give up to {per_node} devices or whole nodes of {per_node}"
+        raise BadInput(would_do, where=where, key="devices", got=file.devices)
     shared = file.model_dump(include=set(DeploymentFile.model_fields))
     return DeploymentFile(**shared, device=device, nodes=count // per_node, devices_per_node=per_node)
 

@@ -23,6 +23,8 @@ def headline(study: Study) -> str:
     parts.append(_versus_usual(objective, best, usual_choice(study)))
     if idle := study.question.space.base.cluster.devices - best.candidate.devices:
         parts.append(f"{idle} devices stand idle")
+    if best.outcome.reason:
+        parts.append(best.outcome.reason)
     return "; ".join(parts)
 
 

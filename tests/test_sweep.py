@@ -1,0 +1,141 @@
+"""Sweeps: the points of a grid, rows for failures, resuming, and the shipped example."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from apexsim.cli.main import main
+from apexsim.errors import BadInput, InfeasiblePlan
+from apexsim.sweep import TABLE, flatten, read_runs, sweep
+
+SWEEP = """
+base:
+  model: llama-3.1-8b
+  device: h100-sxm
+  workload: chat
+  requests: 5
+  slo: {tpot_s: 0.05}
+grid:
+  tensor: [1, 2, 3]
+  slo.ttft_s: [0.5, 1.0]
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(SWEEP)
+    return path
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Any]]:
+    """Stands in for the simulator: two ranks crash, and every run is noted."""
+    seen: list[tuple[int, Any]] = []
+
+    def simulate(deployment: Any, requests: Any, *, slo: Any, seed: int) -> Any:
+        tensor = deployment.pools[0].plan.tensor
+        seen.append((tensor, slo.ttft_s))
+        if tensor == 2 and slo.ttft_s == 0.5:
+            raise RuntimeError("no luck")
+        if tensor == 2:
+            raise InfeasiblePlan(["too many bytes"])
+        figures = {"requests": {"total": len(requests)}, "ttft_s": {"p50": slo.ttft_s}, "timing": {"wall_s": 1.0}}
+        return SimpleNamespace(summary=lambda: figures)
+
+    monkeypatch.setattr("apexsim.sweep.simulate", simulate)
+    return seen
+
+
+def test_points_are_all_combinations_the_last_key_fastest(file: Path) -> None:
+    runs = list(read_runs(file))
+    assert [(run.point["tensor"], run.point["slo.ttft_s"]) for run in runs] == [
+        (tensor, ttft_s) for tensor in (1, 2, 3) for ttft_s in (0.5, 1.0)
+    ]
+    assert all(run.slo.ttft_s == run.point["slo.ttft_s"] and run.slo.tpot_s == 0.05 for run in runs)
+    assert len({run.identity for run in runs}) == 6
+    assert len({id(run.requests) for run in runs}) == 1  # drawn once
+
+
+def test_a_run_that_fails_is_a_row_with_its_error(file: Path, tmp_path: Path, simulated: list[Any]) -> None:
+    table = sweep(file, out=tmp_path / "out", jobs=1)
+    assert list(table["verdict"]) == ["ok", "ok", "failed", "infeasible", "failed", "failed"]
+    assert table["error"][2] == "RuntimeError: no luck"
+    assert table["error"][3] == "too many bytes"
+    assert "32 attention heads" in table["error"][4]
+    assert list(table["ttft_s.p50"][:2]) == [0.5, 1.0]
+    assert not [column for column in table if column.startswith("timing")]
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out" / TABLE), table)
+
+
+def test_resuming_runs_only_what_is_new_or_failed(file: Path, tmp_path: Path, simulated: list[Any]) -> None:
+    first = sweep(file, out=tmp_path / "out", jobs=1)
+    simulated.clear()
+    file.write_text(SWEEP.replace("[0.5, 1.0]", "[0.5, 1.0, 2.0]"))
+    again = sweep(file, out=tmp_path / "out", jobs=1, resume=True)
+    assert simulated == [(1, 2.0), (2, 0.5), (2, 2.0)]
+    assert len(again) == 9
+    old = again[again["slo.ttft_s"] < 2].reset_index(drop=True)
+    pd.testing.assert_frame_equal(old, first)
+
+
+def test_equal_points_are_run_once_and_are_rows_each(file: Path, tmp_path: Path, simulated: list[Any]) -> None:
+    file.write_text(SWEEP.replace("[1, 2, 3]", "[1, 1]"))
+    assert len(sweep(file, out=tmp_path / "out", jobs=1)) == 4
+    assert len(simulated) == 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("tensor:", "tensr:", r"tensr: unknown key; did you mean tensor"),
+        ("llama-3.1-8b", "llama-3.1-8", r"did you mean llama-3.1-8b"),
+        ("slo.ttft_s", "workload.rate_per_s", r"grid.workload.rate_per_s: got 'chat'; workload holds no keys"),
+        ("[1, 2, 3]", "[]", r"grid.tensor"),
+        ("base:", "bass:", r"unknown key; did you mean base|base: is missing"),
+        ("requests: 5", "requests: 0", r"requests: got 0"),
+        ("slo: {tpot_s: 0.05}", "slo: {tpot: 0.05}", r"slo.tpot: unknown key; did you mean tpot_s"),
+    ],
+)
+def test_bad_input_is_found_before_the_first_run(
+    file: Path, tmp_path: Path, simulated: list[Any], old: str, new: str, said: str
+) -> None:
+    file.write_text(SWEEP.replace(old, new))
+    with pytest.raises(BadInput, match=said):
+        sweep(file, out=tmp_path / "out")
+    assert simulated == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_that_are_no_cells_are_written_as_json(file: Path, tmp_path: Path, simulated: list[Any]) -> None:
+    file.write_text(SWEEP.replace("tensor: [1, 2, 3]", "engine_options: [{max_num_seqs: 8}, {block_size: 32}]"))
+    table = sweep(file, out=tmp_path / "out", jobs=1)
+    assert table["engine_options"][0] == '{"max_num_seqs": 8}'
+
+
+def test_flatten() -> None:
+    assert flatten({"a": {"b": {"c": 1}, "d": None}, "e": 2}) == {"a.b.c": 1, "a.d": None, "e": 2}
+
+
+def test_the_command_says_how_many_runs_are_done(
+    file: Path, tmp_path: Path, simulated: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", str(file), "--out", str(tmp_path / "out"), "--jobs", "1"]) == 0
+    assert "2 of 6 runs done" in capsys.readouterr().out
+    file.write_text(SWEEP.replace("[1, 2, 3]", "[2, 3]"))
+    assert main(["sweep", str(file), "--out", str(tmp_path / "none"), "--jobs", "1"]) == 1
+
+
+def test_the_example_is_twelve_runs_and_those_that_do_not_fit_say_so(tmp_path: Path) -> None:
+    example = Path(__file__).parents[1] / "examples" / "sweep.yaml"
+    table = sweep(example, out=tmp_path, jobs=1)
+    assert len(table) == 12
+    alone = (table["model"] == "llama-3.1-70b") & (table["tensor"] == 1)
+    assert set(table[alone]["verdict"]) == {"infeasible"}
+    assert set(table[~alone]["verdict"]) == {"ok"}
+    assert table[~alone]["requests.finished"].eq(200).all()
