@@ -171,8 +171,9 @@ def _add_decodes(tally: _Tally, cost: StepCost, attention: Attention, steps: Col
     seconds = np.zeros(len(batch))
     order = np.argsort(batch, kind="stable")
     sizes, starts = np.unique(batch[order], return_index=True)
-    for size, at in zip(sizes.tolist(), np.split(order, starts[1:]), strict=True):
+    for size, start, end in zip(sizes.tolist(), starts, [*starts[1:], len(order)], strict=True):
         if size:
+            at = order[start:end]
             ends = mean[at] + np.where(growing[at], repeats[at], 1)
             table = cost.tables.decode(attention, size)
             table.between(0, int(ends.max()))

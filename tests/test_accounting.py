@@ -1,0 +1,145 @@
+"""Accounting: seconds, FLOPs, bytes and joules agree with the costs of the steps and with arithmetic."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from apexsim import catalog
+from apexsim.costs.accounting import Accounting, account
+from apexsim.costs.steps import BatchStats, StepCost, build_step_cost
+from apexsim.specs.cluster import Cluster
+from apexsim.specs.deployment import Deployment, Plan, Pool
+from apexsim.specs.engine import HostTerms
+
+spec: Any = cache(catalog.load)
+ONE = Plan()
+SYNC = HostTerms(step_s=1e-3, per_sequence_s=17e-6, exposed_step_s=1e-4)
+
+
+def cost_of(model: str, plan: Plan = ONE, host: HostTerms = SYNC, **fields: Any) -> StepCost:
+    engine = spec("engine", "vllm-v1-sync").model_copy(update={"host": host})
+    pool = Pool(plan=plan)
+    cluster = Cluster(device=spec("device", "h100-sxm"))
+    return build_step_cost(
+        Deployment(model=spec("model", model), cluster=cluster, engine=engine, pools=(pool,), **fields), pool
+    )
+
+
+def columns(
+    steps: list[tuple[BatchStats, int]], windows: tuple[int, ...] = ()
+) -> tuple[dict[str, NDArray[np.int64]], dict[str, NDArray[np.int64]]]:
+    """Recorded columns of steps with their repeats."""
+    rows = [
+        (stats.decodes, stats.context, sum(tokens for tokens, _ in stats.chunks), stats.survivors, repeats)
+        for stats, repeats in steps
+    ]
+    names = ("decodes", "context", "chunk_tokens", "survivors", "repeats")
+    table = dict(zip(names, np.array(rows, dtype=np.int64).reshape(-1, 5).T, strict=True))
+    for position, window in enumerate(windows):
+        table[f"window_context_{window}"] = np.array([stats.window_contexts[position] for stats, _ in steps])
+    chunks = [(row, *chunk) for row, (stats, _) in enumerate(steps) for chunk in stats.chunks]
+    named = zip(("step", "tokens", "history"), np.array(chunks, dtype=np.int64).reshape(-1, 3).T, strict=True)
+    return table, dict(named)
+
+
+def accounted(cost: StepCost, steps: list[tuple[BatchStats, int]], windows: tuple[int, ...] = ()) -> Accounting:
+    return account(cost, *columns(steps, windows))
+
+
+def decode(batch: int, context: int) -> BatchStats:
+    return BatchStats(batch, batch * context, (), (), batch)
+
+
+MIXED = BatchStats(30, 30 * 800, (), ((500, 0), (200, 1000)), 32)
+STEPS = [(decode(8, 600), 1), (MIXED, 1), (decode(32, 801), 50), (decode(256, 100), 3)]
+
+
+def singly(steps: list[tuple[BatchStats, int]]) -> list[BatchStats]:
+    return [stats.grown(step) for stats, repeats in steps for step in range(repeats)]
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan(tensor=2), Plan(tensor=2, pipeline=2)])
+@pytest.mark.parametrize("host", [SYNC, HostTerms(step_s=8e-3, exposed_step_s=1e-4, overlapped=True)])
+def test_device_seconds_are_the_steps_own_times(plan: Plan, host: HostTerms) -> None:
+    """Every nanosecond of every stage, on each of its devices, has an operator or the host to answer for it."""
+    cost = cost_of("llama-3.1-8b", plan, host)
+    spent = sum(sum(cost.stage_ns(stats)) for stats in singly(STEPS)) * plan.tensor * 1e-9
+    assert sum(accounted(cost, STEPS).seconds.values()) == pytest.approx(spent, rel=1e-4)
+
+
+def test_windowed_models_too() -> None:
+    cost = cost_of("gpt-oss-20b")
+    full, open_ = BatchStats(4, 4 * 900, (4 * 128,), (), 4), BatchStats(2, 2 * 50, (2 * 50,), (), 2)
+    mixed = BatchStats(2, 700 + 60, (128 + 60,), ((300, 200),), 3)
+    steps = [(full, 40), (open_, 20), (mixed, 1)]
+    spent = sum(sum(cost.stage_ns(stats)) for stats in singly(steps)) * 1e-9
+    assert sum(accounted(cost, steps, (128,)).seconds.values()) == pytest.approx(spent, rel=1e-4)
+
+
+def test_a_run_accounts_like_its_steps() -> None:
+    cost = cost_of("llama-3.1-8b")
+    whole, parts = accounted(cost, STEPS), accounted(cost, [(stats, 1) for stats in singly(STEPS)])
+    assert whole.flops == pytest.approx(parts.flops, rel=1e-9)
+    assert whole.bytes_moved == pytest.approx(parts.bytes_moved, rel=1e-9)
+    assert whole.seconds == pytest.approx(parts.seconds, rel=1e-6)
+    assert whole.energy_j == pytest.approx(parts.energy_j, rel=1e-3)
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan(tensor=4), Plan(pipeline=2)])
+def test_flops_are_those_of_the_model(plan: Plan) -> None:
+    model = spec("model", "llama-3.1-8b")
+    done = accounted(cost_of("llama-3.1-8b", plan), [(decode(16, 500), 10)])
+    by_hand = sum(16 * model.flops_per_token(500 + step) for step in range(10))
+    assert done.flops == pytest.approx(by_hand, rel=1e-9)
+    chunk = accounted(cost_of("llama-3.1-8b", plan), [(BatchStats(0, 0, (), ((100, 50),), 1), 1)])
+    head = 2.0 * model.vocab * model.hidden
+    by_hand = sum(model.flops_per_token(50 + i) - head for i in range(1, 101)) + head
+    assert chunk.flops == pytest.approx(by_hand, rel=1e-9)
+
+
+def test_a_decode_step_reads_the_weights_and_the_cache() -> None:
+    model = spec("model", "llama-3.1-8b")
+    done = accounted(cost_of("llama-3.1-8b"), [(decode(16, 2000), 1)])
+    cache_bytes = 16 * 2000 * 2 * 32 * 8 * 128 * 2
+    weights = model.weight_bytes("bf16", "bf16") - 2 * model.embedding_params
+    assert weights + cache_bytes < done.bytes_moved < 1.05 * (weights + cache_bytes)
+
+
+def test_power_lies_between_the_least_and_the_limit() -> None:
+    power = spec("device", "h100-sxm").power
+    least = min(power.active_w, power.comm_w, power.gap_w)
+    drawn = []
+    for step in (decode(1, 100), decode(64, 500), BatchStats(0, 0, (), ((8000, 0),), 1)):
+        done = accounted(cost_of("llama-3.1-8b"), [(step, 5 if not step.chunks else 1)])
+        drawn.append(sum(done.energy_j.values()) / sum(done.seconds.values()))
+        assert least <= drawn[-1] <= power.limit_w
+    assert drawn == sorted(drawn)
+
+
+def test_collectives_and_waits_draw_their_own_power() -> None:
+    power = spec("device", "h100-sxm").power
+    done = accounted(cost_of("llama-3.1-70b", Plan(tensor=4)), STEPS)
+    for kind, watts in (("all_reduce", power.comm_w), ("host", power.gap_w)):
+        seconds = sum(spent for (operator, _), spent in done.seconds.items() if operator == kind)
+        assert done.energy_j[kind] == pytest.approx(watts * seconds)
+
+
+def test_sizes_beyond_the_measured_ones_count_as_extrapolated() -> None:
+    inside = accounted(cost_of("llama-3.1-8b"), [(decode(8, 600), 1)])
+    assert ("decode_attention", "extrapolated") not in inside.seconds
+    assert inside.seconds["gemm", "fitted"] > 0
+    long = accounted(cost_of("llama-3.1-8b"), [(BatchStats(0, 0, (), ((120_000, 0),), 1), 1)])
+    assert long.seconds["prefill_attention", "extrapolated"] > 0
+    assert long.seconds["gemm", "extrapolated"] > 0
+
+
+def test_no_steps_account_to_nothing() -> None:
+    done = accounted(cost_of("llama-3.1-8b", Plan(tensor=2)), [])
+    assert done.flops == done.bytes_moved == 0
+    assert not done.seconds
+    assert sum(done.energy_j.values()) == 0
