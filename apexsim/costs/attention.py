@@ -51,7 +51,7 @@ class PrefillCost:
     def __call__(self, chunk: float, history: float) -> float:
         """Seconds of a chunk of ``chunk`` >= 1 tokens behind ``history``: plain floats, a few microseconds."""
         seconds, least = prefill.prefill_s(prefill.Chunks(chunk, history), self._bound, SCALAR)
-        seconds = seconds * math.exp(interpolate(math.log(chunk + 2 * history), self._residual))
+        seconds = seconds * math.exp(interpolate(math.log(chunk), self._residual))
         return float(max(seconds, least))
 
     def many(self, chunk: Any, history: Any) -> Array:
@@ -59,7 +59,7 @@ class PrefillCost:
         tokens, past = np.broadcast_arrays(np.asarray(chunk, dtype=float), np.asarray(history, dtype=float))
         some = np.maximum(tokens, 1.0)
         seconds, least = prefill.prefill_s(prefill.Chunks(some, past), self._bound)
-        seconds = seconds * np.exp(np.interp(np.log(some + 2 * past), *self._residual))
+        seconds = seconds * np.exp(np.interp(np.log(some), *self._residual))
         return np.asarray(np.where(tokens > 0, np.maximum(seconds, least), 0.0))
 
 

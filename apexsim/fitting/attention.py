@@ -21,7 +21,7 @@ PREFILL_KNOTS = {
     "window": (1.0, 2.0),
     "group": (1.0, 4.0, 8.0),
     "heads_in_flight": (1.0, 16.0, 64.0, 256.0, 4096.0),
-    "length": (16.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 16384.0),
+    "chunk": (16.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 16384.0),
 }
 DECODE_KNOTS = {
     "window": (1.0, 2.0),
@@ -57,16 +57,17 @@ def _windowed(frame: pd.DataFrame) -> list[tuple[float | None, Mask]]:
     return [(float(w) if w > 0 else None, windows == w) for w in np.unique(windows)]
 
 
-def prefill_problem(table: Path, kv_dtype: str, head_dim: int, hw: Hardware, causal_skip: float) -> Problem:
+def prefill_problem(table: Path, kv_dtype: str, head_dim: int, hw: Hardware, causal_skip: float = 1.0) -> Problem:
     """Prefill attention from a table of whole prompts (no history); ``causal_skip`` comes from another fit."""
     frame = _rows(table, kv_dtype, head_dim)
+    frame["history"] = frame["kv_len"] - frame["q_len"]
 
     def heads(rows: pd.DataFrame, window: float | None) -> prefill.Heads:
         sizes = (rows["heads"].to_numpy(), rows["kv_heads"].to_numpy(), rows["head_dim"].to_numpy())
         return prefill.Heads(*sizes, window, dtype_bytes(kv_dtype))
 
     def chunks(rows: pd.DataFrame) -> prefill.Chunks:
-        return prefill.Chunks(rows["q_len"].to_numpy(), np.zeros(len(rows)), rows["batch"].to_numpy())
+        return prefill.Chunks(rows["q_len"].to_numpy(), rows["history"].to_numpy(), rows["batch"].to_numpy())
 
     def predict(rows: pd.DataFrame, c: Coefficients) -> Array:
         out = np.empty(len(rows))
@@ -78,7 +79,7 @@ def prefill_problem(table: Path, kv_dtype: str, head_dim: int, hw: Hardware, cau
         out = np.empty(len(rows))
         for window, at in _windowed(rows):
             part = rows[at]
-            pairs = prefill.causal_pairs(part["q_len"].to_numpy(), np.zeros(len(part)), window)
+            pairs = prefill.causal_pairs(part["q_len"].to_numpy(), part["history"].to_numpy(), window)
             out[at] = 4 * part["batch"] * pairs * part["heads"] * part["head_dim"] / hw.flops_per_s
         return out
 
@@ -102,7 +103,7 @@ def prefill_problem(table: Path, kv_dtype: str, head_dim: int, hw: Hardware, cau
         coefficients=[*prefill.COEFFICIENTS, *extra],
         coordinates=coordinates,
         knots=_knots(PREFILL_KNOTS, frame),
-        valid={"chunk": "q_len", "heads": "heads", "kv_heads": "kv_heads"},
+        valid={"chunk": "q_len", "history": "history", "heads": "heads", "kv_heads": "kv_heads"},
         holdouts={
             "random": (
                 random_fifth(len(frame)),

@@ -15,7 +15,7 @@ _NCCL_BYTES = {1: 0, 2: 358612992, 4: 411041792, 8: 411041792}
 _SHEET_SOURCE = "vendor datasheet and whitepaper; system files of NVIDIA aiconfigurator 095f58a"
 _H100_SOURCE = (
     "P = active (1 - c) + bytes + FLOP terms, least squares on 51 dense serving runs of ML.ENERGY 3.0 "
-    "(c: share of time in collectives); limit and idle: power tables of H200 and nvidia-smi readings. comm_w: idle clocks held up"
+    "(c: share of time in collectives); limit, idle: power tables of H200, nvidia-smi readings; comm_w: as idle"
 )
 _H200_SOURCE = (
     "limit, idle, active, j_per_byte: kernel power tables of aiconfigurator, replays of 1 ms and longer; "

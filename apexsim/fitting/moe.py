@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ from apexsim.fitting.cleaning import clean, faster_than, thin_shards
 from apexsim.fitting.problems import Problem, random_fifth
 from apexsim.fitting.served import expert_shapes
 from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
+from apexsim.specs.device import Evidence
 from apexsim.units import dtype_bytes
 
 NUMBERS = ["tokens", "hidden", "inter", "topk", "experts", "tp", "ep", "latency_us"]
@@ -31,12 +32,38 @@ PLAIN = {(2688, 1856), (2048, 5120), (1024, 2688)}
 GROUPED = (7168, 256)
 
 
-def problem(tables: Sequence[Path], key: str, dtype: str, kernels: str, hw: Hardware) -> Problem:
-    """The fit of experts stored in ``dtype`` from the rows whose kernel name contains ``kernels``.
+class Kernel(NamedTuple):
+    """One operator of the profile: its key, dtype, table, what its kernels are called there, whose table it is."""
 
-    ``key`` names the operator in the profile; ``dtype`` is one of ours, mxfp4 being ``w4a16_mxfp4`` in the tables.
+    key: str
+    dtype: str
+    table: str
+    name: str
+    folder: str
+
+
+def kernels_of(folder: str) -> tuple[Kernel, ...]:
+    """Expert kernels to fit for the device whose tables lie in ``folder``.
+
+    Block-scaled experts run Triton on one rank and CUTLASS over several. The fp8 rows of the newest tables come from a
+    CUTLASS kernel that was not tuned (several times slower than reading its weights, faster at powers of two only);
+    the Triton kernel of the older H200 table is what serving runs, and the H100, the same die, takes it by its peaks.
     """
-    frame = pd.concat([_rows(table, dtype, kernels) for table in tables], ignore_index=True)
+    if folder.startswith("a100"):
+        return (Kernel("bf16", "bf16", "moe.parquet", "vllm_fused_moe", folder),)
+    return (
+        Kernel("bf16", "bf16", "moe.parquet", "triton", folder),
+        Kernel("fp8", "fp8", "moe__power.parquet", "vllm_fused_moe", "h200_sxm"),
+        Kernel("fp8_block", "fp8_block", "moe.parquet", "triton", folder),
+        Kernel("fp8_block_ep", "fp8_block", "moe.parquet", "cutlass", folder),
+        Kernel("mxfp4", "mxfp4", "moe.parquet", "gptoss", folder),
+    )
+
+
+def problem(table: Path, kernel: Kernel, hw: Hardware, evidence: Evidence = "fitted") -> Problem:
+    """The fit of one expert kernel; the mxfp4 of our dtypes is ``w4a16_mxfp4`` in the tables."""
+    dtype = kernel.dtype
+    frame = _rows(table, dtype, kernel.name)
     width = dtype_bytes(dtype)
 
     def shape(rows: pd.DataFrame) -> moe.MoeShape:
@@ -56,9 +83,10 @@ def problem(tables: Sequence[Path], key: str, dtype: str, kernels: str, hw: Hard
     everything = np.ones(len(frame), bool)
     return Problem(
         kind="moe",
-        key=key,
+        key=kernel.key,
         form="moe",
-        source="; ".join(f"{table.name} ({table_version(table)}), kernels {kernels}" for table in tables),
+        source=f"{kernel.folder}/{table.name} ({table_version(table)}), kernels *{kernel.name}*",
+        evidence=evidence,
         frame=frame,
         dropped=dropped,
         predict=predict,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -10,11 +11,11 @@ import pandas as pd
 from apexsim import __version__
 from apexsim.costs.forms.hardware import Hardware
 from apexsim.errors import BadInput, nearest
-from apexsim.fitting import attention, estimates, facts, gemm, links, moe, small
+from apexsim.fitting import attention, estimates, facts, gemm, history, links, moe, small
 from apexsim.fitting.facts import Facts
 from apexsim.fitting.problems import Problem, solve
 from apexsim.fitting.tables import data_root
-from apexsim.specs.device import DeviceProfile, FittedOperator, Provenance
+from apexsim.specs.device import Datasheet, DeviceProfile, FittedOperator, Provenance
 
 FIT_DATE = "2026-11-21"
 HEAD_DIMS = (64, 128)
@@ -43,7 +44,7 @@ def fit_device(name: str, root: str | Path | None = None, progress: Progress | N
         datasheet=device.datasheet,
         price=device.price,
         power=device.power,
-        sustained=estimates.sustained(),
+        sustained=estimates.sustained_clock(kernels, device.folder),
         operators=operators,
         provenance=Provenance(tool=f"apexsim fit {__version__}", date=FIT_DATE, tables=tuple(sorted(used))),
     )
@@ -75,6 +76,7 @@ def _problems(device: Facts, kernels: Path) -> Iterator[Problem]:
     """Every operator of the device that is fitted from its own tables."""
     folder, sheet = kernels / "datacenter" / device.folder, device.datasheet
     hopper = "fp8" in sheet.flops_per_s
+    skip, check = history.causal_skip(kernels)
     for dtype in ("bf16", "fp8", "fp8_block") if hopper else ("bf16",):
         table = {"bf16": "gemm", "fp8": "gemm", "fp8_block": "gemm__fp8_block_trtllm"}[dtype]
         path = folder / f"{table if hopper else 'gemm__sglang'}.parquet"
@@ -82,22 +84,18 @@ def _problems(device: Facts, kernels: Path) -> Iterator[Problem]:
     for kv_dtype in ("bf16", "fp8") if hopper else ("bf16",):
         hw = Hardware.of(sheet, kv_dtype)
         for head_dim in HEAD_DIMS if hopper else (128,):
-            yield attention.prefill_problem(folder / "context_attention.parquet", kv_dtype, head_dim, hw, 1.0)
+            prompts = attention.prefill_problem(folder / "context_attention.parquet", kv_dtype, head_dim, hw, skip)
+            yield replace(prompts, checks={"chunk_with_history_on_rtx_pro_6000": check})
             yield attention.decode_problem(folder / "generation_attention.parquet", kv_dtype, head_dim, hw)
-    for key, dtype, source in MOE_KERNELS if hopper else (("bf16", "bf16", "triton"),):
-        table_name = "moe.parquet" if hopper else "moe__sglang.parquet"
-        yield moe.problem([folder / table_name], key, dtype, source, Hardware.of(sheet, dtype))
+    for kernel in moe.kernels_of(device.folder):
+        own = kernel.folder == device.folder
+        path = kernels / "datacenter" / kernel.folder / kernel.table
+        hw = Hardware.of(_sheet_of(kernel.folder), kernel.dtype)
+        yield moe.problem(path, kernel, hw, "fitted" if own else "estimated")
 
 
-# Key in the profile, dtype, and what its kernel is called in the tables. Block-scaled experts run Triton on one rank
-# and CUTLASS over several.
-MOE_KERNELS = (
-    ("bf16", "bf16", "triton"),
-    ("fp8", "fp8", "cutlass"),
-    ("fp8_block", "fp8_block", "triton"),
-    ("fp8_block_ep", "fp8_block", "cutlass"),
-    ("mxfp4", "mxfp4", "gptoss"),
-)
+def _sheet_of(folder: str) -> Datasheet:
+    return next(known.datasheet for known in facts.devices().values() if known.folder == folder)
 
 
 def _tables(device: Facts, kernels: Path) -> links.Operators:

@@ -26,7 +26,8 @@ class Problem:
 
     ``frame`` holds the cleaned rows with their ``seconds``; ``predict`` gives the form's seconds on rows as they were
     measured (caches hot); ``coordinates`` those of the residual over ``knots``. ``scan`` are constants tried in turn
-    (a tile size), the best kept. ``holdouts`` maps a name to the rows kept out of that fit and the rows scored.
+    (a tile size), the best kept. ``holdouts`` maps a name to the rows kept out of that fit and the rows scored by
+    score name; ``checks`` are scores found elsewhere that belong beside them.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Problem:
     constants: Mapping[str, float] = field(default_factory=dict)
     scan: tuple[str, Sequence[float]] | None = None
     evidence: Evidence = "fitted"
+    checks: Mapping[str, HoldOut] = field(default_factory=dict)
 
 
 def random_fifth(rows: int) -> Mask:
@@ -62,8 +64,9 @@ def solve(problem: Problem) -> FittedOperator:
             continue
         c, grid = _fit_rows(problem, ~test, start)
         errors = _errors(problem, c, grid)
-        quality |= {name: _summary(errors[test & mask]) for name, mask in scores.items() if (test & mask).any()}
+        quality |= {name: summary(errors[test & mask]) for name, mask in scores.items() if (test & mask).any()}
     c, grid = _fit_rows(problem, everything, start)
+    quality |= problem.checks
     valid = {
         name: (float(problem.frame[col].min()), float(problem.frame[col].max())) for name, col in problem.valid.items()
     }
@@ -78,6 +81,11 @@ def solve(problem: Problem) -> FittedOperator:
         rows_dropped=problem.dropped,
         quality=quality,
     )
+
+
+def fit_all_rows(problem: Problem) -> tuple[dict[str, float], ResidualGrid]:
+    """Coefficients and residual of a problem, without judging them."""
+    return _fit_rows(problem, np.ones(len(problem.frame), dtype=bool), _choose_constants(problem))
 
 
 def _choose_constants(problem: Problem) -> dict[str, float]:
@@ -130,6 +138,7 @@ def _errors(problem: Problem, c: Coefficients, grid: ResidualGrid) -> Array:
     return np.asarray(np.abs(problem.predict(problem.frame, c) * factor / problem.frame["seconds"].to_numpy() - 1))
 
 
-def _summary(errors: Array) -> HoldOut:
+def summary(errors: Array) -> HoldOut:
+    """Median and 90th percentile of absolute errors."""
     median, p90 = np.quantile(errors, [0.5, 0.9])
     return HoldOut(median=round(float(median), 4), p90=round(float(p90), 4), rows=len(errors))

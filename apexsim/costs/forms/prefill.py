@@ -145,9 +145,6 @@ def _busy_s(chunks: Chunks, pairs: Any, bound: Bound, xp: Any) -> Any:
 
 
 def residual_coordinates(chunks: Chunks, heads: Heads) -> tuple[Any, ...]:
-    """Coordinates of the correction: window (2: sliding, 1: full), group, heads in flight, length.
-
-    The length is that of a lone prompt whose tokens see as many keys on average as those of the chunk.
-    """
-    length = chunks.tokens + 2 * chunks.history
-    return 1.0 if heads.window is None else 2.0, heads.heads / heads.kv_heads, chunks.batch * heads.heads, length
+    """Coordinates of the correction: window (2: sliding, 1: full), group, heads in flight, tokens of the chunk."""
+    windowed = 1.0 if heads.window is None else 2.0
+    return windowed, heads.heads / heads.kv_heads, chunks.batch * heads.heads, chunks.tokens
