@@ -403,12 +403,15 @@ def test_flags_outweigh_the_deployment_file(tmp_path: Path, trace: str, capsys: 
 
 
 def test_a_prompt_beyond_the_context_is_a_rejected_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "long.csv").write_text("arrival_s,prompt_tokens,output_tokens,color\n0,200000,5,red\n1,100,5,blue\n")
+    (tmp_path / "long.csv").write_text(
+        "arrival_s,prompt_tokens,output_tokens,color,turn\n0,200000,5,red,0\n1,100,5,blue,1\n"
+    )
     out = tmp_path / "r.parquet"
     assert main([*BASE, str(tmp_path / "long.csv"), "--requests-out", str(out), "--json", "-"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["requests"] == {"total": 2, "finished": 1, "rejected": 1, "unfinished": 0}
-    assert any("color" in note for note in summary["notes"])
+    assert any("not used: color" in note for note in summary["notes"])
+    assert any("without effect here: turn" in note for note in summary["notes"])
     rows = pd.read_parquet(out)
     assert list(rows["status"]) == ["rejected", "finished"]
     assert "context" in rows["reason"][0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -173,7 +174,9 @@ def _slo_line(result: SimulationResult, slo: dict[str, float | None]) -> str:
     limits = ", ".join(
         f"{key} <= {value:g}" for key, value in result.slo.model_dump(exclude={"target"}).items() if value
     )
-    return f"{_percent(slo['attainment'])} meet {limits}: {_figure(slo['good_requests_per_s'])} good requests/s"
+    # Rounded down: 100 % must mean all of them.
+    met = math.floor(1000 * (slo["attainment"] or 0.0)) / 1000
+    return f"{met:.1%} meet {limits}: {_figure(slo['good_requests_per_s'])} good requests/s"
 
 
 def _evidence_line(provenance: dict[str, dict[str, float]]) -> str:

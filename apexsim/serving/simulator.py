@@ -64,7 +64,7 @@ def simulate(
         chunks=chunks,
         accounting=account(cost, steps, chunks),
         memory=memory,
-        notes=requests.notes,
+        notes=(*requests.notes, *_not_simulated(requests)),
         timing={
             "wall_s": time.perf_counter() - started_s,
             "build_s": built_s - started_s,
@@ -72,6 +72,10 @@ def simulate(
             "account_s": time.perf_counter() - simulated_s,
         },
     )
+
+
+def _not_simulated(requests: Requests) -> tuple[str, ...]:
+    return (f"columns without effect here: {', '.join(sorted(requests.extra))}",) if requests.extra else ()
 
 
 class Run:
