@@ -170,10 +170,10 @@ def _add_decodes(tally: _Tally, cost: StepCost, attention: Attention, steps: Col
     mean = attended // np.maximum(batch, 1)
     seconds = np.zeros(len(batch))
     order = np.argsort(batch, kind="stable")
-    sizes, starts = np.unique(batch[order], return_index=True)
-    for size, start, end in zip(sizes.tolist(), starts, [*starts[1:], len(order)], strict=True):
+    sizes, starts, counts = np.unique(batch[order], return_index=True, return_counts=True)
+    for size, start, count in zip(sizes.tolist(), starts, counts, strict=True):
         if size:
-            at = order[start:end]
+            at = order[start : start + count]
             ends = mean[at] + np.where(growing[at], repeats[at], 1)
             table = cost.tables.decode(attention, size)
             table.between(0, int(ends.max()))
