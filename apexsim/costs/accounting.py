@@ -31,9 +31,6 @@ from apexsim.units import NS_PER_S
 Columns = Mapping[str, NDArray[np.int64]]
 Mask = NDArray[np.bool_]
 
-# Exponent p of the smooth minimum (a^-p + b^-p)^(-1/p): 8 % below the plain one where both are equal.
-SHARPNESS = 8.0
-
 
 @dataclass(frozen=True)
 class Accounting:
@@ -71,9 +68,10 @@ class _Tally:
 
     def add(self, kind: str, work: _Work, joules: Array, evidence: str, outside: Any = False) -> None:
         """``joules`` of one run at every size; ``outside`` marks sizes beyond the measured ones."""
-        self.energy_j[kind] += float(np.dot(joules, work.runs))
-        self.flops += float(np.dot(work.flops, work.runs))
-        self.bytes_moved += float(np.dot(work.bytes_moved, work.runs))
+        # Sums, not np.dot: a threaded BLAS may add in another order from run to run.
+        self.energy_j[kind] += float((joules * work.runs).sum())
+        self.flops += float((work.flops * work.runs).sum())
+        self.bytes_moved += float((work.bytes_moved * work.runs).sum())
         spent = work.seconds * work.runs
         beyond = float(spent[np.broadcast_to(outside, spent.shape)].sum())
         for how, seconds in ((evidence, float(spent.sum()) - beyond), ("extrapolated", beyond)):
@@ -81,14 +79,18 @@ class _Tally:
                 self.seconds[kind, how] += seconds
 
     def kernel_j(self, work: _Work, dtype: str) -> Array:
-        """Joules of one run of a kernel that computes in ``dtype``."""
+        """Joules of one run of a kernel that computes in ``dtype``.
+
+        The smooth minimum is (a^-8 + b^-8)^(-1/8): 8 % below the plain one where both are equal.
+        """
         power = self._power
         per_flop = power.j_per_flop.get(COMPUTE_DTYPE.get(dtype, dtype), power.j_per_flop["bf16"])
         drawn = power.active_w * work.seconds + power.j_per_byte * work.bytes_moved + per_flop * work.flops
         most = power.limit_w * work.seconds
         low, high = np.minimum(drawn, most), np.maximum(drawn, most)
         share = np.divide(low, high, out=np.zeros_like(low), where=high > 0)
-        return np.asarray(low * (1 + share**SHARPNESS) ** (-1 / SHARPNESS))
+        fourth = (share * share) ** 2
+        return np.asarray(low / np.sqrt(np.sqrt(np.sqrt(1 + fourth * fourth))))
 
     def joules(self, operator: RowOperator, work: _Work) -> Array:
         """Joules of one run of an operator."""

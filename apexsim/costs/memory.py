@@ -38,6 +38,8 @@ class MemoryPlan:
         """Blocks that a sequence of ``tokens`` cached tokens holds."""
         size = self.block_size
         wanted = -(-tokens // size)
+        if len(self.groups) == 1 and self.groups[0][1] is None:
+            return wanted
         total = 0
         for units, window in self.groups:
             total += units * (wanted if window is None else min(wanted, -(-window // size) + 1))

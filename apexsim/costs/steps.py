@@ -261,12 +261,12 @@ class DecodeRun:
 
     def durations_ns(self, steps: int) -> NDArray[np.int64]:
         """Nanoseconds of each of the first ``steps`` steps, on one stage."""
-        spent = np.full(steps, self._constant, dtype=np.int64)
+        spent = np.full(steps, self._constant) if not self._growing else np.int64(self._constant)
         for layers, table, mean in self._growing:
             table.between(mean, mean + steps)
-            prefix = np.array(table.prefix[mean : mean + steps + 1], dtype=np.int64)
+            prefix = np.frombuffer(table.prefix[mean : mean + steps + 1], dtype=np.int64)
             spent = spent + layers * (prefix[1:] - prefix[:-1])
-        return np.maximum(spent, self._floor)
+        return np.maximum(spent, self._floor) if self._floor else np.asarray(spent)
 
     def _device_ns(self, start: int, end: int) -> int:
         """Device nanoseconds of steps ``start`` ... ``end - 1``."""
