@@ -84,14 +84,30 @@ def roofline_s(shape: GemmShape, hw: Hardware) -> Array:
 def gemm_s(shape: GemmShape, c: Coefficients, hw: Hardware, *, cold: bool = True) -> Array:
     """Seconds of products, without residual. Coefficients as listed in this module; ``split_s`` and
     ``quantise_passes`` only where the kernels do such things."""
-    best = np.min(_candidates_s(shape, c, hw, cold), axis=-1)
+    best = _best_s(shape, c, hw, cold)
     best = best * np.maximum(1.0, best / 1e-3) ** c["throttle"]
     quantise = c.get("quantise_passes", 0.0) * shape.m * shape.k * (4 + shape.operand_bytes) / hw.bytes_per_s
     return np.asarray(c["launch_s"] + best + quantise)
 
 
-def _candidates_s(shape: GemmShape, c: Coefficients, hw: Hardware, cold: bool) -> Array:
-    """Seconds of every tile shape, along a new last axis."""
+def _best_s(shape: GemmShape, c: Coefficients, hw: Hardware, cold: bool) -> Array:
+    """Seconds of the fastest tile shape.
+
+    A p-norm of three lies between the largest and 3^(1/p) times it: only shapes that this leaves in the race pay for
+    their powers.
+    """
+    terms, extra = _candidates(shape, c, hw, cold)
+    compute, memory, cache = np.broadcast_arrays(*terms)
+    largest = np.maximum(np.maximum(compute, memory), cache)
+    worst = largest * 3 ** (1 / c["sharpness"]) + extra
+    racing = largest + extra <= worst.min(axis=-1, keepdims=True)
+    total = np.full(largest.shape, np.inf)
+    total[racing] = pnorm([compute[racing], memory[racing], cache[racing]], c["sharpness"]) + extra[racing]
+    return np.asarray(total.min(axis=-1))
+
+
+def _candidates(shape: GemmShape, c: Coefficients, hw: Hardware, cold: bool) -> tuple[list[Array], Array]:
+    """Compute, HBM and L2 seconds of every tile shape along a new last axis, and what each adds to their p-norm."""
     tm, tn, s = tile_shapes("split_s" in c)
     m, n, k = (np.asarray(x, dtype=float)[..., None] for x in shape[:3])
     tiles = np.ceil(m / tm) * np.ceil(n / tn) * s
@@ -105,10 +121,10 @@ def _candidates_s(shape: GemmShape, c: Coefficients, hw: Hardware, cold: bool) -
     drawn = hw.bytes_per_s * c["memory_efficiency"] * np.minimum(1.0, c["sm_bandwidth"] * busy)
     memory = (moved_bytes(shape) - (0.0 if cold else _cached_bytes(shape, c, hw)))[..., None] / drawn
     cache = tiles * (tm + tn) * depth * (shape.operand_bytes / l2_bytes_per_s) / busy
-    total = pnorm([compute, memory, cache], c["sharpness"]) + c["wave_s"] * waves
+    extra = c["wave_s"] * waves
     if "split_s" in c:
-        total = total + np.where(s > 1, c["split_s"] + 8 * s * m * n / l2_bytes_per_s, 0.0)
-    return np.asarray(total)
+        extra = extra + np.where(s > 1, c["split_s"] + 8 * s * m * n / l2_bytes_per_s, 0.0)
+    return [compute, memory, cache], np.asarray(extra)
 
 
 def _cached_bytes(shape: GemmShape, c: Coefficients, hw: Hardware) -> Array:
