@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from apexsim import catalog
 from apexsim.costs.fitted import OperatorCosts
 from apexsim.costs.steps import BatchStats, StepCost, build_step_cost
-from apexsim.costs.tables import BLOCK, PrefixTable, tables_for
+from apexsim.costs.tables import BLOCK, OperatorTables, PrefixTable, tables_for
 from apexsim.errors import Unsupported
 from apexsim.specs.cluster import Cluster
 from apexsim.specs.deployment import Deployment, Plan, Pool
@@ -279,3 +279,22 @@ def test_blocks_are_filled_lazily() -> None:
     cost.stage_ns(decode_stats([100] * 60))
     assert calls == [BLOCK] * 5  # four products of a layer and the LM head, rows 1 ... 64
     assert isinstance(cost.tables.costs, OperatorCosts)
+
+
+def test_memory_of_tables_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = OperatorCosts(spec("device", "h100-sxm"))
+    tables = OperatorTables(costs)
+    (attention,) = step_cost("llama-3.1-8b").attentions
+    held = tables.decode(attention, 4)
+    held.grow(5000)
+    tables.trim()
+    assert tables.decode(attention, 4) is held
+    monkeypatch.setattr("apexsim.costs.tables.MAX_DECODE_ENTRIES", 5000)
+    tables.trim()
+    assert tables.decode(attention, 4) is not held
+    assert tables.decode(attention, 4).at(4000) == held.at(4000)
+    monkeypatch.setattr("apexsim.costs.tables.MAX_CHUNKS", 3)
+    chunks = tables.chunks(attention)
+    for tokens in range(2, 10):
+        assert chunks[tokens, 0] == chunks[tokens, 0] > 0
+        assert len(chunks) <= 3
