@@ -1,19 +1,54 @@
-"""The front door of a search: names in, a ``Study`` out, and its files where a folder is given."""
+"""The front door for Python: names in; a deployment, requests or the answer of a search out.
+
+What does the work is imported when it is called for: this module comes with ``import apexsim``.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from apexsim.atomic import make_folder
+# The room itself, an empty package, so that its import later on does not put it in the place of the function.
+import apexsim.search  # noqa: F401
 from apexsim.errors import BadInput
-from apexsim.io.search_files import SearchFile, read_search, resolve_search, write_study
-from apexsim.search import study as studies
-from apexsim.search.executors import executor_named
-from apexsim.search.journal import Journal
-from apexsim.search.outcomes import Progress
-from apexsim.search.study import Study
-from apexsim.specs.base import parse_spec
+
+if TYPE_CHECKING:
+    from apexsim.io.search_files import SearchFile
+    from apexsim.search.outcomes import Progress
+    from apexsim.search.study import Study
+    from apexsim.specs.deployment import Deployment
+    from apexsim.specs.workload import Requests
+
+
+def deployment(source: Path | str | None = None, **choices: Any) -> Deployment:
+    """A lawful deployment.
+
+    ``choices`` are the keys of a deployment YAML (``DeploymentFile``): model, device, engine, tensor, pipeline,
+    replicas, engine_options, ...; they outweigh those of the file ``source``. Raises ``BadInput`` naming the file or
+    key at fault, or every reason why the plan cannot be laid out.
+    """
+    from apexsim.io.deployments import deployment_from
+
+    return deployment_from(source, choices)
+
+
+def workload(
+    name: Path | str,
+    *,
+    rate_per_s: float | None = None,
+    concurrency: int | None = None,
+    requests: int | None = None,
+    seed: int = 0,
+) -> Requests:
+    """Requests of a workload: drawn, if ``name`` is one of ``apexsim list workloads`` or a workload YAML; else read
+    from a parquet, CSV or JSONL file.
+
+    ``rate_per_s`` rescales arrivals to that mean rate, ``concurrency`` keeps so many requests in flight instead, and
+    ``requests`` is how many are drawn, or taken from the head of a file. Raises ``BadInput``.
+    """
+    from apexsim.io.requests import resolve_workload
+
+    return resolve_workload(str(name), rate_per_s=rate_per_s, concurrency=concurrency, requests=requests, seed=seed)
 
 
 def search(
@@ -33,6 +68,12 @@ def search(
     ``best.yaml`` and the journal from which ``resume`` goes on. ``jobs`` and ``executor`` ("local" or "ray") change
     nothing in the answer but its timing. Raises ``BadInput`` naming the file or key at fault.
     """
+    from apexsim.atomic import make_folder
+    from apexsim.io.search_files import resolve_search, write_study
+    from apexsim.search import study as studies
+    from apexsim.search.executors import executor_named
+    from apexsim.search.journal import Journal
+
     if resume and out is None:
         raise BadInput("give --out, the folder of the search to go on with", where="--resume")
     file = _asked(source, choices)
@@ -47,6 +88,9 @@ def search(
 
 def _asked(source: Path | str | None, choices: dict[str, Any]) -> SearchFile:
     """The search that a file, choices, or both describe."""
+    from apexsim.io.search_files import SearchFile, read_search
+    from apexsim.specs.base import parse_spec
+
     written = {} if source is None else read_search(source).model_dump(exclude_unset=True)
     for key in ("model", "devices", "workload"):
         if key not in written | choices:

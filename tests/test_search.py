@@ -23,6 +23,7 @@ from apexsim.errors import BadInput, InfeasiblePlan
 from apexsim.io.deployments import load_deployment
 from apexsim.io.search_files import read_search, resolve_search, study_data
 from apexsim.planning import search as plan
+from apexsim.search import judging
 from apexsim.search.executors import choose_jobs, executor_named, run_local
 from apexsim.search.headline import headline, usual_choice
 from apexsim.search.journal import Journal, fingerprint, identity
@@ -373,7 +374,7 @@ def test_the_command_ranks_plans_and_its_best_can_be_simulated(
 def test_resuming_a_finished_search_gives_the_same_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {"model": "llama-3.1-8b", "devices": "2xh100-sxm", "workload": "chat", "requests": 30}
     first = plan(**asked, out=tmp_path)
-    monkeypatch.setattr("apexsim.search.judging.simulate", None)
+    monkeypatch.setattr(judging, "simulate", None)
     assert comparable(plan(**asked, out=tmp_path, resume=True)) == comparable(first)
 
 

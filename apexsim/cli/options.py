@@ -148,20 +148,10 @@ def _flags_of(kind: Any) -> list[inspect.Parameter]:
 
 def deployment_from_flags(path: Path | None, flags: DeploymentFlags) -> Deployment:
     """The lawful deployment that a YAML file, flags, or both describe; a flag outweighs the file."""
-    from apexsim.io.deployments import DeploymentFile, check_lawful, read_deployment, resolve_deployment
-    from apexsim.specs.base import parse_spec
+    from apexsim.io.deployments import deployment_from
 
-    given = {key: value for key, value in vars(flags).items() if value is not None and key != "engine_option"}
-    base = read_deployment(path).model_dump(exclude_unset=True) if path else {}
-    for key in ("model", "device"):
-        if key not in base and key not in given:
-            raise BadInput("give a deployment file, or a model and a device", where=f"--{key}")
-    options = {**base.get("engine_options", {}), **parse_engine_options(flags.engine_option or ())}
-    where = path or "deployment"
-    file = parse_spec(DeploymentFile, {**base, **given, "engine_options": options}, where)
-    deployment = resolve_deployment(file, where)
-    check_lawful(deployment, where)
-    return deployment
+    choices = {key: value for key, value in vars(flags).items() if value is not None and key != "engine_option"}
+    return deployment_from(path, {**choices, "engine_options": parse_engine_options(flags.engine_option or ())})
 
 
 def parse_engine_options(items: Iterable[str]) -> dict[str, EngineOption]:

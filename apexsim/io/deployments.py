@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -77,8 +78,20 @@ def write_deployment(path: Path | str, file: DeploymentFile) -> None:
 
 def load_deployment(path: Path | str) -> Deployment:
     """Read a deployment YAML into a ``Deployment`` whose plan is lawful."""
-    deployment = resolve_deployment(read_deployment(path), where=path)
-    check_lawful(deployment, where=path)
+    return deployment_from(path, {})
+
+
+def deployment_from(path: Path | str | None, choices: Mapping[str, Any]) -> Deployment:
+    """The lawful deployment that a YAML file, ``choices`` of its keys, or both describe; choices outweigh the file."""
+    base = read_deployment(path).model_dump(exclude_unset=True) if path else {}
+    for key in ("model", "device"):
+        if key not in {**base, **choices}:
+            raise BadInput("give a deployment file, or a model and a device", where=f"--{key}")
+    options = {**base.get("engine_options", {}), **choices.get("engine_options", {})}
+    where = path or "deployment"
+    file = parse_spec(DeploymentFile, {**base, **choices, "engine_options": options}, where)
+    deployment = resolve_deployment(file, where)
+    check_lawful(deployment, where)
     return deployment
 
 
