@@ -91,7 +91,8 @@ class OperatorCosts:
 
     def extrapolated(self, kind: str, key: str, **sizes: Any) -> Array:
         """Boolean array: whether any of the ``sizes`` lies outside the measured range (unknown names: inside)."""
-        valid = self.operator(kind, key).valid
+        op = self.operator(kind, key)
+        valid = op.valid | ({"bytes": (op.points.bytes[0], op.points.bytes[-1])} if op.points else {})
         outside = np.zeros((), dtype=bool)
         for name, value in sizes.items():
             low, high = valid.get(name, (-np.inf, np.inf))
@@ -104,7 +105,9 @@ class OperatorCosts:
         rows = np.maximum(np.asarray(m, dtype=float), 1.0)
         shape = gemm.GemmShape(rows, np.asarray(n, dtype=float), np.asarray(k, dtype=float), dtype_bytes(dtype))
         hw = self._hardware(dtype)
-        seconds = gemm.gemm_s(shape, op.coefficients, hw) * self._correction("gemm", dtype, shape[:3])
+        seconds = gemm.gemm_s(shape, op.coefficients, hw) * self._correction(
+            "gemm", dtype, gemm.residual_coordinates(shape)
+        )
         floor = gemm.roofline_s(shape, hw)
         return np.asarray(np.where(np.asarray(m) > 0, np.maximum(seconds, floor) * self.sustained_factor(rows), 0.0))
 

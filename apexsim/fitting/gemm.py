@@ -16,9 +16,9 @@ from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
 from apexsim.units import dtype_bytes
 
 KNOTS = {
-    "m": (1.0, 16.0, 64.0, 128.0, 256.0, 512.0, 1536.0, 4096.0, 32768.0),
     "n": (32.0, 512.0, 1536.0, 4096.0, 8192.0, 65536.0),
     "k": (32.0, 512.0, 1536.0, 4096.0, 8192.0, 65536.0),
+    "m": (1.0, 16.0, 64.0, 128.0, 256.0, 512.0, 1536.0, 4096.0, 32768.0),
 }
 # Kernels with own library choices per dtype: cuBLAS cuts k, the fp8 kernels do not but quantise activations.
 EXTRA = {"bf16": (gemm.SPLIT,), "fp8": (gemm.QUANTISE,), "fp8_block": (gemm.QUANTISE,)}
@@ -58,7 +58,7 @@ def problem(table: Path, dtype: str, hw: Hardware) -> Problem:
         dropped=dropped,
         predict=predict,
         coefficients=[*gemm.COEFFICIENTS, *EXTRA[dtype]],
-        coordinates=lambda rows: shape(rows)[:3],
+        coordinates=lambda rows: gemm.residual_coordinates(shape(rows)),
         knots=KNOTS,
         valid={"m": "m", "n": "n", "k": "k"},
         holdouts={

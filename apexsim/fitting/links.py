@@ -63,11 +63,10 @@ def _table(rows: pd.DataFrame, source: str) -> FittedOperator:
 def _operator(points: list[tuple[float, float]], rows: int, source: str, evidence: Evidence) -> FittedOperator:
     kept, dropped = clean_points(points)
     sizes = tuple(int(size) for size, _ in kept)
-    table = Points(bytes=sizes, seconds=tuple(float(f"{seconds:.4g}") for _, seconds in kept))
+    table = Points(bytes=sizes, seconds=tuple(float(f"{seconds:.3g}") for _, seconds in kept))
     return FittedOperator(
         form="table",
         points=table,
-        valid={"bytes": (float(sizes[0]), float(sizes[-1]))},
         evidence=evidence,
         source=source,
         rows_used=rows - dropped,

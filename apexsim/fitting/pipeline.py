@@ -38,7 +38,7 @@ def fit_device(name: str, root: str | Path | None = None, progress: Progress | N
         operators.setdefault(problem.kind, {})[problem.key] = solve(problem)
     for kind, found in _tables(device, kernels).items():
         operators.setdefault(kind, {}).update(found)
-    used = {op.source for found in operators.values() for op in found.values()}
+    folders = (f"datacenter/{device.folder}", "datacenter/rtx_pro_6000_server", "vllm_layers", "a100_h100_2024")
     return DeviceProfile(
         name=name,
         datasheet=device.datasheet,
@@ -46,7 +46,7 @@ def fit_device(name: str, root: str | Path | None = None, progress: Progress | N
         power=device.power,
         sustained=estimates.sustained_clock(kernels, device.folder),
         operators=operators,
-        provenance=Provenance(tool=f"apexsim fit {__version__}", date=FIT_DATE, tables=tuple(sorted(used))),
+        provenance=Provenance(tool=f"apexsim fit {__version__}", date=FIT_DATE, tables=folders),
     )
 
 

@@ -131,3 +131,8 @@ def _cached_bytes(shape: GemmShape, c: Coefficients, hw: Hardware) -> Array:
     """Weight bytes that a replayed measurement finds in L2."""
     weights = shape.operand_bytes * shape.n * shape.k
     return np.asarray(weights / (1 + (weights / (c["l2_hit_share"] * hw.l2_bytes)) ** 4))
+
+
+def residual_coordinates(shape: GemmShape) -> tuple[Array, Array, Array]:
+    """Coordinates of the correction: outputs, inputs, rows."""
+    return shape.n, shape.k, shape.m
