@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -78,12 +79,19 @@ def made_up_deployment(
         source="made up for tests",
     )
     return Deployment(
-        model=catalog.load("model", "llama-3.1-8b"),
-        cluster=Cluster(device=catalog.load("device", "h100-sxm"), devices_per_node=max(8, stages * replicas)),
+        model=_load("model", "llama-3.1-8b"),
+        cluster=Cluster(device=_load("device", "h100-sxm"), devices_per_node=max(8, stages * replicas)),
         engine=engine,
         pools=(Pool(plan=Plan(pipeline=stages), replicas=replicas),),
         router=router,
     )
+
+
+RECORDED = (
+    "index", "replica", "arrival_ns", "scheduled_ns", "first_token_ns", "last_token_ns", "prompt_tokens", "total", "known",
+    "computed", "pending", "blocks", "preemptions",
+)  # fmt: skip
+_load = cache(catalog.load)
 
 
 @dataclass(frozen=True)
@@ -160,7 +168,7 @@ def check_case(case: Case) -> None:
 
 def records(run: Run) -> list[tuple[Any, ...]]:
     """Every integer that a run noted about its requests."""
-    return [tuple(getattr(request, name) for name in request.__slots__) for request in run.requests]
+    return [tuple(getattr(request, name) for name in RECORDED) for request in run.requests]
 
 
 def check_run(run: Run) -> None:
@@ -204,6 +212,6 @@ def random_case(rng: np.random.Generator, policy: str) -> Case:
     )
 
 
-def made_up_memory(blocks: int) -> MemoryPlan:
-    """A KV cache of ``blocks`` blocks of 16 tokens, whatever the model."""
-    raise NotImplementedError
+def made_up_memory(blocks: int, block_size: int = 16) -> MemoryPlan:
+    """A KV cache of that many blocks, whatever the model and device."""
+    return MemoryPlan(0.0, 0.0, 0.0, 0.0, 0.0, block_size=block_size, blocks=blocks)

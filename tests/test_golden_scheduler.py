@@ -45,6 +45,7 @@ class Spy:
     manager: BlockManager
     clock: Clock
     steps: list[dict[str, Any]] = field(default_factory=list)
+    marches: bool = True
 
     def fill(self, ledger: Ledger, running: Sequence[Request], waiting: Iterable[Request]) -> None:
         if self.steps:

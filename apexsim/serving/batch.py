@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from apexsim.costs.steps import BatchStats
 from apexsim.serving.batching import Ledger
+from apexsim.serving.cohort import Cohort
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.request import Request
 
@@ -15,58 +16,77 @@ from apexsim.serving.request import Request
 class Batch:
     """Who computes in a step and when it runs.
 
-    ``requests`` all scheduled, in order; ``samples`` those that get a token at its end; ``leaving`` those whose last
-    token that is. ``steady`` batches only continue decoding, so the next one can be the same. ``running`` and
-    ``waiting`` count the replica's requests when it was composed.
+    ``marching`` cohort members get a token at its end, and so do the requests in ``samples``, one by one; ``singles``
+    are those of them who are not members. For those in ``leaving`` it is the last. ``step`` is the cohort's count when the batch was composed, ``whole`` says that none of
+    its members stood still. ``running`` and ``waiting`` count the replica's requests at that time.
     """
 
-    requests: list[Request]
-    samples: list[Request]
-    leaving: list[Request]
     stats: BatchStats
-    steady: bool
+    samples: list[Request]
+    singles: list[Request]
+    marching: int = 0
+    leaving: list[Request] = field(default_factory=list)
+    step: int = 0
+    whole: bool = True
     start_ns: int = 0
     end_ns: int = 0
     replica: int = 0
     running: int = 0
     waiting: int = 0
 
+    def release(self, members: Sequence[Request]) -> None:
+        """The cohort dissolves while the batch is in flight: its members who march here are from now on stamped singly."""
+        if self.marching:
+            mine = [request for request in members if request.joined <= self.step]
+            for request in mine:
+                request.pending += 1
+            self.samples = self.samples + mine
+            self.marching -= len(mine)
 
-def compose(ledger: Ledger, blocks: BlockManager, windows: Sequence[int]) -> Batch:
+
+def compose(ledger: Ledger, running: Sequence[Request], blocks: BlockManager, windows: Sequence[int], cohort: Cohort) -> Batch:
     """Advance the requests of a closed ledger by their tokens and describe the step they form.
 
     A request whose known tokens are then all computed samples its next one; logits are computed for every scheduled
     request (as vLLM's ``logits_indices`` does, also for a chunk that samples nothing).
     """
-    decodes, leaving, context = ledger.decodes, [], 0
-    for request in decodes:
-        request.computed = after = request.known
-        if after > request.capacity:
-            blocks.grow(request, after)
-        request.known = after + 1
+    step, whole = cohort.step, ledger.marching == cohort.size
+    late, cohort.late = (cohort.late, []) if ledger.marching else ([], cohort.late)
+    context, attended, leaving = _march(ledger, running, windows, cohort)
+    singles = [request for request in ledger.decodes if _advance(request, 1, blocks)]
+    if singles:
+        context += sum([request.computed for request in singles])
+        attended = [sum([min(r.computed, w) for r in singles]) + more for w, more in zip(windows, attended, strict=True)]
+    singles += [request for request, tokens in ledger.chunks if _advance(request, tokens, blocks)]
+    for request in late:
         request.pending += 1
-        context += after
-        if after + 1 == request.total:
-            leaving.append(request)
-    attended = tuple(sum(min(request.computed, window) for request in decodes) for window in windows)
-    if not ledger.chunks:
-        # A request that has its first token from this step was never in a decode batch before.
-        steady = all(request.known > request.prompt_tokens + 1 for request in decodes)
-        return Batch(decodes, decodes, leaving, BatchStats(len(decodes), context, attended, (), len(decodes)), steady)
-    sampled = [request for request, tokens in ledger.chunks if _advance(request, tokens, blocks)]
-    leaving += [request for request in sampled if request.known == request.total]
-    requests = decodes + [request for request, _ in ledger.chunks]
-    chunks = tuple((tokens, request.computed - tokens) for request, tokens in ledger.chunks)
-    stats = BatchStats(len(decodes), context, attended, chunks, len(requests))
-    return Batch(requests, decodes + sampled, leaving, stats, steady=False)
+    chunks = tuple([(tokens, request.computed - tokens) for request, tokens in ledger.chunks])
+    decodes = ledger.marching + len(ledger.decodes)
+    stats = BatchStats(decodes, context, tuple(attended), chunks, decodes + len(chunks))
+    leaving += [request for request in singles if request.known == request.total]
+    return Batch(stats, late + singles, singles, ledger.marching - len(late), leaving, step, whole)
+
+
+def _march(
+    ledger: Ledger, running: Sequence[Request], windows: Sequence[int], cohort: Cohort
+) -> tuple[int, list[int], list[Request]]:
+    """Let the cohort take a step if it is scheduled: its context, the same within each window, and who leaves."""
+    if not ledger.marching:
+        return 0, [0] * len(windows), []
+    leaving = cohort.march(1)
+    context = cohort.context
+    attended = [cohort.attended(running[: ledger.marching], window) for window in windows]
+    cohort.leave(leaving)
+    return context, attended, leaving
 
 
 def _advance(request: Request, tokens: int, blocks: BlockManager) -> bool:
-    """Compute ``tokens`` more of a prompt; true if that completes it and its next token is sampled."""
+    """Compute ``tokens`` more of a request; true if that is all it knows and its next token is sampled."""
     request.computed += tokens
     blocks.grow(request, request.computed)
     if request.computed < request.known:
         return False
     request.known += 1
     request.pending += 1
+    request.decoding = True
     return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from apexsim.serving.cohort import Cohort
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.request import Request
 from apexsim.specs.engine import SchedulerDefaults
@@ -14,31 +15,38 @@ class Ledger:
     """One scheduling decision: what is left of the token, seat and block budgets, and who was given what.
 
     ``decodes`` get the one token that brings them to the end of what they know; ``chunks`` are everybody else with
-    their tokens, the ``admitted`` last of them fresh from the queue. Nothing here touches a request or the block
+    their tokens, the ``admitted`` last of them fresh from the queue. ``marching`` is the size of the cohort, the first
+    of the running requests, if it decodes as one. Nothing here touches a request or the block
     manager; the replica applies a filled ledger in one go. ``lookahead`` is how many sampled tokens of a request may
     still be in flight when it is given the next.
     """
 
     __slots__ = (
-        "_full", "_manager", "admitted", "blocks", "chunks", "decodes", "lookahead", "preempted", "seats", "sequences", "tokens",
+        "_cohort", "_full", "_manager", "admitted", "blocks", "chunks", "decodes", "lookahead", "marching", "preempted",
+        "seats", "sequences", "tokens",
     )  # fmt: skip
 
-    def __init__(self, manager: BlockManager, *, tokens: int, seats: int, sequences: int, lookahead: int, full: bool) -> None:
-        self.tokens = tokens
+    def __init__(
+        self, manager: BlockManager, scheduler: SchedulerDefaults, *, seats: int, sequences: int, lookahead: int,
+        cohort: Cohort | None = None,
+    ) -> None:  # fmt: skip
+        self.tokens = scheduler.token_budget
         self.seats = seats
         self.sequences = sequences
         self.blocks = manager.free
         self.lookahead = lookahead
+        self.marching = 0
         self.decodes: list[Request] = []
         self.chunks: list[tuple[Request, int]] = []
         self.preempted: list[Request] = []
         self.admitted = 0
         self._manager = manager
-        self._full = full
+        self._full = scheduler.admission == "full"
+        self._cohort = cohort
 
     @property
     def entries(self) -> list[tuple[Request, int]]:
-        """Everyone scheduled and their tokens: decodes, then chunks, each in the order given."""
+        """Everyone scheduled singly and their tokens: decodes, then chunks, each in the order given."""
         return [*((request, 1) for request in self.decodes), *self.chunks]
 
     def wants(self, request: Request) -> int:
@@ -57,7 +65,7 @@ class Ledger:
             self.blocks -= self._manager.missing(request, after)
         self.tokens -= tokens
         self.sequences -= 1
-        if tokens == 1 and request.known == after:
+        if request.decoding:
             self.decodes.append(request)
         else:
             self.chunks.append((request, tokens))
@@ -65,14 +73,20 @@ class Ledger:
     def give_decodes(self, running: Sequence[Request], position: int) -> int:
         """Give a token to each request from ``position`` on, as long as they decode and budgets and blocks last.
 
-        Returns the position of the first that got none. Equal to ``give(request, 1)`` one by one, in a tighter loop.
+        Returns the position of the first that got none. Equal to ``give(request, 1)`` one by one, but a cohort at the
+        head of ``running`` is served as one (the replica has seen to it that an untouched ledger can).
         """
+        if position == 0 and self._cohort is not None:
+            position = self.marching = self._cohort.size
+            self.tokens -= position
+            self.sequences -= position
+            self.blocks -= self._cohort.missing(1)
         last = min(len(running), position + max(0, min(self.tokens, self.sequences)))
         first, add = position, self.decodes.append
         while position < last:
             request = running[position]
             computed = request.computed
-            if request.known - computed != 1 or request.pending > self.lookahead:
+            if not request.decoding or request.pending > self.lookahead:
                 break
             if computed == request.capacity:
                 blocks = self._manager.missing(request, computed + 1)
@@ -110,8 +124,14 @@ class Ledger:
 
 
 class BatchPolicy(Protocol):
-    """Fills ledgers. ``repeats`` lets a replica take many steps at once: it says that, as long as nothing arrives,
-    finishes or runs short of blocks, the next ledger would give every running request one token again."""
+    """Fills ledgers.
+
+    A policy may let a replica take decodes as one and many steps at once. ``marches`` promises that it gives decodes,
+    if any, by ``give_decodes(running, 0)`` before it spends anything else. ``repeats`` says of a filled ledger that, as
+    long as nothing arrives, finishes or runs short of blocks, the next would give every running request one token again.
+    """
+
+    marches: bool
 
     def fill(self, ledger: Ledger, running: Sequence[Request], waiting: Iterable[Request]) -> None: ...
 
@@ -120,6 +140,8 @@ class BatchPolicy(Protocol):
 
 class Fcfs:
     """What both policies share: running requests grow in order, a shortage preempts the youngest, the queue is FCFS."""
+
+    marches = True
 
     def __init__(self, scheduler: SchedulerDefaults) -> None:
         self.chunked = scheduler.chunked_prefill
@@ -158,7 +180,7 @@ class Fcfs:
 
     def _may_exceed(self, ledger: Ledger, request: Request) -> bool:
         """Without chunks a preempted request that outgrew the budget is recomputed alone, or it never would be."""
-        return not self.chunked and request.preemptions > 0 and not (ledger.decodes or ledger.chunks)
+        return not self.chunked and request.preemptions > 0 and not (ledger.marching or ledger.decodes or ledger.chunks)
 
 
 class ChunkedPrefill(Fcfs):
@@ -182,7 +204,7 @@ class PrefillFirst(Fcfs):
     def _continue_prompts(self, ledger: Ledger, running: Sequence[Request]) -> None:
         for request in running:
             tokens = min(ledger.wants(request), ledger.tokens)
-            if tokens > 1 and ledger.can_give(request, tokens):
+            if tokens and not request.decoding and ledger.can_give(request, tokens):
                 ledger.give(request, tokens)
 
 

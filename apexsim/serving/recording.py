@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from apexsim.costs.steps import DecodeRun
 from apexsim.serving.batch import Batch
 from apexsim.serving.request import Request
 from apexsim.units import NS_PER_S
@@ -28,7 +29,7 @@ class Recorder:
         self._steps = array("q")
         self._chunks = array("q")
         self.gaps: defaultdict[int, int] = defaultdict(int)
-        self._runs: list[tuple[NDArray[np.int64], int]] = []
+        self._runs: list[tuple[DecodeRun, int, int]] = []
         self.rejected: dict[int, str] = {}
 
     def step(self, batch: Batch, *, repeats: int, end_ns: int, held: tuple[int, int]) -> None:
@@ -57,10 +58,10 @@ class Recorder:
                 gaps[end_ns - last] += 1
             request.last_token_ns = end_ns
 
-    def run(self, durations_ns: NDArray[np.int64], sequences: int) -> None:
-        """Add the gaps of consecutive decode steps that gave ``sequences`` requests a token each."""
-        if len(durations_ns):
-            self._runs.append((durations_ns, sequences))
+    def run(self, run: DecodeRun, steps: int, sequences: int) -> None:
+        """Note that steps 2 ... ``steps`` of a run gave ``sequences`` requests a token each; the first is in ``gaps``."""
+        if steps > 1:
+            self._runs.append((run, steps, sequences))
 
     def reject(self, request: Request, reason: str) -> None:
         """Note why a request was refused service."""
@@ -76,11 +77,10 @@ class Recorder:
 
     def inter_token_gaps(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Distinct gaps in nanoseconds, ascending, and how many tokens had each."""
-        parts = [np.array(list(self.gaps), dtype=np.int64), *(durations for durations, _ in self._runs)]
-        counts = [
-            np.array(list(self.gaps.values()), dtype=np.int64),
-            *(np.full(len(durations), sequences, dtype=np.int64) for durations, sequences in self._runs),
-        ]
+        durations = [run.durations_ns(steps)[1:] for run, steps, _ in self._runs]
+        sequences = [np.full(steps - 1, count, dtype=np.int64) for _, steps, count in self._runs]
+        parts = [np.array(list(self.gaps), dtype=np.int64), *durations]
+        counts = [np.array(list(self.gaps.values()), dtype=np.int64), *sequences]
         gaps, inverse = np.unique(np.concatenate(parts), return_inverse=True)
         return gaps, np.bincount(inverse, weights=np.concatenate(counts), minlength=len(gaps)).astype(np.int64)
 

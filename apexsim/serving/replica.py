@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 
 from apexsim.costs.steps import StepCost
 from apexsim.serving.batch import Batch, compose
 from apexsim.serving.batching import BatchPolicy, Ledger
 from apexsim.serving.clock import ARRIVAL, Alarm, Clock
+from apexsim.serving.cohort import Cohort
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.recording import Recorder
 from apexsim.serving.request import Request
-from apexsim.serving.stretch import Stretch, plan_stretch
+from apexsim.serving.stretch import Stretch, plan_march, plan_rotation
 from apexsim.specs.engine import SchedulerDefaults
 
 
@@ -29,20 +31,9 @@ class ReplicaSettings:
     exact_steps: bool
 
     @property
-    def token_budget(self) -> int:
-        """Tokens a step may compute."""
-        assert self.scheduler.max_num_batched_tokens is not None, "resolved by EngineProfile.scheduler_for"
-        return self.scheduler.max_num_batched_tokens
-
-    @property
     def lookahead(self) -> int:
         """Sampled tokens that may be in flight when a request is scheduled again; a pipeline hides the host by itself."""
         return self.scheduler.lookahead_steps if self.cost.stages == 1 else 0
-
-    @property
-    def batches_in_flight(self) -> int:
-        """Batches composed and not yet ended: one a stage, or the running one and the one prepared meanwhile."""
-        return max(self.cost.stages, 1 + self.lookahead)
 
 
 class Replica:
@@ -67,6 +58,8 @@ class Replica:
         self._blocks = blocks
         self._recorder = recorder
         self._on_finish = on_finish
+        self._lookahead = settings.lookahead
+        self._batches = max(settings.cost.stages, 1 + self._lookahead)
         self._in_flight: deque[Batch] = deque()
         self._leaving = 0
         self._stage_free = [0] * settings.cost.stages
@@ -74,6 +67,10 @@ class Replica:
         self._alarm: Alarm | None = None
         self._stretch: Stretch | None = None
         self._ledger: Ledger | None = None
+        self._cohort = Cohort(blocks)
+        self._march = settings.cost.stages == 1 and settings.policy.marches and not settings.exact_steps
+        self._dissolved = False
+        self._fresh: list[tuple[Request, bool]] = []
 
     # -- arrivals ---------------------------------------------------------------------------------------------
 
@@ -105,22 +102,27 @@ class Replica:
         stretch, self._stretch = self._stretch, None
         if stretch is not None:
             self._settle(stretch)
-        batch = self._in_flight.popleft()
-        self._recorder.tokens(batch.samples, batch.end_ns)
-        self._recorder.step(batch, repeats=1, end_ns=batch.end_ns, held=(self._blocks.held, self._blocks.held))
+        batch, recorder, held = self._in_flight.popleft(), self._recorder, self._blocks.held
+        recorder.tokens(batch.samples, batch.end_ns)
+        if batch.whole:
+            if batch.marching:
+                recorder.gaps[batch.end_ns - self._cohort.last_end_ns] += batch.marching
+            self._cohort.ended(batch.step, batch.end_ns)
+        recorder.step(batch, repeats=1, end_ns=batch.end_ns, held=(held, held))
         for request in batch.leaving:
-            self._leave(request)
+            self._leave(request, batch.end_ns)
         self._fill_pipeline()
         self._arm()
 
-    def _leave(self, request: Request) -> None:
+    def _leave(self, request: Request, end_ns: int) -> None:
+        request.last_token_ns = end_ns
         self._blocks.release(request)
         self._leaving -= 1
         self.unfinished -= 1
         self._on_finish(request)
 
     def _fill_pipeline(self) -> None:
-        while len(self._in_flight) < self._set.batches_in_flight:
+        while len(self._in_flight) < self._batches:
             ledger = self._open_ledger()
             self._set.policy.fill(ledger, self.running, self.waiting)
             batch = self._close(ledger)
@@ -131,14 +133,41 @@ class Replica:
 
     def _open_ledger(self) -> Ledger:
         scheduler = self._set.scheduler
-        seats = scheduler.max_num_seqs - len(self.running) - self._leaving
-        sequences = scheduler.max_num_seqs
+        seats = sequences = scheduler.max_num_seqs
         if scheduler.pipeline_split == "balanced":
-            sequences = -(-(len(self.running) + len(self.waiting)) // self._set.batches_in_flight)
+            sequences = -(-(len(self.running) + len(self.waiting)) // self._batches)
+        if self._march:
+            self._gather(min(sequences, scheduler.token_budget))
         return Ledger(
-            self._blocks, tokens=self._set.token_budget, seats=seats, sequences=sequences,
-            lookahead=self._set.lookahead, full=scheduler.admission == "full",
-        )  # fmt: skip
+            self._blocks,
+            scheduler,
+            seats=seats - len(self.running) - self._leaving,
+            sequences=sequences,
+            lookahead=self._lookahead,
+            cohort=self._cohort if self._cohort.size else None,
+        )
+
+    def _gather(self, most: int) -> None:
+        """Let the cohort take in who decodes by now; dissolve it if its members cannot all have their next token."""
+        cohort, running = self._cohort, self.running
+        if self._dissolved and len(running) <= most and not (self._ledger and self._ledger.preempted):
+            self._dissolved = False
+            self._fresh = [(request, False) for request in takewhile(lambda request: request.decoding, running)]
+        for request, whole in self._fresh:
+            if running[cohort.size] is not request:  # a policy that does not serve in order: no cohort at its head
+                self._dissolve()
+                break
+            cohort.join(request, late=not whole)
+        self._fresh.clear()
+        if cohort.size and (cohort.size > most or cohort.missing(1) > self._blocks.free):
+            self._dissolve()
+
+    def _dissolve(self) -> None:
+        members = self.running[: self._cohort.size]
+        for batch in self._in_flight:
+            batch.release(members)
+        self._cohort.dissolve(members)
+        self._dissolved = True
 
     def _close(self, ledger: Ledger) -> Batch | None:
         """Apply a ledger: preemptions, seats, blocks, tokens. None when nothing was scheduled."""
@@ -146,14 +175,18 @@ class Replica:
         for request in ledger.preempted:
             self._blocks.release(request)
             request.computed = 0
+            request.decoding = False
             request.preemptions += 1
             self.running.pop()
             self.waiting.appendleft(request)
         if ledger.admitted:
             self._seat(ledger)
-        if not (ledger.decodes or ledger.chunks):
+        if not (ledger.marching or ledger.decodes or ledger.chunks):
             return None
-        return compose(ledger, self._blocks, self._set.windows)
+        batch = compose(ledger, self.running, self._blocks, self._set.windows, self._cohort)
+        if self._march and not self._dissolved:
+            self._fresh += [(request, batch.whole) for request in batch.singles if request.known < request.total]
+        return batch
 
     def _seat(self, ledger: Ledger) -> None:
         """Admitted requests are the last chunks of a ledger and the first of the queue."""
@@ -179,7 +212,8 @@ class Replica:
     def _see_off(self, batch: Batch) -> None:
         """Requests whose last token is in flight keep seat and blocks until it ends, but are not scheduled again."""
         if batch.leaving:
-            self.running = [request for request in self.running if request.known < request.total]
+            for request in batch.leaving:
+                self.running.remove(request)
             self._leaving += len(batch.leaving)
 
     def check_idle(self) -> None:
@@ -196,10 +230,17 @@ class Replica:
             return
         end_ns = self._in_flight[0].end_ns
         if not self._set.exact_steps and self._ledger is not None and self._set.policy.repeats(self._ledger, self.waiting):
-            self._stretch = plan_stretch(self._in_flight, self.running, self._stage_free, self._set.cost, self._blocks)
+            self._stretch = self._plan()
             if self._stretch is not None:
                 end_ns = self._stretch.next_end_ns
         self._alarm = self._clock.at(end_ns, 1 + self.index, self._end_step)
+
+    def _plan(self) -> Stretch | None:
+        if self._set.cost.stages > 1:
+            return plan_rotation(self._in_flight, self.running, self._stage_free, self._set.cost, self._blocks)
+        if self._cohort.size != len(self.running) or len(self._in_flight) < self._batches:
+            return None
+        return plan_march(self._in_flight, self._cohort, self._set.cost, self._blocks)
 
     def _cut(self, stretch: Stretch) -> None:
         """Something arrived: the step in flight is the last that passes unseen."""
@@ -210,9 +251,6 @@ class Replica:
 
     def _settle(self, stretch: Stretch) -> None:
         """Apply the silent step ends; the last of their compositions may have sampled last tokens."""
-        if not stretch.silent:
-            return
-        stretch.settle(self._in_flight, self._stage_free, self._recorder, self._blocks)
-        latest = self._in_flight[-1]
-        latest.leaving = [request for request in latest.requests if request.known == request.total]
-        self._see_off(latest)
+        if stretch.silent:
+            stretch.settle(self._in_flight, self._stage_free, self._recorder, self._blocks)
+            self._see_off(self._in_flight[-1])

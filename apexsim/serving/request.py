@@ -15,16 +15,21 @@ class Request:
         |<------------------------- total ---------------------------->|
 
     ``computed`` and ``known`` move when a step is composed, so that a scheduler may compose the next one before the
-    device has finished; ``pending`` counts the sampled tokens still in flight. Decoding is ``known - computed == 1``.
+    device has finished; ``pending`` counts the sampled tokens still in flight. A request is ``decoding`` once it has
+    sampled from all it knows, and until it is preempted: it then always lacks exactly the token sampled last.
+    While a request marches in a ``Cohort``, these counters stand still and the cohort's apply (``base``, ``joined``).
     """
 
     __slots__ = (
         "arrival_ns",
+        "base",
         "blocks",
         "capacity",
         "computed",
+        "decoding",
         "first_token_ns",
         "index",
+        "joined",
         "known",
         "last_token_ns",
         "pending",
@@ -41,9 +46,12 @@ class Request:
         self.total = prompt_tokens + output_tokens
         self.known = prompt_tokens
         self.computed = 0
+        self.decoding = False
         self.pending = 0
         self.blocks = 0
         self.capacity = 0
+        self.base = 0
+        self.joined = 0
         self.preemptions = 0
         self.arrival_ns = 0
         self.replica: int | None = None

@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 
 from apexsim.costs.steps import DecodeRun, StepCost
 from apexsim.serving.batch import Batch
+from apexsim.serving.cohort import Cohort
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.recording import Recorder
 from apexsim.serving.request import Request
 
-LONGEST = 1 << 20
-"""Silent ends planned ahead on one stage, where their number costs nothing."""
 LONGEST_ROTATION = 256
-"""Silent ends planned ahead in a pipeline, where each is computed and lost when an arrival cuts them."""
+"""Silent ends planned ahead in a pipeline, where each is computed and lost when an arrival cuts them; on one stage their
+number costs nothing."""
 
 
 class Stretch(ABC):
@@ -62,11 +62,12 @@ class Stretch(ABC):
         return dropped
 
 
-class SingleStage(Stretch):
-    """Every step has the whole running set; the times of all ends are in closed form."""
+class March(Stretch):
+    """On one stage all running requests are one cohort; the times of all step ends are in closed form."""
 
-    def __init__(self, in_flight: Sequence[Batch], run: DecodeRun, silent: int) -> None:
+    def __init__(self, in_flight: Sequence[Batch], cohort: Cohort, run: DecodeRun, silent: int) -> None:
         self.silent = silent
+        self._cohort = cohort
         self._run = run
         self._start_ns = in_flight[0].start_ns
 
@@ -86,13 +87,38 @@ class SingleStage(Stretch):
         return count
 
     def settle(self, in_flight: deque[Batch], stage_free: list[int], recorder: Recorder, blocks: BlockManager) -> None:
-        first, silent = in_flight[0], self.silent
-        _pass(first, (self.end_ns(1), self.end_ns(silent)), self._run.durations_ns(silent)[1:], recorder, blocks)
+        silent, cohort, first, held = self.silent, self._cohort, in_flight[0], blocks.held
+        recorder.gaps[self.end_ns(1) - cohort.last_end_ns] += cohort.size
+        recorder.run(self._run, silent, cohort.size)
+        last_ns = self.end_ns(silent)
+        cohort.ended(first.step + silent - 1, last_ns)
+        leaving = cohort.march(silent)
+        cohort.leave(leaving)
+        recorder.step(first, repeats=silent, end_ns=last_ns, held=(held, blocks.held))
         base = first.stats
         for position, batch in enumerate(in_flight):
             batch.stats = base.grown(silent + position)
-            batch.start_ns, batch.end_ns = self.end_ns(silent + position), self.end_ns(silent + position + 1)
-        stage_free[0] = in_flight[-1].end_ns
+            batch.step += silent
+            batch.start_ns, last_ns = last_ns, self.end_ns(silent + position + 1)
+            batch.end_ns = last_ns
+        in_flight[-1].leaving = leaving
+        stage_free[0] = last_ns
+
+
+def plan_march(in_flight: Sequence[Batch], cohort: Cohort, cost: StepCost, blocks: BlockManager) -> March | None:
+    """The longest stretch of a cohort that is all there is on one stage; None when the next step end already matters."""
+    for batch in in_flight:
+        if batch.marching != cohort.size or batch.samples or batch.stats.chunks or batch.leaving:
+            return None
+    run = cost.decode_run(in_flight[0].stats)
+    if run is None:
+        return None
+    silent = min(cohort.steps_to_leave, run.limit - len(in_flight))
+    if silent < 1:
+        return None
+    if cohort.size * blocks.blocks_for(silent) > blocks.free and cohort.missing(silent) > blocks.free:
+        silent = bisect_right(range(1, silent + 1), blocks.free, key=cohort.missing)
+    return March(in_flight, cohort, run, silent) if silent else None
 
 
 class Rotation(Stretch):
@@ -134,62 +160,53 @@ class Rotation(Stretch):
             latest = position + len(times) * groups
             batch.start_ns, batch.end_ns = starts[latest], ends[latest]
         in_flight.rotate(-silent)
+        latest = in_flight[-1]
+        latest.leaving = [request for request in latest.samples if request.known == request.total]
 
 
 def _pass(
     batch: Batch, ends_ns: tuple[int, int], gaps_ns: NDArray[np.int64], recorder: Recorder, blocks: BlockManager
 ) -> None:
-    """Let steps of a steady batch end, the first and last at ``ends_ns``, each followed by its composition anew."""
+    """Let steps of a decode batch end, the first and last at ``ends_ns``, each followed by its composition anew."""
     held, steps = blocks.held, len(gaps_ns) + 1
     first_ns, last_ns = ends_ns
-    gaps = recorder.gaps
-    for request in batch.requests:
-        gaps[first_ns - request.last_token_ns] += 1
+    for request in batch.samples:
+        assert request.last_token_ns is not None, "planned only once everybody has a token"
+        recorder.gaps[first_ns - request.last_token_ns] += 1
         request.last_token_ns = last_ns
         request.known += steps
-        request.computed = computed = request.computed + steps
-        if computed > request.capacity:
-            blocks.grow(request, computed)
-    recorder.run(gaps_ns, len(batch.requests))
-    recorder.step(batch, repeats=steps, end_ns=ends_ns[1], held=(held, blocks.held))
+        request.computed += steps
+        blocks.grow(request, request.computed)
+    for gap_ns in gaps_ns.tolist():
+        recorder.gaps[gap_ns] += len(batch.samples)
+    recorder.step(batch, repeats=steps, end_ns=last_ns, held=(held, blocks.held))
 
 
-def plan_stretch(
+def plan_rotation(
     in_flight: Sequence[Batch], running: Sequence[Request], stage_free: Sequence[int], cost: StepCost, blocks: BlockManager
-) -> Stretch | None:
-    """The longest stretch from here; None when the next step end already matters.
-
-    On one stage each batch in flight holds every running request, in a pipeline together they do.
-    """
-    if any(not batch.steady or batch.leaving for batch in in_flight):
+) -> Rotation | None:
+    """The longest stretch of a pipeline whose batches together decode all running requests; None if there is none."""
+    groups = [batch.samples for batch in in_flight]
+    if sum(map(len, groups)) != len(running) or any(batch.stats.chunks or batch.leaving for batch in in_flight):
         return None
-    single = cost.stages == 1
-    everyone = len(running) * (len(in_flight) if single else 1)
-    if sum(len(batch.requests) for batch in in_flight) != everyone:
+    if any(request.last_token_ns is None for group in groups for request in group):
         return None
-    heads = [in_flight[0]] if single else list(in_flight)
-    groups = [batch.requests for batch in heads]
-    runs = [run for batch in heads if (run := cost.decode_run(batch.stats))]
+    runs = [run for batch in in_flight if (run := cost.decode_run(batch.stats))]
     if len(runs) < len(groups):
         return None
-    silent = _silent_ends(groups, runs, blocks, ahead=len(in_flight) if single else 1)
-    if silent < 1:
-        return None
-    if single:
-        return SingleStage(in_flight, runs[0], silent)
-    return Rotation(in_flight, stage_free, runs, min(silent, LONGEST_ROTATION))
+    silent = _silent_ends(groups, runs, blocks)
+    return Rotation(in_flight, stage_free, runs, silent) if silent > 0 else None
 
 
-def _silent_ends(groups: Sequence[Sequence[Request]], runs: Sequence[DecodeRun], blocks: BlockManager, *, ahead: int) -> int:
+def _silent_ends(groups: Sequence[Sequence[Request]], runs: Sequence[DecodeRun], blocks: BlockManager) -> int:
     """How many step ends may pass unseen: group ``q`` of ``G`` is composed anew at ends q + 1, q + 1 + G, q + 1 + 2G ...
 
-    The composition that samples a request's last token is the last one; the cost of a run must be known ``ahead`` of
-    the compositions; and no composition may find too few blocks.
+    The composition that samples a request's last token is the last one, and no composition may find too few blocks.
     """
-    silent, count = LONGEST, len(groups)
+    silent, count = LONGEST_ROTATION, len(groups)
     for position, (group, run) in enumerate(zip(groups, runs, strict=True)):
         tokens_to_come = min(request.total - request.known for request in group)
-        silent = min(silent, (tokens_to_come - 1) * count + position + 1, (run.limit - ahead) * count + position)
+        silent = min(silent, (tokens_to_come - 1) * count + position + 1, (run.limit - 1) * count + position)
 
     def missing(ends: int) -> int:
         return sum(
@@ -198,6 +215,6 @@ def _silent_ends(groups: Sequence[Sequence[Request]], runs: Sequence[DecodeRun],
             for request in group
         )
 
-    if silent < 1 or sum(map(len, groups)) * blocks.blocks_for(silent) <= blocks.free or missing(silent) <= blocks.free:
-        return silent
-    return bisect_right(range(1, silent + 1), blocks.free, key=missing)
+    if silent > 0 and missing(silent) > blocks.free:
+        return bisect_right(range(1, silent + 1), blocks.free, key=missing)
+    return silent

@@ -47,6 +47,13 @@ class SchedulerDefaults(Spec):
     max_model_len: int | None = Field(None, gt=0)
 
 
+    @property
+    def token_budget(self) -> int:
+        """Tokens a step may compute, once ``EngineProfile.scheduler_for`` has settled it."""
+        assert self.max_num_batched_tokens is not None, "settled by scheduler_for"
+        return self.max_num_batched_tokens
+
+
 class LongContextDefaults(Spec):
     """Scheduler fields that an engine changes by itself when the context limit exceeds ``above_tokens``."""
 

@@ -1,0 +1,108 @@
+"""Requests that decode in step, kept as one.
+
+On one stage every decoding request gets a token in every decode step. A cohort counts those steps once instead of
+updating each request at each of them: a member's tokens follow from the count, so that a step costs the same whether 4
+or 400 requests decode. The replica dissolves the cohort, which brings its members up to date one by one, whenever they
+cannot all march on (budgets or blocks run short); the oracle (``exact_steps``) never forms one.
+
+    member.computed = member.base + step          (known is one more: a member always awaits its next token)
+    member needs a block at step s                when (base + s) is a multiple of the block size: ``_due[-base % size]``
+    member samples its last token at step s       when base + s + 1 == total: a heap of those steps
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from heapq import heappop, heappush
+
+from apexsim.serving.kv_cache import BlockManager
+from apexsim.serving.request import Request
+
+
+class Cohort:
+    """``size`` decoding requests after ``step`` common steps; ``context`` sums their computed tokens.
+
+    ``late`` members joined while the others stood still: their next token is stamped singly, because it does not come
+    as long after their previous one. ``last_end_ns`` is when everybody else's latest token came.
+    """
+
+    def __init__(self, blocks: BlockManager) -> None:
+        self.size = 0
+        self.step = 0
+        self.context = 0
+        self.late: list[Request] = []
+        self.last_end_ns = 0
+        self.last_step: int | None = None
+        self._blocks = blocks
+        self._due: list[list[Request]] = [[] for _ in range(blocks.block_size)]
+        self._leavers: list[tuple[int, int, Request]] = []
+        self._joined = 0
+
+    def join(self, request: Request, *, late: bool) -> None:
+        """Take in a request that has just sampled by itself; ``late`` if the cohort did not march in that same step."""
+        request.base = request.computed - self.step
+        request.joined = self.step + 1 if late else self.step
+        self._due[-request.base % len(self._due)].append(request)
+        heappush(self._leavers, (request.total - 1 - request.base, self._joined, request))
+        self._joined += 1
+        self.size += 1
+        self.context += request.computed
+        if late:
+            self.late.append(request)
+
+    def missing(self, steps: int) -> int:
+        """Blocks that the members lack to march ``steps`` steps."""
+        return sum(self._blocks.missing(request, tokens) for request, tokens in self._growing(steps))
+
+    @property
+    def steps_to_leave(self) -> int:
+        """Steps until a member samples its last token."""
+        return self._leavers[0][0] - self.step
+
+    def march(self, steps: int) -> list[Request]:
+        """Compose ``steps`` steps; returns the members whose last token the last of them samples, who leave."""
+        for request, tokens in self._growing(steps):
+            self._blocks.grow(request, tokens)
+        self.step += steps
+        self.context += steps * self.size
+        leaving = []
+        while self._leavers and self._leavers[0][0] == self.step:
+            leaving.append(heappop(self._leavers)[2])
+        return leaving
+
+    def leave(self, requests: Iterable[Request]) -> None:
+        """Let members go whose last token is being sampled."""
+        for request in requests:
+            request.computed, request.known = request.total - 1, request.total
+            self._due[-request.base % len(self._due)].remove(request)
+            self.size -= 1
+            self.context -= request.computed
+
+    def ended(self, step: int, end_ns: int) -> None:
+        """The step that followed count ``step`` has ended: every member who was there has a token of that time."""
+        self.last_step, self.last_end_ns = step, end_ns
+
+    def dissolve(self, members: Iterable[Request]) -> None:
+        """Bring all members up to date and let them go their own ways."""
+        for request in members:
+            request.computed = request.base + self.step
+            request.known = request.computed + 1
+            if self.last_step is not None and request.joined <= self.last_step:
+                request.last_token_ns = self.last_end_ns
+        for due in self._due:
+            due.clear()
+        self._leavers.clear()
+        self.late.clear()
+        self.size = self.context = 0
+
+    def attended(self, members: Iterable[Request], window: int) -> int:
+        """Sum over the members of min(computed, window)."""
+        step = self.step
+        return sum(min(request.base + step, window) for request in members)
+
+    def _growing(self, steps: int) -> Iterator[tuple[Request, int]]:
+        """Members that cross a block boundary within ``steps`` steps, and the tokens they will have computed then."""
+        size, step = len(self._due), self.step
+        for ahead in range(min(steps, size)):
+            for request in self._due[(step + ahead) % size]:
+                yield request, request.base + step + steps
