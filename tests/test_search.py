@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -288,6 +290,49 @@ def test_a_process_that_dies_costs_its_own_row_only() -> None:
     verdicts = {row.candidate.name: row.outcome.verdict for row in study.rows}
     assert verdicts == {"tp1-pp1-dp2": "ok", "tp2-pp1-dp1": "ok", "tp1-pp2-dp1": "failed"}
     assert "process that ran it died" in study.rows[-1].outcome.reason
+
+
+SLEEPERS = """
+import os, sys, time
+from functools import partial
+from apexsim.search.executors import run_local
+
+def sleep(name, folder):
+    open(os.path.join(folder, str(os.getpid())), "w").close()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    list(run_local(partial(sleep, folder=sys.argv[1]), "ab", 2))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to see whether a process is there")
+def test_workers_end_with_a_killed_search(tmp_path: Path) -> None:
+    script, folder = tmp_path / "sleepers.py", tmp_path / "pids"
+    folder.mkdir()
+    script.write_text(SLEEPERS)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen([sys.executable, str(script), str(folder)], env=environment)
+    assert until(lambda: len(os.listdir(folder)) == 2)
+    parent.kill()
+    parent.wait()
+    assert until(lambda: not any(alive(int(pid)) for pid in os.listdir(folder)))
+
+
+def until(holds: Callable[[], bool], patience_s: float = 15.0) -> bool:
+    """Whether something comes to hold before patience ends."""
+    end_s = time.monotonic() + patience_s
+    while not holds() and time.monotonic() < end_s:
+        time.sleep(0.05)
+    return holds()
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there; one that has ended and waits for its parent to look is not."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
 
 
 def test_a_journal_spares_what_was_done_and_tries_again_what_failed(tmp_path: Path) -> None:

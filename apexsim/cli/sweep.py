@@ -13,7 +13,13 @@ from apexsim.cli.options import progress_bar
 if TYPE_CHECKING:
     import pandas as pd
 
-_FIGURES = ("slo.attainment", "ttft_s.p90", "tpot_s.p90", "throughput.output_tokens_per_s")
+# Heading of a column: the figure it shows.
+_FIGURES = {
+    "SLO kept": "slo.attainment",
+    "TTFT p90 s": "ttft_s.p90",
+    "TPOT p90 s": "tpot_s.p90",
+    "tokens/s": "throughput.output_tokens_per_s",
+}
 
 
 def sweep(
@@ -42,17 +48,23 @@ def sweep(
 
 
 def _show(table: pd.DataFrame) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     grid = list(table.columns[: list(table.columns).index("verdict")])
-    shown = Table(*grid, *_FIGURES, "verdict")
+    shown = Table(*(Column(path, no_wrap=True) for path in grid), box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    for heading in _FIGURES:
+        shown.add_column(heading.replace(" ", "\n", 1), justify="right")
+    shown.add_column("verdict")
     for record in table.to_dict("records"):
-        figures = [_format(record.get(figure)) for figure in _FIGURES]
-        verdict = record["verdict"] if record["verdict"] == "ok" else f"{record['verdict']}: {record['error']}"
-        shown.add_row(*(str(record[path]) for path in grid), *figures, verdict)
-    Console().print(shown)
+        figures = [_format(record.get(figure)) for figure in _FIGURES.values()]
+        shown.add_row(*(str(record[path]) for path in grid), *figures, record["verdict"])
+    console = Console()
+    console.print(shown)
+    for error, rows in table[table["verdict"] != "ok"].groupby("error", sort=False):
+        console.print(f"{len(rows)} {rows['verdict'].iloc[0]}: {error}", highlight=False, markup=False)
 
 
 def _format(value: Any) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.3g}"
+    return "-" if value is None or math.isnan(value) else f"{value:.4g}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -96,7 +97,7 @@ EXECUTORS: dict[str, Executor] = {"local": run_local, "ray": run_on_ray}
 
 
 def _run_pool(function: Callable[[T], R], tasks: Sequence[tuple[int, T]], jobs: int) -> Results[R]:
-    pool = ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=_process_context())
+    pool = ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=_process_context(), initializer=_leave_with_parent)
     try:
         numbers = {pool.submit(function, task): number for number, task in tasks}
         for future in as_completed(numbers):
@@ -110,6 +111,18 @@ def _result(future: Future[R]) -> R | None:
         return future.result()
     except BrokenProcessPool:
         return None
+
+
+def _leave_with_parent() -> None:
+    """In a worker: end when the process that started it is gone, so that a killed search leaves nobody behind."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _process_context() -> BaseContext:
