@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from apexsim.costs.forms import decode, prefill
 from apexsim.costs.forms.hardware import Array, Coefficients, Hardware
-from apexsim.fitting.cleaning import Mask, Rule, clean, faster_than, one_query_token
+from apexsim.fitting.cleaning import Mask, clean, faster_than, one_query_token
 from apexsim.fitting.problems import Problem, random_fifth
 from apexsim.fitting.served import head_shapes
 from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
@@ -40,6 +41,7 @@ def _rows(table: Path, kv_dtype: str, head_dim: int) -> pd.DataFrame:
     frame["keys"] = np.where(
         frame["window_size"] > 0, np.minimum(frame["kv_len"], frame["window_size"]), frame["kv_len"]
     )
+    frame["history"] = frame["kv_len"] - frame["q_len"]
     return frame
 
 
@@ -52,46 +54,82 @@ def _served_heads(frame: pd.DataFrame) -> Mask:
     return np.array([pair in head_shapes() for pair in zip(frame["heads"], frame["kv_heads"], strict=True)])
 
 
-def _windowed(frame: pd.DataFrame) -> list[tuple[float | None, Mask]]:
-    windows = frame["window_size"].to_numpy()
+def _by_window(rows: pd.DataFrame) -> list[tuple[float | None, Mask]]:
+    """Every window of the rows (None: full attention) with the rows that have it."""
+    windows = rows["window_size"].to_numpy()
     return [(float(w) if w > 0 else None, windows == w) for w in np.unique(windows)]
 
 
-def prefill_problem(table: Path, kv_dtype: str, head_dim: int, hw: Hardware, causal_skip: float = 1.0) -> Problem:
-    """Prefill attention from a table of whole prompts (no history); ``causal_skip`` comes from another fit."""
-    frame = _rows(table, kv_dtype, head_dim)
-    frame["history"] = frame["kv_len"] - frame["q_len"]
+class _Prefill(NamedTuple):
+    """The prefill form on rows of a table."""
 
-    def heads(rows: pd.DataFrame, window: float | None) -> prefill.Heads:
-        sizes = (rows["heads"].to_numpy(), rows["kv_heads"].to_numpy(), rows["head_dim"].to_numpy())
-        return prefill.Heads(*sizes, window, dtype_bytes(kv_dtype))
+    kv_bytes: float
+    hw: Hardware
 
-    def chunks(rows: pd.DataFrame) -> prefill.Chunks:
+    def chunks(self, rows: pd.DataFrame) -> prefill.Chunks:
         return prefill.Chunks(rows["q_len"].to_numpy(), rows["history"].to_numpy(), rows["batch"].to_numpy())
 
-    def predict(rows: pd.DataFrame, c: Coefficients) -> Array:
+    def heads(self, rows: pd.DataFrame, window: float | None) -> prefill.Heads:
+        sizes = (rows["heads"].to_numpy(), rows["kv_heads"].to_numpy(), rows["head_dim"].to_numpy())
+        return prefill.Heads(*sizes, window, self.kv_bytes)
+
+    def predict(self, rows: pd.DataFrame, c: Coefficients) -> Array:
         out = np.empty(len(rows))
-        for window, at in _windowed(rows):
-            out[at], _ = prefill.prefill_s(chunks(rows[at]), prefill.bind(heads(rows[at], window), c, hw))
+        for window, at in _by_window(rows):
+            bound = prefill.bind(self.heads(rows[at], window), c, self.hw)
+            out[at], _ = prefill.prefill_s(self.chunks(rows[at]), bound)
         return out
 
-    def floor(rows: pd.DataFrame) -> Array:
+    def compute_floor(self, rows: pd.DataFrame) -> Array:
+        """Causal pairs at peak FLOP/s; bytes may come from the cache in a replay."""
         out = np.empty(len(rows))
-        for window, at in _windowed(rows):
+        for window, at in _by_window(rows):
             part = rows[at]
             pairs = prefill.causal_pairs(part["q_len"].to_numpy(), part["history"].to_numpy(), window)
-            out[at] = 4 * part["batch"] * pairs * part["heads"] * part["head_dim"] / hw.flops_per_s
+            out[at] = 4 * part["batch"] * pairs * part["heads"] * part["head_dim"] / self.hw.flops_per_s
         return out
 
-    def coordinates(rows: pd.DataFrame) -> Sequence[Array]:
-        _, *others = prefill.residual_coordinates(chunks(rows), heads(rows, None))
+    def coordinates(self, rows: pd.DataFrame) -> Sequence[Array]:
+        _, *others = prefill.residual_coordinates(self.chunks(rows), self.heads(rows, None))
         return np.where(rows["window_size"] > 0, 2.0, 1.0), *others
 
-    frame, dropped = clean(frame, [one_query_token("q_len"), faster_than(floor)])
-    served = _served_heads(frame)
-    full = (frame["window_size"] == 0).to_numpy()
-    large = (frame["q_len"] > 8192).to_numpy()
-    extra = (prefill.WINDOW_EFFICIENCY,) if not full.all() else ()
+
+class _Decode(NamedTuple):
+    """The decode form on rows of a table, caches hot as they were measured."""
+
+    kv_bytes: float
+    hw: Hardware
+
+    def shape(self, rows: pd.DataFrame) -> decode.DecodeShape:
+        batch, keys, heads, kv_heads, head_dim = (
+            rows[column].to_numpy() for column in ("batch", "keys", "heads", "kv_heads", "head_dim")
+        )
+        return decode.DecodeShape(batch, keys, heads, kv_heads, head_dim, self.kv_bytes)
+
+    def predict(self, rows: pd.DataFrame, c: Coefficients) -> Array:
+        return decode.decode_s(self.shape(rows), c, self.hw, cold=False)
+
+    def is_cold(self, rows: pd.DataFrame) -> Mask:
+        """Rows too large for the cache to matter: over twice L2."""
+        return np.asarray(decode.moved_bytes(self.shape(rows)) > 2 * self.hw.l2_bytes)
+
+    def cold_floor(self, rows: pd.DataFrame) -> Array:
+        size = decode.moved_bytes(self.shape(rows))
+        return np.asarray(np.where(self.is_cold(rows), size / self.hw.bytes_per_s, 0.0))
+
+    def coordinates(self, rows: pd.DataFrame) -> Sequence[Array]:
+        _, *others = decode.residual_coordinates(self.shape(rows), False)
+        return np.where(rows["window_size"] > 0, 2.0, 1.0), *others
+
+
+def prefill_problem(table: Path, kv_dtype: str, head_dim: int, hw: Hardware, causal_skip: float = 1.0) -> Problem:
+    """Prefill attention from a table of whole prompts (no history); ``causal_skip`` comes from ``history``."""
+    form = _Prefill(dtype_bytes(kv_dtype), hw)
+    frame, dropped = clean(
+        _rows(table, kv_dtype, head_dim), [one_query_token("q_len"), faster_than(form.compute_floor)]
+    )
+    served, full = _served_heads(frame), (frame["window_size"] == 0).to_numpy()
+    everything, large = np.ones(len(frame), bool), (frame["q_len"] > 8192).to_numpy()
     return Problem(
         kind="prefill_attention",
         key=f"{kv_dtype}_d{head_dim}",
@@ -99,16 +137,13 @@ def prefill_problem(table: Path, kv_dtype: str, head_dim: int, hw: Hardware, cau
         source=f"{table.name} ({table_version(table)})",
         frame=frame,
         dropped=dropped,
-        predict=predict,
-        coefficients=[*prefill.COEFFICIENTS, *extra],
-        coordinates=coordinates,
+        predict=form.predict,
+        coefficients=[*prefill.COEFFICIENTS, *(() if full.all() else (prefill.WINDOW_EFFICIENCY,))],
+        coordinates=form.coordinates,
         knots=_knots(PREFILL_KNOTS, frame),
         valid={"chunk": "q_len", "history": "history", "heads": "heads", "kv_heads": "kv_heads"},
         holdouts={
-            "random": (
-                random_fifth(len(frame)),
-                {"random": np.ones(len(frame), bool), "random_served_full": served & full},
-            ),
+            "random": (random_fifth(len(frame)), {"random": everything, "random_served_full": served & full}),
             "largest": (large, {"largest": served & full}),
             "served_shapes": (served, {"served_shapes": full, "served_shapes_windowed": ~full}),
         },
@@ -120,32 +155,11 @@ def prefill_problem(table: Path, kv_dtype: str, head_dim: int, hw: Hardware, cau
 
 def decode_problem(table: Path, kv_dtype: str, head_dim: int, hw: Hardware) -> Problem:
     """Decode attention from a table of equal-length batches."""
-    frame = _rows(table, kv_dtype, head_dim)
-    width = dtype_bytes(kv_dtype)
-
-    def shape(rows: pd.DataFrame) -> decode.DecodeShape:
-        batch, keys, heads, kv_heads, head_dim = (
-            rows[column].to_numpy() for column in ("batch", "keys", "heads", "kv_heads", "head_dim")
-        )
-        return decode.DecodeShape(batch, keys, heads, kv_heads, head_dim, width)
-
-    def predict(rows: pd.DataFrame, c: Coefficients) -> Array:
-        return decode.decode_s(shape(rows), c, hw, cold=False)
-
-    def coordinates(rows: pd.DataFrame) -> Sequence[Array]:
-        _, *others = decode.residual_coordinates(shape(rows), False)
-        return np.where(rows["window_size"] > 0, 2.0, 1.0), *others
-
-    def cold_floor(rows: pd.DataFrame) -> Array:
-        size = decode.moved_bytes(shape(rows))
-        return np.asarray(np.where(size > 2 * hw.l2_bytes, size / hw.bytes_per_s, 0.0))
-
-    rules: list[Rule] = [faster_than(cold_floor)]
-    frame, dropped = clean(frame, rules)
+    form = _Decode(dtype_bytes(kv_dtype), hw)
+    frame, dropped = clean(_rows(table, kv_dtype, head_dim), [faster_than(form.cold_floor)])
     served, full = _served_heads(frame), (frame["window_size"] == 0).to_numpy()
-    cold = np.asarray(decode.moved_bytes(shape(frame)) > 2 * hw.l2_bytes) & full
-    large = (frame["kv_len"] * frame["batch"] * frame["kv_heads"] > 2.1e6).to_numpy() & full
-    everything = np.ones(len(frame), bool)
+    everything, cold = np.ones(len(frame), bool), form.is_cold(frame) & full
+    size = (frame["keys"] * frame["batch"] * frame["kv_heads"]).to_numpy()
     return Problem(
         kind="decode_attention",
         key=f"{kv_dtype}_d{head_dim}",
@@ -153,14 +167,14 @@ def decode_problem(table: Path, kv_dtype: str, head_dim: int, hw: Hardware) -> P
         source=f"{table.name} ({table_version(table)})",
         frame=frame,
         dropped=dropped,
-        predict=predict,
+        predict=form.predict,
         coefficients=decode.COEFFICIENTS,
-        coordinates=coordinates,
+        coordinates=form.coordinates,
         knots=_knots(DECODE_KNOTS, frame),
         valid={"keys": "keys", "batch": "batch", "heads": "heads", "kv_heads": "kv_heads"},
         holdouts={
             "random": (random_fifth(len(frame)), {"random": everything, "random_served_cold": served & cold}),
-            "largest": (large, {"largest": served}),
+            "largest": (size > size.max() / 8, {"largest": full}),
             "served_shapes": (served, {"served_shapes": full, "served_shapes_cold": cold}),
         },
         # Cold rows are what serving sees; the hot ones are there to tell the cache apart from the form.

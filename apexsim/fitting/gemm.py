@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from apexsim.costs.forms import gemm
 from apexsim.costs.forms.hardware import Array, Coefficients, Hardware
-from apexsim.fitting.cleaning import Rule, clean, faster_than, slower_than_larger
+from apexsim.fitting.cleaning import clean, faster_than, slower_than_larger
 from apexsim.fitting.problems import Problem, random_fifth
 from apexsim.fitting.served import gemm_shapes
 from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
@@ -24,29 +25,33 @@ KNOTS = {
 EXTRA = {"bf16": (gemm.SPLIT,), "fp8": (gemm.QUANTISE,), "fp8_block": (gemm.QUANTISE,)}
 
 
+class _Products(NamedTuple):
+    """The form on rows of a table, weights hot as they were measured."""
+
+    operand_bytes: float
+    hw: Hardware
+
+    def shape(self, rows: pd.DataFrame) -> gemm.GemmShape:
+        return gemm.GemmShape(rows["m"].to_numpy(), rows["n"].to_numpy(), rows["k"].to_numpy(), self.operand_bytes)
+
+    def predict(self, rows: pd.DataFrame, c: Coefficients) -> Array:
+        return gemm.gemm_s(self.shape(rows), c, self.hw, cold=False)
+
+    def compute_floor(self, rows: pd.DataFrame) -> Array:
+        """FLOPs at the peak; bytes may come from the cache in a replay."""
+        return np.asarray(2 * rows["m"] * rows["n"] * rows["k"] / self.hw.flops_per_s)
+
+    def coordinates(self, rows: pd.DataFrame) -> tuple[Array, Array, Array]:
+        return gemm.residual_coordinates(self.shape(rows))
+
+
 def problem(table: Path, dtype: str, hw: Hardware) -> Problem:
     """The fit of products in ``dtype`` from a table of m, n, k, dtype, latency_us."""
-    width = dtype_bytes(dtype)
-    frame = read_table(table, ["m", "n", "k", "latency_us"], ["dtype"])
-    frame = frame[frame["dtype"] == dtype].reset_index(drop=True)
-    frame["seconds"] = frame["latency_us"] * SECONDS_PER_US
-
-    def shape(rows: pd.DataFrame) -> gemm.GemmShape:
-        return gemm.GemmShape(rows["m"].to_numpy(), rows["n"].to_numpy(), rows["k"].to_numpy(), width)
-
-    def predict(rows: pd.DataFrame, c: Coefficients) -> Array:
-        return gemm.gemm_s(shape(rows), c, hw, cold=False)
-
-    def compute_floor(rows: pd.DataFrame) -> Array:
-        return np.asarray(2 * rows["m"] * rows["n"] * rows["k"] / hw.flops_per_s)
-
-    rules: list[Rule] = [faster_than(compute_floor)]
-    if dtype != "fp8_block":
-        rules.append(slower_than_larger(["n", "k"], "m"))
-    frame, dropped = clean(frame, rules)
+    form = _Products(dtype_bytes(dtype), hw)
+    # The steps between tiles of the fp8_block kernels are real, not hiccups.
+    hiccups = [] if dtype == "fp8_block" else [slower_than_larger(["n", "k"], "m")]
+    frame, dropped = clean(_rows(table, dtype), [faster_than(form.compute_floor), *hiccups])
     served = np.array([pair in gemm_shapes() for pair in zip(frame["n"], frame["k"], strict=True)])
-    serving = served & (frame["m"] <= 8192).to_numpy()
-    large = (frame["m"] >= 4096).to_numpy()
     usual = (frame["n"] >= 512) & (frame["k"] >= 512) & (frame["n"] * frame["k"] < 4e8) & (frame["m"] <= 16384)
     ordinary = usual.to_numpy()
     return Problem(
@@ -56,15 +61,22 @@ def problem(table: Path, dtype: str, hw: Hardware) -> Problem:
         source=f"{table.name} ({table_version(table)})",
         frame=frame,
         dropped=dropped,
-        predict=predict,
+        predict=form.predict,
         coefficients=[*gemm.COEFFICIENTS, *EXTRA[dtype]],
-        coordinates=lambda rows: gemm.residual_coordinates(shape(rows)),
+        coordinates=form.coordinates,
         knots=KNOTS,
         valid={"m": "m", "n": "n", "k": "k"},
         holdouts={
             "random": (random_fifth(len(frame)), {"random": ordinary}),
-            "largest": (large, {"largest": served}),
-            "served_shapes": (served, {"served_shapes": serving}),
+            "largest": ((frame["m"] >= 4096).to_numpy(), {"largest": served}),
+            "served_shapes": (served, {"served_shapes": (frame["m"] <= 8192).to_numpy()}),
         },
         weight=np.where(ordinary, 1.0, 0.15),
     )
+
+
+def _rows(table: Path, dtype: str) -> pd.DataFrame:
+    frame = read_table(table, ["m", "n", "k", "latency_us"], ["dtype"])
+    frame = frame[frame["dtype"] == dtype].reset_index(drop=True)
+    frame["seconds"] = frame["latency_us"] * SECONDS_PER_US
+    return frame

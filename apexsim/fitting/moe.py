@@ -60,24 +60,34 @@ def kernels_of(folder: str) -> tuple[Kernel, ...]:
     )
 
 
-def problem(table: Path, kernel: Kernel, hw: Hardware, evidence: Evidence = "fitted") -> Problem:
-    """The fit of one expert kernel; the mxfp4 of our dtypes is ``w4a16_mxfp4`` in the tables."""
-    dtype = kernel.dtype
-    frame = _rows(table, dtype, kernel.name)
-    width = dtype_bytes(dtype)
+class _Experts(NamedTuple):
+    """The form on rows of a table."""
 
-    def shape(rows: pd.DataFrame) -> moe.MoeShape:
+    weight_bytes: float
+    hw: Hardware
+
+    def shape(self, rows: pd.DataFrame) -> moe.MoeShape:
         columns = ("tokens", "hidden", "shard", "topk", "experts", "ep", "matrices", "touched", "power_law")
         return moe.MoeShape(*(rows[column].to_numpy(dtype=float) for column in columns))
 
-    def predict(rows: pd.DataFrame, c: Coefficients) -> Array:
-        return moe.moe_s(shape(rows), width, c, hw)
+    def predict(self, rows: pd.DataFrame, c: Coefficients) -> Array:
+        return moe.moe_s(self.shape(rows), self.weight_bytes, c, self.hw)
 
-    def compute_floor(rows: pd.DataFrame) -> Array:
-        s = shape(rows)
-        return np.asarray(2 * s.tokens * s.topk / s.ep * s.matrices * s.hidden * s.inter / hw.flops_per_s)
+    def compute_floor(self, rows: pd.DataFrame) -> Array:
+        """FLOPs of an average device at the peak."""
+        s = self.shape(rows)
+        return np.asarray(2 * s.tokens * s.topk / s.ep * s.matrices * s.hidden * s.inter / self.hw.flops_per_s)
 
-    frame, dropped = clean(frame, [thin_shards("shard"), faster_than(compute_floor)])
+    def coordinates(self, rows: pd.DataFrame) -> tuple[Array, ...]:
+        return moe.residual_coordinates(self.shape(rows))
+
+
+def problem(table: Path, kernel: Kernel, hw: Hardware, evidence: Evidence = "fitted") -> Problem:
+    """The fit of one expert kernel; the mxfp4 of our dtypes is ``w4a16_mxfp4`` in the tables."""
+    form = _Experts(dtype_bytes(kernel.dtype), hw)
+    frame, dropped = clean(
+        _rows(table, kernel.dtype, kernel.name), [thin_shards("shard"), faster_than(form.compute_floor)]
+    )
     model = list(zip(frame["hidden"], frame["inter"], frame["topk"], frame["experts"], strict=True))
     served = np.array([tuple(int(x) for x in sizes) in expert_shapes() for sizes in model])
     everything = np.ones(len(frame), bool)
@@ -89,9 +99,9 @@ def problem(table: Path, kernel: Kernel, hw: Hardware, evidence: Evidence = "fit
         evidence=evidence,
         frame=frame,
         dropped=dropped,
-        predict=predict,
+        predict=form.predict,
         coefficients=moe.COEFFICIENTS,
-        coordinates=lambda rows: moe.residual_coordinates(shape(rows)),
+        coordinates=form.coordinates,
         knots=_knots(frame),
         valid={"tokens": "tokens", "hidden": "hidden", "inter": "shard", "experts": "experts", "ep": "ep"},
         holdouts={
