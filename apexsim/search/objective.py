@@ -48,7 +48,7 @@ STEADY_E2ES = 3  # arrivals over fewer end-to-end times than this are a burst, a
 class Objective:
     """Plans are ranked by the figure ``column``, least first or ``highest`` first.
 
-    ``probe`` makes the further runs that the figure needs. ``own_rate`` says whether a plan must keep the SLO on the
+    ``probe`` makes the further runs that the figure needs; ``runs`` is about how many a plan takes in all. ``own_rate`` says whether a plan must keep the SLO on the
     workload as given; goodput does not ask that, for it is itself a rate at which the SLO is kept.
     """
 
@@ -58,6 +58,7 @@ class Objective:
     unit: str
     highest: bool = False
     own_rate: bool = True
+    runs: int = 1
     probe: Callable[[Run, Requests, SLO, int], Figures] | None = None
 
     def measure(self, run: Run, requests: Requests, slo: SLO, devices: int) -> Figures:
@@ -163,6 +164,7 @@ OBJECTIVES = {
             "throughput with all requests at once",
             "tokens/s",
             highest=True,
+            runs=2,
             probe=_all_at_once,
         ),
         Objective(
@@ -172,6 +174,7 @@ OBJECTIVES = {
             "requests/s",
             highest=True,
             own_rate=False,
+            runs=12,
             probe=_goodput,
         ),
         Objective("energy", "energy_per_output_token_j", "energy per output token", "J"),

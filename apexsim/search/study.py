@@ -105,7 +105,7 @@ def search(
     """
     started_s = time.perf_counter()
     candidates = {question.key(candidate): candidate for candidate in question.space.candidates()}
-    jobs = choose_jobs(jobs, len(candidates) * len(question.requests))
+    jobs = choose_jobs(jobs, len(candidates) * len(question.requests) * question.objective.runs)
     work = partial(judge, question=question, evaluate=evaluate)
     outcomes = settle(candidates, work, executor=executor, jobs=jobs, journal=journal, progress=progress)
     rows = [Row(candidate, outcomes[key]) for key, candidate in candidates.items()]
