@@ -48,8 +48,9 @@ STEADY_E2ES = 3  # arrivals over fewer end-to-end times than this are a burst, a
 class Objective:
     """Plans are ranked by the figure ``column``, least first or ``highest`` first.
 
-    ``probe`` makes the further runs that the figure needs; ``runs`` is about how many a plan takes in all. ``own_rate`` says whether a plan must keep the SLO on the
-    workload as given; goodput does not ask that, for it is itself a rate at which the SLO is kept.
+    ``probe`` makes the further runs that the figure needs; ``runs`` is about how many a plan takes in all.
+    ``own_rate`` says whether a plan must keep the SLO on the workload as given; goodput does not ask that, for it is
+    itself a rate at which the SLO is kept.
     """
 
     name: str
