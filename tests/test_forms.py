@@ -25,7 +25,7 @@ def starts(coefficients, **fixed):
 
 GEMM = starts([*gemm.COEFFICIENTS, gemm.SPLIT])
 PREFILL = starts([*prefill.COEFFICIENTS, prefill.WINDOW_EFFICIENCY], query_tile=128.0, causal_skip=1.0)
-DECODE = starts(decode.COEFFICIENTS)
+DECODE = starts(decode.COEFFICIENTS, split_ungrouped=1.0)
 MOE = starts(moe.COEFFICIENTS)
 
 

@@ -179,4 +179,5 @@ def decode_problem(table: Path, kv_dtype: str, head_dim: int, hw: Hardware) -> P
         },
         # Cold rows are what serving sees; the hot ones are there to tell the cache apart from the form.
         weight=np.where(cold, 1.0, 0.3),
+        scan=("split_ungrouped", (1.0, 0.0)),
     )

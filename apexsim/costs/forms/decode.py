@@ -5,6 +5,7 @@ Symbols: ``b`` sequences, ``L`` mean keys each (at most the window), ``h`` query
 
     B   = 2 w b kv L d + 4 b h d                              keys, values, queries, outputs
     ns  = clip(L / l_s, 1, s_max)                             splits of a sequence over multiprocessors
+          1 for g = 1 where split_ungrouped is 0              (kernels that split only packed groups of heads)
     act = min(1, b kv ns ceil(g / 64) / SM)                   share of multiprocessors at work
     t_m = B (miss / (BW e_m) + (1 - miss) / (BW l2)) / min(1, act b_sm)
     T   = t0 + pnorm(t_m, b kv t_cta / SM, 4 b h L d / (P e_c)) + t_l log2(1 + ns)
@@ -63,6 +64,8 @@ def decode_s(s: DecodeShape, c: Coefficients, hw: Hardware, *, cold: bool = True
     """Seconds of decode batches, without residual."""
     size = moved_bytes(s)
     splits = np.clip(s.keys / c["split_tokens"], 1.0, c["max_splits"])
+    if not c["split_ungrouped"]:
+        splits = np.where(s.heads > s.kv_heads, splits, 1.0)
     active = np.minimum(1.0, s.batch * s.kv_heads * splits * np.ceil(s.heads / s.kv_heads / 64) / hw.sms)
     per_byte = 1 / (hw.bytes_per_s * c["memory_efficiency"])
     if not cold:
