@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apexsim.costs.attention import interpolate
-from apexsim.costs.collectives import CollectiveTable, clean_points
+from apexsim.costs.collectives import CollectiveTable, clean_points, thin_points
 from apexsim.costs.forms import decode, gemm, moe, prefill, small
 from apexsim.costs.forms.hardware import Hardware, pnorm
 from apexsim.costs.forms.residual import LogGrid
@@ -188,3 +188,12 @@ def test_cleaned_points_never_fall(seconds):
     assert len(kept) + dropped == len(seconds)
     assert [s for _, s in kept] == sorted(s for _, s in kept)
     assert kept[-1] == (float(2 ** (len(seconds) - 1)), seconds[-1])
+
+
+@given(st.lists(st.floats(1e-6, 1e-3), min_size=2, max_size=12))
+def test_thinned_points_give_the_others_back(seconds):
+    points = [(float(4**i), s) for i, s in enumerate(sorted(seconds))]
+    kept = thin_points(points)
+    assert {points[0], points[-1]} <= set(kept)
+    table = CollectiveTable(Points(bytes=[int(b) for b, _ in kept], seconds=[s for _, s in kept]))
+    np.testing.assert_allclose(table([b for b, _ in points]), [s for _, s in points], rtol=0.0101)

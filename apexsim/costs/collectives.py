@@ -41,3 +41,23 @@ def clean_points(
             fastest = min(fastest, seconds)
             kept.append((size, fastest))
     return kept[::-1], len(points) - len(kept)
+
+
+def thin_points(points: Sequence[tuple[float, float]], tolerance: float = 0.01) -> list[tuple[float, float]]:
+    """Leave out points that log-log interpolation between those kept gives back within ``tolerance``."""
+    kept = [points[0]]
+    start = 0
+    while start < len(points) - 1:
+        end = start + 1
+        while end + 1 < len(points) and _on_the_line(points[start : end + 2], tolerance):
+            end += 1
+        kept.append(points[end])
+        start = end
+    return kept
+
+
+def _on_the_line(points: Sequence[tuple[float, float]], tolerance: float) -> bool:
+    """Whether all points lie within ``tolerance`` of the log-log line from the first to the last."""
+    size, seconds = np.log(np.array(points, dtype=float)).T
+    line = np.interp(size, size[[0, -1]], seconds[[0, -1]])
+    return bool(np.abs(np.expm1(line - seconds)).max() <= tolerance)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from apexsim.costs.collectives import CollectiveTable, clean_points
+from apexsim.costs.collectives import CollectiveTable, clean_points, thin_points
 from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
 from apexsim.specs.device import Evidence, FittedOperator, HoldOut, Points
 
@@ -62,8 +62,7 @@ def _table(rows: pd.DataFrame, source: str) -> FittedOperator:
 
 def _operator(points: list[tuple[float, float]], rows: int, source: str, evidence: Evidence) -> FittedOperator:
     kept, dropped = clean_points(points)
-    sizes = tuple(int(size) for size, _ in kept)
-    table = Points(bytes=sizes, seconds=tuple(float(f"{seconds:.3g}") for _, seconds in kept))
+    table = _points(thin_points(kept))
     return FittedOperator(
         form="table",
         points=table,
@@ -71,8 +70,13 @@ def _operator(points: list[tuple[float, float]], rows: int, source: str, evidenc
         source=source,
         rows_used=rows - dropped,
         rows_dropped={"over 1.15x the time of a larger message": dropped} if dropped else {},
-        quality={"leave_one_out": _leave_one_out(table)},
+        quality={"leave_one_out": _leave_one_out(_points(kept))},
     )
+
+
+def _points(points: list[tuple[float, float]]) -> Points:
+    seconds = tuple(float(f"{seconds:.4g}") for _, seconds in points)
+    return Points(bytes=tuple(int(size) for size, _ in points), seconds=seconds)
 
 
 def _leave_one_out(table: Points) -> HoldOut:

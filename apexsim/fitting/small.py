@@ -10,6 +10,7 @@ import pandas as pd
 from apexsim.costs.forms.hardware import Array, Coefficients, Hardware
 from apexsim.costs.forms.small import SAMPLING, sampling_s
 from apexsim.fitting.fit import fit_coefficients
+from apexsim.fitting.problems import summary
 from apexsim.fitting.tables import SECONDS_PER_US, read_table
 from apexsim.specs.device import FittedOperator
 
@@ -27,13 +28,15 @@ def sampling(folder: Path) -> FittedOperator:
         return sampling_s(sequences, vocab, c, RTX_PRO_6000)
 
     seconds = frame["seconds"].to_numpy()
+    c = fit_coefficients(predict, seconds, np.ones(len(frame)), SAMPLING, {})
     return FittedOperator(
         form="sampling",
-        coefficients=fit_coefficients(predict, seconds, np.ones(len(frame)), SAMPLING, {}),
+        coefficients=c,
         valid={"sequences": (float(sequences.min()), float(sequences.max()))},
         evidence="estimated",
         source="fitted on vllm_layers (RTX PRO 6000, vLLM 0.19), carried over by HBM bandwidth and L2 size",
         rows_used=len(frame),
+        quality={"in_sample_on_rtx_pro_6000": summary(np.abs(predict(c) / seconds - 1))},
     )
 
 
