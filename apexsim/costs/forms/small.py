@@ -14,9 +14,9 @@ ELEMENTWISE = (
 )
 SAMPLING = (
     Coefficient("launch_s", 15e-6, 2e-6, 100e-6, "launches of the sampler's kernels"),
-    Coefficient("passes", 4.0, 0.1, 100.0, "passes over 4-byte logits at the HBM peak"),
-    Coefficient("extra_passes", 4.0, 0.01, 100.0, "further passes for sequences beyond the knee"),
-    Coefficient("knee_l2_share", 0.4, 0.05, 1.5, "share of L2 whose logits cost only the first slope"),
+    Coefficient("passes", 1.0, 0.1, 100.0, "passes over 4-byte logits at the HBM peak"),
+    Coefficient("extra_passes", 2.0, 0.01, 100.0, "further passes for sequences beyond the knee"),
+    Coefficient("knee_l2_share", 0.45, 0.05, 1.5, "share of L2 whose logits cost only the first slope"),
 )
 
 
