@@ -70,14 +70,15 @@ class DecodeCost:
     never falls as a context grows, whatever the residual does. (Bytes are linear in keys: lines lose nothing.)
     """
 
-    def __init__(self, op: FittedOperator, batch: int, heads: Heads, hw: Hardware) -> None:
+    def __init__(self, op: FittedOperator, grid: LogGrid | None, batch: int, heads: Heads, hw: Hardware) -> None:
+        """``grid`` is the residual of ``op``, ready to be read."""
         shape = decode.DecodeShape(
             float(batch), CURVE_KEYS, float(heads.heads), float(heads.kv_heads), float(heads.head_dim), heads.kv_bytes
         )
         seconds = decode.decode_s(shape, op.coefficients, hw)
-        if op.residual:
+        if grid:
             coordinates = decode.residual_coordinates(shape, heads.window is not None)
-            seconds = seconds * np.exp(LogGrid.of(op.residual).log_factor(*coordinates))
+            seconds = seconds * np.exp(grid.log_factor(*coordinates))
         self._seconds = np.maximum.accumulate(np.maximum(seconds, decode.roofline_s(shape, hw)))
         self._most = float(CURVE_KEYS[-1]) if heads.window is None else float(heads.window)
 

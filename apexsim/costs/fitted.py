@@ -126,7 +126,13 @@ class OperatorCosts:
 
     def _decode_curve(self, batch: int, shape: AttentionShape) -> DecodeCost:
         op = self.operator("decode_attention", shape.key)
-        return DecodeCost(op, batch, shape.sizes, self._hardware(shape.kv_dtype, attention=True))
+        return DecodeCost(
+            op,
+            self._grid("decode_attention", shape.key),
+            batch,
+            shape.sizes,
+            self._hardware(shape.kv_dtype, attention=True),
+        )
 
     def decode_attention_s(self, batch: Any, mean_context: Any, shape: AttentionShape) -> Array:
         """Seconds of one token for each of ``batch`` sequences that attend to ``mean_context`` keys on average.
@@ -205,11 +211,14 @@ class OperatorCosts:
         return Hardware.of(self.profile.datasheet, wanted)
 
     def _correction(self, kind: str, key: str, coordinates: Any) -> Any:
+        found = self._grid(kind, key)
+        return np.exp(found.log_factor(*coordinates)) if found else 1.0
+
+    def _grid(self, kind: str, key: str) -> LogGrid | None:
         if (kind, key) not in self._grids:
             grid = self.operator(kind, key).residual
             self._grids[kind, key] = LogGrid.of(grid) if grid else None
-        found = self._grids[kind, key]
-        return np.exp(found.log_factor(*coordinates)) if found else 1.0
+        return self._grids[kind, key]
 
     def _table(self, kind: str, key: str) -> CollectiveTable:
         if (kind, key) not in self._tables:

@@ -46,19 +46,32 @@ class LogGrid:
 
     def log_factor(self, *coordinates: float | Array) -> Array:
         """Log of the correction at broadcast ``coordinates`` (natural values, not logarithms)."""
-        points = np.broadcast_arrays(*(np.asarray(x, dtype=float) for x in coordinates))
-        flat = self.values.ravel()
-        return np.asarray(sum(weight * flat[index] for index, weight in self.corners(points)))
+        grid = self._at([x if np.ndim(x) == 0 else None for x in coordinates])
+        varying = np.broadcast_arrays(*(np.asarray(x, dtype=float) for x in coordinates if np.ndim(x)))
+        if not varying:
+            return grid.values
+        flat = grid.values.ravel()
+        return np.asarray(sum(weight * flat[index] for index, weight in grid.corners(varying)))
+
+    def _at(self, fixed: Sequence[float | Array | None]) -> LogGrid:
+        """The grid left when the axes with a number are read at it, one after another; None leaves an axis as it is."""
+        values, left = self.values, []
+        for knots, x in zip(self.axes, fixed, strict=True):
+            if x is None:
+                left.append(np.exp(knots))
+                continue
+            low, share = _locate(np.log(np.asarray(x, dtype=float)), knots)
+            above = values.take(np.minimum(low + 1, len(knots) - 1), axis=len(left))
+            values = values.take(low, axis=len(left)) * (1 - share) + above * share
+        return LogGrid(left, values)
 
     def along_last(self, others: Sequence[float]) -> LogGrid:
         """One-dimensional grid along the last axis, with ``others`` fixing the axes before it."""
-        knots = np.exp(self.axes[-1])
-        fixed = [np.full(len(knots), x) for x in others]
-        return LogGrid([knots], self.log_factor(*fixed, knots))
+        return self._at([*others, None])
 
 
 def _locate(x: Array, axis: Array) -> tuple[npt.NDArray[np.int64], Array]:
     """Segment below every point and how far into it the point lies (0 to 1)."""
     position = np.interp(x, axis, np.arange(len(axis), dtype=float))
-    low = np.minimum(position.astype(np.int64), max(0, len(axis) - 2))
+    low = np.minimum(np.asarray(position).astype(np.int64), max(0, len(axis) - 2))
     return low, position - low
