@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-
 from apexsim.costs.accounting import account
 from apexsim.costs.memory import MemoryPlan, plan_memory
 from apexsim.costs.steps import StepCost, build_step_cost
@@ -65,13 +64,19 @@ def simulate(
         accounting=account(cost, steps, chunks),
         memory=memory,
         notes=(*requests.notes, *_not_simulated(requests)),
-        timing={
-            "wall_s": time.perf_counter() - started_s,
-            "build_s": built_s - started_s,
-            "simulate_s": simulated_s - built_s,
-            "account_s": time.perf_counter() - simulated_s,
-        },
+        timing=_timing(started_s, built_s, simulated_s),
     )
+
+
+def _timing(started_s: float, built_s: float, simulated_s: float) -> dict[str, float]:
+    """Wall-clock seconds of a run and of its parts, up to now."""
+    now_s = time.perf_counter()
+    return {
+        "wall_s": now_s - started_s,
+        "build_s": built_s - started_s,
+        "simulate_s": simulated_s - built_s,
+        "account_s": now_s - simulated_s,
+    }
 
 
 def _not_simulated(requests: Requests) -> tuple[str, ...]:
