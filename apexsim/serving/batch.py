@@ -34,6 +34,16 @@ class Batch:
     running: int = 0
     waiting: int = 0
 
+    def followed_by(
+        self, stats: BatchStats, *, samples: list[Request], step: int, times_ns: tuple[int, int]
+    ) -> Batch:
+        """A later decode step of the cohort alone; it counts the same requests as this batch."""
+        start_ns, end_ns = times_ns
+        return Batch(
+            stats, samples, [], stats.decodes - len(samples), [], step, True, start_ns, end_ns,
+            self.replica, self.running, self.waiting,
+        )  # fmt: skip
+
     def release(self, members: Sequence[Request]) -> None:
         """The cohort dissolves while the batch is in flight: its members who march here are from now on stamped singly."""
         if self.marching:

@@ -128,7 +128,8 @@ class BatchPolicy(Protocol):
 
     A policy may let a replica take decodes as one and many steps at once. ``marches`` promises that it gives decodes,
     if any, by ``give_decodes(running, 0)`` before it spends anything else. ``repeats`` says of a filled ledger that, as
-    long as nothing arrives, finishes or runs short of blocks, the next would give every running request one token again.
+    long as nothing arrives, finishes or runs short of blocks, the next would give every running request that decodes by
+    then one token, and nothing else.
     """
 
     marches: bool
@@ -147,11 +148,15 @@ class Fcfs:
         self.chunked = scheduler.chunked_prefill
 
     def repeats(self, ledger: Ledger, waiting: Sequence[Request]) -> bool:
-        """A step of decodes alone repeats: who could not be admitted now cannot be until something changes.
+        """With an empty queue only decodes can follow; with a queue, if its head lacks a seat or blocks.
 
-        Not so after a preemption (nobody was considered), nor while the head of the queue waits for its own token.
+        Who was merely crowded out of this step's tokens may find room in another. After a preemption nobody was
+        considered, and a head that waits for its own token will be.
         """
-        return not ledger.preempted and not (waiting and waiting[0].pending)
+        if ledger.preempted or not waiting:
+            return not ledger.preempted
+        head = waiting[0]
+        return not (ledger.chunks or head.pending or ledger.can_admit(head))
 
     def _grow(self, ledger: Ledger, running: Sequence[Request]) -> None:
         """Give each running request what it wants, oldest first; take the youngest off when blocks run out."""

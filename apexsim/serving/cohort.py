@@ -95,9 +95,9 @@ class Cohort:
         self.late.clear()
         self.size = self.context = 0
 
-    def attended(self, members: Iterable[Request], window: int) -> int:
-        """Sum over the members of min(computed, window)."""
-        step = self.step
+    def attended(self, members: Iterable[Request], window: int, ahead: int = 0) -> int:
+        """Sum over the members of min(computed, window), ``ahead`` steps from now."""
+        step = self.step + ahead
         return sum(min(request.base + step, window) for request in members)
 
     def _growing(self, steps: int) -> Iterator[tuple[Request, int]]:

@@ -19,6 +19,7 @@ class BlockManager:
         self.free = total
         self.block_size = block_size
         self.blocks_for = blocks_for
+        self._needed = [0]  # blocks for 0, 1, 2 ... block sizes of tokens
 
     @property
     def held(self) -> int:
@@ -29,7 +30,10 @@ class BlockManager:
         """Blocks that ``request`` lacks to hold ``tokens`` cached tokens."""
         if tokens <= request.capacity:
             return 0
-        return max(0, self.blocks_for(tokens) - request.blocks)
+        needed, index = self._needed, -(-tokens // self.block_size)
+        while index >= len(needed):
+            needed.append(self.blocks_for(len(needed) * self.block_size))
+        return needed[index] - request.blocks
 
     def can_grow(self, request: Request, tokens: int) -> bool:
         """Whether ``request`` could hold ``tokens`` cached tokens now."""

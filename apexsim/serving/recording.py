@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from apexsim.costs.steps import DecodeRun
 from apexsim.serving.batch import Batch
+from apexsim.serving.cohort import Cohort
 from apexsim.serving.request import Request
 from apexsim.units import NS_PER_S
 
@@ -57,6 +58,15 @@ class Recorder:
             else:
                 gaps[end_ns - last] += 1
             request.last_token_ns = end_ns
+
+    def ended(self, batch: Batch, cohort: Cohort, held: int) -> None:
+        """A batch ended: every request in it has a token more, cohort members all after the same gap."""
+        self.tokens(batch.samples, batch.end_ns)
+        if batch.whole:
+            if batch.marching:
+                self.gaps[batch.end_ns - cohort.last_end_ns] += batch.marching
+            cohort.ended(batch.step, batch.end_ns)
+        self.step(batch, repeats=1, end_ns=batch.end_ns, held=(held, held))
 
     def run(self, run: DecodeRun, steps: int, sequences: int) -> None:
         """Note that steps 2 ... ``steps`` of a run gave ``sequences`` requests a token each; the first is in ``gaps``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -13,9 +13,11 @@ from apexsim.serving.batching import BatchPolicy, Ledger
 from apexsim.serving.clock import ARRIVAL, Alarm, Clock
 from apexsim.serving.cohort import Cohort
 from apexsim.serving.kv_cache import BlockManager
+from apexsim.serving.march import plan_march
 from apexsim.serving.recording import Recorder
 from apexsim.serving.request import Request
-from apexsim.serving.stretch import Stretch, plan_march, plan_rotation
+from apexsim.serving.rotation import plan_rotation
+from apexsim.serving.stretch import Stretch
 from apexsim.specs.engine import SchedulerDefaults
 
 
@@ -60,6 +62,7 @@ class Replica:
         self._on_finish = on_finish
         self._lookahead = settings.lookahead
         self._batches = max(settings.cost.stages, 1 + self._lookahead)
+        self._balanced = settings.scheduler.pipeline_split == "balanced" and settings.cost.stages > 1
         self._in_flight: deque[Batch] = deque()
         self._leaving = 0
         self._stage_free = [0] * settings.cost.stages
@@ -102,13 +105,8 @@ class Replica:
         stretch, self._stretch = self._stretch, None
         if stretch is not None:
             self._settle(stretch)
-        batch, recorder, held = self._in_flight.popleft(), self._recorder, self._blocks.held
-        recorder.tokens(batch.samples, batch.end_ns)
-        if batch.whole:
-            if batch.marching:
-                recorder.gaps[batch.end_ns - self._cohort.last_end_ns] += batch.marching
-            self._cohort.ended(batch.step, batch.end_ns)
-        recorder.step(batch, repeats=1, end_ns=batch.end_ns, held=(held, held))
+        batch = self._in_flight.popleft()
+        self._recorder.ended(batch, self._cohort, self._blocks.held)
         for request in batch.leaving:
             self._leave(request, batch.end_ns)
         self._fill_pipeline()
@@ -132,35 +130,43 @@ class Replica:
                 break
 
     def _open_ledger(self) -> Ledger:
-        scheduler = self._set.scheduler
-        seats = sequences = scheduler.max_num_seqs
-        if scheduler.pipeline_split == "balanced":
-            sequences = -(-(len(self.running) + len(self.waiting)) // self._batches)
+        scheduler, sequences = self._set.scheduler, self._sequences()
         if self._march:
             self._gather(min(sequences, scheduler.token_budget))
         return Ledger(
             self._blocks,
             scheduler,
-            seats=seats - len(self.running) - self._leaving,
+            seats=scheduler.max_num_seqs - len(self.running) - self._leaving,
             sequences=sequences,
             lookahead=self._lookahead,
             cohort=self._cohort if self._cohort.size else None,
         )
 
+    def _sequences(self) -> int:
+        """Most sequences of a batch: a balanced pipeline spreads everybody over its batches."""
+        if self._balanced:
+            return -(-(len(self.running) + len(self.waiting)) // self._batches)
+        return self._set.scheduler.max_num_seqs
+
     def _gather(self, most: int) -> None:
         """Let the cohort take in who decodes by now; dissolve it if its members cannot all have their next token."""
-        cohort, running = self._cohort, self.running
-        if self._dissolved and len(running) <= most and not (self._ledger and self._ledger.preempted):
+        cohort = self._cohort
+        if self._dissolved and len(self.running) <= most and not (self._ledger and self._ledger.preempted):
             self._dissolved = False
-            self._fresh = [(request, False) for request in takewhile(lambda request: request.decoding, running)]
+            self._fresh = [(request, False) for request in takewhile(lambda request: request.decoding, self.running)]
+        self._join()
+        if cohort.size and (cohort.size > most or cohort.missing(1) > self._blocks.free):
+            self._dissolve()
+
+    def _join(self) -> None:
+        """Requests that have sampled by themselves become members; they stand behind the others in ``running``."""
+        cohort = self._cohort
         for request, whole in self._fresh:
-            if running[cohort.size] is not request:  # a policy that does not serve in order: no cohort at its head
+            if self.running[cohort.size] is not request:  # a policy that does not serve in order: no cohort at its head
                 self._dissolve()
                 break
             cohort.join(request, late=not whole)
         self._fresh.clear()
-        if cohort.size and (cohort.size > most or cohort.missing(1) > self._blocks.free):
-            self._dissolve()
 
     def _dissolve(self) -> None:
         members = self.running[: self._cohort.size]
@@ -205,16 +211,15 @@ class Replica:
                 batch.start_ns = start_ns
             time_ns = free[stage] = start_ns + duration_ns
         batch.end_ns = time_ns
-        self._see_off(batch)
+        self._see_off(batch.leaving)
         batch.replica, batch.running, batch.waiting = self.index, len(self.running) + self._leaving, len(self.waiting)
         self._in_flight.append(batch)
 
-    def _see_off(self, batch: Batch) -> None:
+    def _see_off(self, leaving: Iterable[Request]) -> None:
         """Requests whose last token is in flight keep seat and blocks until it ends, but are not scheduled again."""
-        if batch.leaving:
-            for request in batch.leaving:
-                self.running.remove(request)
-            self._leaving += len(batch.leaving)
+        for request in leaving:
+            self.running.remove(request)
+            self._leaving += 1
 
     def check_idle(self) -> None:
         """Assert that nothing is left behind once every request is done."""
@@ -237,10 +242,17 @@ class Replica:
 
     def _plan(self) -> Stretch | None:
         if self._set.cost.stages > 1:
+            if any(len(batch.samples) > self._sequences() for batch in self._in_flight):
+                return None
             return plan_rotation(self._in_flight, self.running, self._stage_free, self._set.cost, self._blocks)
-        if self._cohort.size != len(self.running) or len(self._in_flight) < self._batches:
+        if not self._march or self._dissolved or len(self._in_flight) < self._batches:
             return None
-        return plan_march(self._in_flight, self._cohort, self._set.cost, self._blocks)
+        self._join()
+        if not self.running or self._cohort.size != len(self.running):
+            return None
+        return plan_march(
+            self._in_flight, self.running, self._cohort, self._set.cost, self._blocks, self._set.windows
+        )
 
     def _cut(self, stretch: Stretch) -> None:
         """Something arrived: the step in flight is the last that passes unseen."""
@@ -252,5 +264,4 @@ class Replica:
     def _settle(self, stretch: Stretch) -> None:
         """Apply the silent step ends; the last of their compositions may have sampled last tokens."""
         if stretch.silent:
-            stretch.settle(self._in_flight, self._stage_free, self._recorder, self._blocks)
-            self._see_off(self._in_flight[-1])
+            self._see_off(stretch.settle(self._in_flight, self._stage_free, self._recorder, self._blocks))

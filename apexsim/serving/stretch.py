@@ -1,9 +1,10 @@
-"""Macro-stepping: many identical decode steps as one event, with the same outcome as one by one.
+"""Macro-stepping: many steps as one event, with the same outcome as one by one.
 
-While every batch in flight only continues decoding, and nobody arrives, finishes or runs short of blocks, each step
-end composes the same batch again. Such ends are *silent*: nothing outside the replica can tell when they happen. A
-stretch plans how many silent ends follow, the replica sleeps through them, and they are applied when the next end that
-matters comes. An arrival cuts the stretch at the step in flight, which is why nothing is applied beforehand::
+While nobody arrives, finishes or runs short of blocks, what each step end leads to is known beforehand: the requests in
+flight get their token, and everybody who decodes is composed again. Such ends are *silent*: nothing outside the replica
+can tell when they happen. A stretch plans how many silent ends follow, the replica sleeps through them, and they are
+applied when the next end that matters comes. An arrival cuts the stretch at the step in flight, which is why nothing is
+applied beforehand::
 
     in flight   [b0]──────┐ silent    ┌ silent           ┌ next_end: the silent ends applied, then an ordinary one
     ends               end(1)      end(2)   ...  end(silent)    end(silent + 1)
@@ -13,23 +14,12 @@ matters comes. An arrival cuts the stretch at the step in flight, which is why n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
-from apexsim.costs.steps import DecodeRun, StepCost
 from apexsim.serving.batch import Batch
-from apexsim.serving.cohort import Cohort
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.recording import Recorder
 from apexsim.serving.request import Request
-
-LONGEST_ROTATION = 256
-"""Silent ends planned ahead in a pipeline, where each is computed and lost when an arrival cuts them; on one stage their
-number costs nothing."""
 
 
 class Stretch(ABC):
@@ -42,17 +32,22 @@ class Stretch(ABC):
         """When the ``count``-th step end from now on happens, counted from 1."""
 
     @abstractmethod
-    def settle(self, in_flight: deque[Batch], stage_free: list[int], recorder: Recorder, blocks: BlockManager) -> None:
-        """Apply the silent ends (at least one): requests, blocks, records and the batches in flight after them."""
+    def passed(self, now_ns: int) -> int:
+        """How many silent ends lie before ``now_ns``; one at that very time has not happened."""
+
+    @abstractmethod
+    def settle(
+        self, in_flight: deque[Batch], stage_free: list[int], recorder: Recorder, blocks: BlockManager
+    ) -> list[Request]:
+        """Apply the silent ends (at least one): requests, blocks, records and the batches in flight after them.
+
+        Returns the requests whose last token is in flight since.
+        """
 
     @property
     def next_end_ns(self) -> int:
         """The first step end that is not silent."""
         return self.end_ns(self.silent + 1)
-
-    @abstractmethod
-    def passed(self, now_ns: int) -> int:
-        """How many silent ends lie before ``now_ns``; one at that very time has not happened."""
 
     def cut(self, now_ns: int) -> bool:
         """Keep only the silent ends before ``now_ns``. True if any were dropped."""
@@ -60,161 +55,3 @@ class Stretch(ABC):
         dropped = passed < self.silent
         self.silent = passed
         return dropped
-
-
-class March(Stretch):
-    """On one stage all running requests are one cohort; the times of all step ends are in closed form."""
-
-    def __init__(self, in_flight: Sequence[Batch], cohort: Cohort, run: DecodeRun, silent: int) -> None:
-        self.silent = silent
-        self._cohort = cohort
-        self._run = run
-        self._start_ns = in_flight[0].start_ns
-
-    def end_ns(self, count: int) -> int:
-        return self._start_ns + self._run.elapsed_ns(count)
-
-    def passed(self, now_ns: int) -> int:
-        last_ns = self.end_ns(self.silent)
-        if last_ns < now_ns:
-            return self.silent
-        # Steps differ little, so that a straight line through both ends of the stretch guesses within a few steps.
-        count = self.silent * (now_ns - self._start_ns) // (last_ns - self._start_ns)
-        while count and self.end_ns(count) >= now_ns:
-            count -= 1
-        while self.end_ns(count + 1) < now_ns:
-            count += 1
-        return count
-
-    def settle(self, in_flight: deque[Batch], stage_free: list[int], recorder: Recorder, blocks: BlockManager) -> None:
-        silent, cohort, first, held = self.silent, self._cohort, in_flight[0], blocks.held
-        recorder.gaps[self.end_ns(1) - cohort.last_end_ns] += cohort.size
-        recorder.run(self._run, silent, cohort.size)
-        last_ns = self.end_ns(silent)
-        cohort.ended(first.step + silent - 1, last_ns)
-        leaving = cohort.march(silent)
-        cohort.leave(leaving)
-        recorder.step(first, repeats=silent, end_ns=last_ns, held=(held, blocks.held))
-        base = first.stats
-        for position, batch in enumerate(in_flight):
-            batch.stats = base.grown(silent + position)
-            batch.step += silent
-            batch.start_ns, last_ns = last_ns, self.end_ns(silent + position + 1)
-            batch.end_ns = last_ns
-        in_flight[-1].leaving = leaving
-        stage_free[0] = last_ns
-
-
-def plan_march(in_flight: Sequence[Batch], cohort: Cohort, cost: StepCost, blocks: BlockManager) -> March | None:
-    """The longest stretch of a cohort that is all there is on one stage; None when the next step end already matters."""
-    for batch in in_flight:
-        if batch.marching != cohort.size or batch.samples or batch.stats.chunks or batch.leaving:
-            return None
-    run = cost.decode_run(in_flight[0].stats)
-    if run is None:
-        return None
-    silent = min(cohort.steps_to_leave, run.limit - len(in_flight))
-    if silent < 1:
-        return None
-    if cohort.size * blocks.blocks_for(silent) > blocks.free and cohort.missing(silent) > blocks.free:
-        silent = bisect_right(range(1, silent + 1), blocks.free, key=cohort.missing)
-    return March(in_flight, cohort, run, silent) if silent else None
-
-
-class Rotation(Stretch):
-    """A pipeline: disjoint groups of decoding requests take turns, each composed again when its step ends."""
-
-    def __init__(self, in_flight: Sequence[Batch], stage_free: Sequence[int], runs: Sequence[DecodeRun], silent: int) -> None:
-        self.silent = silent
-        self._batches = tuple(in_flight)
-        self._free = tuple(stage_free)
-        self._runs = runs
-        _, self._ends, _ = self._timeline(silent)
-
-    def end_ns(self, count: int) -> int:
-        return self._ends[count - 1]
-
-    def passed(self, now_ns: int) -> int:
-        return bisect_left(self._ends, now_ns, hi=self.silent)
-
-    def _timeline(self, silent: int) -> tuple[list[int], list[int], list[int]]:
-        """Start and end of every step in order of their ends, and when each stage is free after ``silent`` compositions."""
-        starts = [batch.start_ns for batch in self._batches]
-        ends = [batch.end_ns for batch in self._batches]
-        free, groups = list(self._free), len(self._batches)
-        for composed in range(silent):
-            time_ns = ends[composed]
-            starts.append(max(time_ns, free[0]))
-            for stage, duration_ns in enumerate(self._runs[composed % groups].stage_ns(composed // groups + 1)):
-                time_ns = free[stage] = max(time_ns, free[stage]) + duration_ns
-            ends.append(time_ns)
-        return starts, ends, free
-
-    def settle(self, in_flight: deque[Batch], stage_free: list[int], recorder: Recorder, blocks: BlockManager) -> None:
-        groups, silent = len(self._batches), self.silent
-        starts, ends, stage_free[:] = self._timeline(silent)
-        for position, batch in enumerate(self._batches[:silent]):
-            times = ends[position:silent:groups]
-            _pass(batch, (times[0], times[-1]), np.diff(np.array(times, dtype=np.int64)), recorder, blocks)
-            batch.stats = batch.stats.grown(len(times))
-            latest = position + len(times) * groups
-            batch.start_ns, batch.end_ns = starts[latest], ends[latest]
-        in_flight.rotate(-silent)
-        latest = in_flight[-1]
-        latest.leaving = [request for request in latest.samples if request.known == request.total]
-
-
-def _pass(
-    batch: Batch, ends_ns: tuple[int, int], gaps_ns: NDArray[np.int64], recorder: Recorder, blocks: BlockManager
-) -> None:
-    """Let steps of a decode batch end, the first and last at ``ends_ns``, each followed by its composition anew."""
-    held, steps = blocks.held, len(gaps_ns) + 1
-    first_ns, last_ns = ends_ns
-    for request in batch.samples:
-        assert request.last_token_ns is not None, "planned only once everybody has a token"
-        recorder.gaps[first_ns - request.last_token_ns] += 1
-        request.last_token_ns = last_ns
-        request.known += steps
-        request.computed += steps
-        blocks.grow(request, request.computed)
-    for gap_ns in gaps_ns.tolist():
-        recorder.gaps[gap_ns] += len(batch.samples)
-    recorder.step(batch, repeats=steps, end_ns=last_ns, held=(held, blocks.held))
-
-
-def plan_rotation(
-    in_flight: Sequence[Batch], running: Sequence[Request], stage_free: Sequence[int], cost: StepCost, blocks: BlockManager
-) -> Rotation | None:
-    """The longest stretch of a pipeline whose batches together decode all running requests; None if there is none."""
-    groups = [batch.samples for batch in in_flight]
-    if sum(map(len, groups)) != len(running) or any(batch.stats.chunks or batch.leaving for batch in in_flight):
-        return None
-    if any(request.last_token_ns is None for group in groups for request in group):
-        return None
-    runs = [run for batch in in_flight if (run := cost.decode_run(batch.stats))]
-    if len(runs) < len(groups):
-        return None
-    silent = _silent_ends(groups, runs, blocks)
-    return Rotation(in_flight, stage_free, runs, silent) if silent > 0 else None
-
-
-def _silent_ends(groups: Sequence[Sequence[Request]], runs: Sequence[DecodeRun], blocks: BlockManager) -> int:
-    """How many step ends may pass unseen: group ``q`` of ``G`` is composed anew at ends q + 1, q + 1 + G, q + 1 + 2G ...
-
-    The composition that samples a request's last token is the last one, and no composition may find too few blocks.
-    """
-    silent, count = LONGEST_ROTATION, len(groups)
-    for position, (group, run) in enumerate(zip(groups, runs, strict=True)):
-        tokens_to_come = min(request.total - request.known for request in group)
-        silent = min(silent, (tokens_to_come - 1) * count + position + 1, (run.limit - 1) * count + position)
-
-    def missing(ends: int) -> int:
-        return sum(
-            blocks.missing(request, request.computed + (ends - position + count - 1) // count)
-            for position, group in enumerate(groups)
-            for request in group
-        )
-
-    if silent > 0 and missing(silent) > blocks.free:
-        return bisect_right(range(1, silent + 1), blocks.free, key=missing)
-    return silent
