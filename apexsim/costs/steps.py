@@ -42,9 +42,11 @@ class BatchStats(NamedTuple):
 
     def grown(self, steps: int) -> BatchStats:
         """The same decode batch some steps of a ``DecodeRun`` later: inside a run windows are all open or all full."""
-        more = steps * self.decodes
-        windows = tuple(attended + more if attended == self.context else attended for attended in self.window_contexts)
-        return self._replace(context=self.context + more, window_contexts=windows)
+        decodes, context, windows, chunks, survivors = self
+        more = steps * decodes
+        if windows:
+            windows = tuple([attended + more if attended == context else attended for attended in windows])
+        return BatchStats(decodes, context + more, windows, chunks, survivors)
 
 
 class _Row:
@@ -128,6 +130,11 @@ class StepCost:
         if stats.chunks or not stats.decodes or stats.survivors != stats.decodes:
             return None
         row = self._rows.get(stats.decodes) or self._new_row(stats.decodes)
+        if self._plain:
+            mean = stats.context // stats.decodes
+            plain = PlainRun(row, self._plain_layers, mean, max(1, self.max_context - mean + 1))
+            if plain.elapsed_ns(1) >= row.floor:
+                return plain
         moving, limit = self._regime(stats)
         return DecodeRun(row, self._attended(stats), moving, limit)
 
@@ -255,7 +262,10 @@ class DecodeRun:
     def elapsed_ns(self, steps: int) -> int:
         """Nanoseconds of the first ``steps`` steps one after another, on one stage."""
         if not self._floor:
-            return self._device_ns(0, steps)
+            total = steps * self._constant
+            for layers, table, mean in self._growing:
+                total += layers * table.between(mean, mean + steps)
+            return total
         below = self._steps_below_floor(steps)
         return below * self._floor + self._device_ns(below, steps)
 
@@ -284,6 +294,41 @@ class DecodeRun:
         if self._below < steps and device_ns(self._below) < self._floor:
             self._below = bisect_left(range(steps), self._floor, lo=self._below + 1, key=device_ns)
         return min(self._below, steps)
+
+
+class PlainRun(DecodeRun):
+    """The common case, quickly: one stage, one kind of attention that grows, no step faster than the host.
+
+    Step k takes ``constant`` + ``layers`` x T(mean + k), so n steps n x ``constant`` + ``layers`` x (prefix[mean + n] -
+    prefix[mean]).
+    """
+
+    __slots__ = ("_base", "_layers", "_mean", "_prefix", "_table")
+
+    def __init__(self, row: _Row, layers: int, mean: int, limit: int) -> None:
+        self.limit = limit
+        self._constant = row.fixed[0]
+        self._layers = layers
+        self._mean = mean
+        self._table = row.tables[0]
+        self._table.at(mean)
+        self._prefix = row.prefix
+        self._base = row.prefix[mean]
+
+    def stage_ns(self, step: int) -> tuple[int, ...]:
+        return (self._constant + self._layers * self._table.at(self._mean + step),)
+
+    def elapsed_ns(self, steps: int) -> int:
+        try:
+            return steps * self._constant + self._layers * (self._prefix[self._mean + steps] - self._base)
+        except IndexError:
+            self._table.grow(self._mean + steps)
+            return self.elapsed_ns(steps)
+
+    def durations_ns(self, steps: int) -> NDArray[np.int64]:
+        self.elapsed_ns(steps)
+        prefix = np.frombuffer(self._prefix[self._mean : self._mean + steps + 1], dtype=np.int64)
+        return self._constant + self._layers * (prefix[1:] - prefix[:-1])
 
 
 def build_step_cost(deployment: Deployment, pool: Pool) -> StepCost:

@@ -23,7 +23,7 @@ class Batch:
 
     stats: BatchStats
     samples: list[Request]
-    singles: list[Request]
+    singles: list[Request] = field(default_factory=list)
     marching: int = 0
     leaving: list[Request] = field(default_factory=list)
     step: int = 0
@@ -60,34 +60,37 @@ def compose(ledger: Ledger, running: Sequence[Request], blocks: BlockManager, wi
     A request whose known tokens are then all computed samples its next one; logits are computed for every scheduled
     request (as vLLM's ``logits_indices`` does, also for a chunk that samples nothing).
     """
-    step, whole = cohort.step, ledger.marching == cohort.size
-    late, cohort.late = (cohort.late, []) if ledger.marching else ([], cohort.late)
-    context, attended, leaving = _march(ledger, running, windows, cohort)
+    if ledger.marching:
+        batch = march_on(running[: ledger.marching], windows, cohort)
+    else:
+        batch = Batch(BatchStats(0, 0, (0,) * len(windows)), [], step=cohort.step, whole=cohort.size == 0)
+    if not (ledger.decodes or ledger.chunks):
+        return batch
+    decodes, context, attended, _, _ = batch.stats
     singles = [request for request in ledger.decodes if _advance(request, 1, blocks)]
     if singles:
         context += sum([request.computed for request in singles])
-        attended = [sum([min(r.computed, w) for r in singles]) + more for w, more in zip(windows, attended, strict=True)]
+        attended = tuple([sum([min(r.computed, w) for r in singles]) + a for w, a in zip(windows, attended, strict=True)])
     singles += [request for request, tokens in ledger.chunks if _advance(request, tokens, blocks)]
+    chunks = tuple([(tokens, request.computed - tokens) for request, tokens in ledger.chunks])
+    decodes += len(ledger.decodes)
+    batch.stats = BatchStats(decodes, context, attended, chunks, decodes + len(chunks))
+    batch.samples, batch.singles = batch.samples + singles, singles
+    batch.leaving += [request for request in singles if request.known == request.total]
+    return batch
+
+
+def march_on(members: Sequence[Request], windows: Sequence[int], cohort: Cohort) -> Batch:
+    """The decode step of a whole cohort."""
+    size, step, late = cohort.size, cohort.step, cohort.late
+    cohort.late = []
     for request in late:
         request.pending += 1
-    chunks = tuple([(tokens, request.computed - tokens) for request, tokens in ledger.chunks])
-    decodes = ledger.marching + len(ledger.decodes)
-    stats = BatchStats(decodes, context, tuple(attended), chunks, decodes + len(chunks))
-    leaving += [request for request in singles if request.known == request.total]
-    return Batch(stats, late + singles, singles, ledger.marching - len(late), leaving, step, whole)
-
-
-def _march(
-    ledger: Ledger, running: Sequence[Request], windows: Sequence[int], cohort: Cohort
-) -> tuple[int, list[int], list[Request]]:
-    """Let the cohort take a step if it is scheduled: its context, the same within each window, and who leaves."""
-    if not ledger.marching:
-        return 0, [0] * len(windows), []
     leaving = cohort.march(1)
-    context = cohort.context
-    attended = [cohort.attended(running[: ledger.marching], window) for window in windows]
+    attended = tuple([cohort.attended(members, window) for window in windows])
+    stats = BatchStats(size, cohort.context, attended, (), size)
     cohort.leave(leaving)
-    return context, attended, leaving
+    return Batch(stats, late, marching=size - len(late), leaving=leaving, step=step)
 
 
 def _advance(request: Request, tokens: int, blocks: BlockManager) -> bool:

@@ -61,8 +61,9 @@ class Cohort:
 
     def march(self, steps: int) -> list[Request]:
         """Compose ``steps`` steps; returns the members whose last token the last of them samples, who leave."""
+        grow = self._blocks.grow
         for request, tokens in self._growing(steps):
-            self._blocks.grow(request, tokens)
+            grow(request, tokens)
         self.step += steps
         self.context += steps * self.size
         leaving = []

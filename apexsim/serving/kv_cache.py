@@ -26,14 +26,16 @@ class BlockManager:
         """Blocks in use."""
         return self.total - self.free
 
-    def missing(self, request: Request, tokens: int) -> int:
-        """Blocks that ``request`` lacks to hold ``tokens`` cached tokens."""
-        if tokens <= request.capacity:
-            return 0
+    def needed(self, tokens: int) -> int:
+        """Blocks that ``tokens`` cached tokens take, remembered."""
         needed, index = self._needed, -(-tokens // self.block_size)
         while index >= len(needed):
             needed.append(self.blocks_for(len(needed) * self.block_size))
-        return needed[index] - request.blocks
+        return needed[index]
+
+    def missing(self, request: Request, tokens: int) -> int:
+        """Blocks that ``request`` lacks to hold ``tokens`` cached tokens."""
+        return self.needed(tokens) - request.blocks if tokens > request.capacity else 0
 
     def can_grow(self, request: Request, tokens: int) -> bool:
         """Whether ``request`` could hold ``tokens`` cached tokens now."""
@@ -43,11 +45,12 @@ class BlockManager:
         """Give ``request`` the blocks it lacks to hold ``tokens`` cached tokens."""
         if tokens <= request.capacity:
             return
-        missing = self.missing(request, tokens)
+        needed = self.needed(tokens)
+        missing = needed - request.blocks
         if missing > self.free:
             raise RuntimeError(f"{request} needs {missing} blocks, {self.free} are free")
         self.free -= missing
-        request.blocks += missing
+        request.blocks = needed
         request.capacity = -(-tokens // self.block_size) * self.block_size
 
     def release(self, request: Request) -> None:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from apexsim.costs.steps import BatchStats, DecodeRun, StepCost
-from apexsim.serving.batch import Batch
+from apexsim.serving.batch import Batch, march_on
 from apexsim.serving.cohort import Cohort
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.recording import Recorder
@@ -36,34 +36,38 @@ class March(Stretch):
     ) -> None:
         self.silent = silent
         self._known = [batch.end_ns for batch in in_flight]
+        self._first = len(self._known)
+        self._from_ns = self._known[-1]
         self._latest = in_flight[-1]
         self._cohort = cohort
         self._cost = cost
         self._run = run
         self._stats = stats
+        self.next_end_ns = self.end_ns(silent + 1)
 
     def end_ns(self, count: int) -> int:
-        known = self._known
-        if count <= len(known):
-            return known[count - 1]
-        return known[-1] + self._run.elapsed_ns(count - len(known))
+        if count <= self._first:
+            return self._known[count - 1]
+        return self._from_ns + self._run.elapsed_ns(count - self._first)
 
     def passed(self, now_ns: int) -> int:
-        count, first, start_ns = self.silent, len(self._known), self._known[-1]
+        count, first, start_ns = self.silent, self._first, self._from_ns
         last_ns = self.end_ns(count)
-        if count > first and start_ns < now_ns <= last_ns:
+        if last_ns < now_ns:
+            return count
+        if count > first and start_ns < now_ns:
             # Steps differ little, so that a straight line through both ends of the run guesses within a few steps.
             count = first + (count - first) * (now_ns - start_ns) // (last_ns - start_ns)
         while count and self.end_ns(count) >= now_ns:
             count -= 1
-        while count < self.silent and self.end_ns(count + 1) < now_ns:
+        while self.end_ns(count + 1) < now_ns:
             count += 1
         return count
 
     def settle(
         self, in_flight: deque[Batch], stage_free: list[int], recorder: Recorder, blocks: BlockManager
     ) -> list[Request]:
-        cohort, silent, first, held = self._cohort, self.silent, len(self._known), blocks.held
+        cohort, silent, first, held = self._cohort, self.silent, self._first, blocks.held
         late, cohort.late = cohort.late, []
         for request in late:
             request.pending += 1
@@ -71,50 +75,51 @@ class March(Stretch):
             recorder.ended(in_flight.popleft(), cohort, held)
         step, marches, through = cohort.step, min(silent, cohort.steps_to_leave), silent - first
         leaving = cohort.march(marches)
+        time_ns = self._from_ns
         if through > 0:
-            self._record(through, late, recorder, (held, blocks.held))
+            time_ns = self._record(through, step, late, recorder, (held, blocks.held))
         for count in range(max(1, through + 1), marches + 1):
-            in_flight.append(self._batch(count, step, late if count == 1 else []))
+            times_ns = time_ns, self.end_ns(first + count)
+            in_flight.append(self._batch(count, step, late, times_ns))
+            time_ns = times_ns[1]
         in_flight[-1].leaving = leaving
         cohort.leave(leaving)
         if silent > marches and cohort.size:
-            in_flight.append(self._stay(in_flight[-1].end_ns))
+            in_flight.append(self._stay(time_ns))
             leaving = leaving + in_flight[-1].leaving
         stage_free[0] = in_flight[-1].end_ns
         return leaving
 
-    def _batch(self, count: int, step: int, late: list[Request]) -> Batch:
-        """C(count), in flight; ``step`` is the cohort's before C(1)."""
-        first = len(self._known)
-        return self._latest.followed_by(
-            self._stats.grown(count - 1),
-            samples=late,
-            step=step + count - 1,
-            times_ns=(self.end_ns(first + count - 1), self.end_ns(first + count)),
-        )
+    def _batch(self, count: int, step: int, late: list[Request], times_ns: tuple[int, int]) -> Batch:
+        """C(count); ``step`` is the cohort's count before C(1), in which ``late`` members have a token singly."""
+        stats = self._stats.grown(count - 1) if count > 1 else self._stats
+        samples = late if count == 1 else []
+        return self._latest.followed_by(stats, samples=samples, step=step + count - 1, times_ns=times_ns)
 
-    def _record(self, through: int, late: list[Request], recorder: Recorder, held: tuple[int, int]) -> None:
-        """C(1) to C(through) have ended: the first gap depends on what was before, the others are the steps' durations."""
-        cohort, first = self._cohort, len(self._known)
+    def _record(self, through: int, step: int, late: list[Request], recorder: Recorder, held: tuple[int, int]) -> int:
+        """C(1) to C(through) have ended; returns when.
+
+        The first gap depends on what was before, the others are the steps' durations.
+        """
+        cohort, first = self._cohort, self._first
         first_ns, last_ns = self.end_ns(first + 1), self.end_ns(first + through)
         recorder.tokens(late, first_ns)
         if cohort.size > len(late):
             recorder.gaps[first_ns - cohort.last_end_ns] += cohort.size - len(late)
         recorder.run(self._run, through, cohort.size)
-        marched = self._batch(1, 0, late)
-        recorder.step(marched, repeats=through, end_ns=last_ns, held=held)
-        cohort.ended(cohort.step - self.silent + through - 1, last_ns)
+        recorder.step(self._batch(1, step, late, (self._from_ns, first_ns)), repeats=through, end_ns=last_ns, held=held)
+        cohort.ended(step + through - 1, last_ns)
+        return last_ns
 
     def _stay(self, start_ns: int) -> Batch:
         """The step of those who stay while the last token of the others is in flight."""
-        cohort = self._cohort
-        size, step, leaving = cohort.size, cohort.step, cohort.march(1)
-        stats = BatchStats(size, cohort.context, (), (), size)
-        cohort.leave(leaving)
-        (duration_ns,) = self._cost.stage_ns(stats)
-        batch = self._latest.followed_by(stats, samples=[], step=step, times_ns=(start_ns, start_ns + duration_ns))
-        batch.leaving = leaving
-        return batch
+        batch = march_on((), (), self._cohort)
+        (duration_ns,) = self._cost.stage_ns(batch.stats)
+        stay = self._latest.followed_by(
+            batch.stats, samples=[], step=batch.step, times_ns=(start_ns, start_ns + duration_ns)
+        )
+        stay.leaving = batch.leaving
+        return stay
 
 
 def plan_march(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from apexsim.costs.steps import StepCost
-from apexsim.serving.batch import Batch, compose
+from apexsim.serving.batch import Batch, compose, march_on
 from apexsim.serving.batching import BatchPolicy, Ledger
 from apexsim.serving.clock import ARRIVAL, Alarm, Clock
 from apexsim.serving.cohort import Cohort
@@ -72,6 +72,7 @@ class Replica:
         self._ledger: Ledger | None = None
         self._cohort = Cohort(blocks)
         self._march = settings.cost.stages == 1 and settings.policy.marches and not settings.exact_steps
+        self._most = min(settings.scheduler.max_num_seqs, settings.scheduler.token_budget)
         self._dissolved = False
         self._fresh: list[tuple[Request, bool]] = []
 
@@ -121,6 +122,10 @@ class Replica:
 
     def _fill_pipeline(self) -> None:
         while len(self._in_flight) < self._batches:
+            if self._only_march():
+                self._ledger = None
+                self._launch(march_on(self.running, self._set.windows, self._cohort))
+                continue
             ledger = self._open_ledger()
             self._set.policy.fill(ledger, self.running, self.waiting)
             batch = self._close(ledger)
@@ -129,10 +134,19 @@ class Replica:
             elif not ledger.preempted:
                 break
 
+    def _only_march(self) -> bool:
+        """With nobody waiting and every running request a member whose next token fits, no policy has anything to decide."""
+        cohort = self._cohort
+        return (
+            0 < cohort.size == len(self.running) <= self._most
+            and not (self.waiting or self._fresh)
+            and cohort.missing(1) <= self._blocks.free
+        )
+
     def _open_ledger(self) -> Ledger:
         scheduler, sequences = self._set.scheduler, self._sequences()
         if self._march:
-            self._gather(min(sequences, scheduler.token_budget))
+            self._gather()
         return Ledger(
             self._blocks,
             scheduler,
@@ -148,9 +162,9 @@ class Replica:
             return -(-(len(self.running) + len(self.waiting)) // self._batches)
         return self._set.scheduler.max_num_seqs
 
-    def _gather(self, most: int) -> None:
+    def _gather(self) -> None:
         """Let the cohort take in who decodes by now; dissolve it if its members cannot all have their next token."""
-        cohort = self._cohort
+        cohort, most = self._cohort, self._most
         if self._dissolved and len(self.running) <= most and not (self._ledger and self._ledger.preempted):
             self._dissolved = False
             self._fresh = [(request, False) for request in takewhile(lambda request: request.decoding, self.running)]
@@ -234,7 +248,7 @@ class Replica:
         if not self._in_flight:
             return
         end_ns = self._in_flight[0].end_ns
-        if not self._set.exact_steps and self._ledger is not None and self._set.policy.repeats(self._ledger, self.waiting):
+        if not self._set.exact_steps and (self._ledger is None or self._set.policy.repeats(self._ledger, self.waiting)):
             self._stretch = self._plan()
             if self._stretch is not None:
                 end_ns = self._stretch.next_end_ns

@@ -29,6 +29,7 @@ class Rotation(Stretch):
         self._free = tuple(stage_free)
         self._runs = runs
         _, self._ends, _ = self._timeline(silent)
+        self.next_end_ns = self.end_ns(silent + 1)
 
     def end_ns(self, count: int) -> int:
         return self._ends[count - 1]

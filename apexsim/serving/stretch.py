@@ -26,6 +26,8 @@ class Stretch(ABC):
     """A number of silent step ends to come."""
 
     silent: int
+    next_end_ns: int
+    """The first step end that is not silent."""
 
     @abstractmethod
     def end_ns(self, count: int) -> int:
@@ -44,14 +46,10 @@ class Stretch(ABC):
         Returns the requests whose last token is in flight since.
         """
 
-    @property
-    def next_end_ns(self) -> int:
-        """The first step end that is not silent."""
-        return self.end_ns(self.silent + 1)
-
     def cut(self, now_ns: int) -> bool:
         """Keep only the silent ends before ``now_ns``. True if any were dropped."""
         passed = self.passed(now_ns)
-        dropped = passed < self.silent
-        self.silent = passed
-        return dropped
+        if passed == self.silent:
+            return False
+        self.silent, self.next_end_ns = passed, self.end_ns(passed + 1)
+        return True
