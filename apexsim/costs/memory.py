@@ -46,6 +46,11 @@ class MemoryPlan:
         return total
 
     @property
+    def steady(self) -> bool:
+        """Whether every ``block_size`` tokens of a sequence take as many blocks: no sliding windows."""
+        return all(window is None for _, window in self.groups)
+
+    @property
     def max_tokens(self) -> int | None:
         """Longest sequence that the cache holds alone; None where all layers are windowed and no length is too much."""
         size = self.block_size

@@ -6,15 +6,15 @@ or 400 requests decode. The replica dissolves the cohort, which brings its membe
 cannot all march on (budgets or blocks run short); the oracle (``exact_steps``) never forms one.
 
     member.computed = member.base + step          (known is one more: a member always awaits its next token)
-    member needs a block at step s                when (base + s) is a multiple of the block size: ``_due[-base % size]``
     member samples its last token at step s       when base + s + 1 == total: a heap of those steps
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from heapq import heappop, heappush
 
+from apexsim.serving.growth import growth_of
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.request import Request
 
@@ -33,8 +33,7 @@ class Cohort:
         self.late: list[Request] = []
         self.last_end_ns = 0
         self.last_step: int | None = None
-        self._blocks = blocks
-        self._due: list[list[Request]] = [[] for _ in range(blocks.block_size)]
+        self._growth = growth_of(blocks)
         self._leavers: list[tuple[int, int, Request]] = []
         self._joined = 0
 
@@ -42,7 +41,7 @@ class Cohort:
         """Take in a request that has just sampled by itself; ``late`` if the cohort did not march in that same step."""
         request.base = request.computed - self.step
         request.joined = self.step + 1 if late else self.step
-        self._due[-request.base % len(self._due)].append(request)
+        self._growth.join(request)
         heappush(self._leavers, (request.total - 1 - request.base, self._joined, request))
         self._joined += 1
         self.size += 1
@@ -52,7 +51,7 @@ class Cohort:
 
     def missing(self, steps: int) -> int:
         """Blocks that the members lack to march ``steps`` steps."""
-        return sum(self._blocks.missing(request, tokens) for request, tokens in self._growing(steps))
+        return self._growth.missing(self.step, steps)
 
     @property
     def steps_to_leave(self) -> int:
@@ -61,9 +60,7 @@ class Cohort:
 
     def march(self, steps: int) -> list[Request]:
         """Compose ``steps`` steps; returns the members whose last token the last of them samples, who leave."""
-        grow = self._blocks.grow
-        for request, tokens in self._growing(steps):
-            grow(request, tokens)
+        self._growth.march(self.step, steps)
         self.step += steps
         self.context += steps * self.size
         leaving = []
@@ -75,7 +72,7 @@ class Cohort:
         """Let members go whose last token is being sampled."""
         for request in requests:
             request.computed, request.known = request.total - 1, request.total
-            self._due[-request.base % len(self._due)].remove(request)
+            self._growth.leave(request)
             self.size -= 1
             self.context -= request.computed
 
@@ -88,10 +85,9 @@ class Cohort:
         for request in members:
             request.computed = request.base + self.step
             request.known = request.computed + 1
+            self._growth.leave(request)
             if self.last_step is not None and request.joined <= self.last_step:
                 request.last_token_ns = self.last_end_ns
-        for due in self._due:
-            due.clear()
         self._leavers.clear()
         self.late.clear()
         self.size = self.context = 0
@@ -100,10 +96,3 @@ class Cohort:
         """Sum over the members of min(computed, window), ``ahead`` steps from now."""
         step = self.step + ahead
         return sum(min(request.base + step, window) for request in members)
-
-    def _growing(self, steps: int) -> Iterator[tuple[Request, int]]:
-        """Members that cross a block boundary within ``steps`` steps, and the tokens they will have computed then."""
-        size, step = len(self._due), self.step
-        for ahead in range(min(steps, size)):
-            for request in self._due[(step + ahead) % size]:
-                yield request, request.base + step + steps

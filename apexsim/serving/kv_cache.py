@@ -11,14 +11,15 @@ class BlockManager:
     """Hands out a fixed number of KV blocks; a request holds as many as its computed tokens need.
 
     ``blocks_for(tokens)`` says how many blocks that many cached tokens take (sliding-window layers hold less); it may
-    only rise at multiples of ``block_size``. Invariant after every call: ``free + held by all requests == total``.
+    only rise at multiples of ``block_size``, by the same number each time if ``steady``. Invariant after every call: ``free + held by all requests == total``.
     """
 
-    def __init__(self, total: int, block_size: int, blocks_for: Callable[[int], int]) -> None:
+    def __init__(self, total: int, block_size: int, blocks_for: Callable[[int], int], *, steady: bool = True) -> None:
         self.total = total
         self.free = total
         self.block_size = block_size
         self.blocks_for = blocks_for
+        self.steady = steady
         self._needed = [0]  # blocks for 0, 1, 2 ... block sizes of tokens
 
     @property
@@ -52,6 +53,17 @@ class BlockManager:
         self.free -= missing
         request.blocks = needed
         request.capacity = -(-tokens // self.block_size) * self.block_size
+
+    def take(self, count: int) -> None:
+        """Take blocks for members of a cohort, to be accounted for when each is handed over or released."""
+        if count > self.free:
+            raise RuntimeError(f"a cohort needs {count} blocks, {self.free} are free")
+        self.free -= count
+
+    def hand_over(self, request: Request) -> None:
+        """Put on a member's own account what it holds: the blocks of its computed tokens."""
+        request.blocks = self.needed(request.computed)
+        request.capacity = -(-request.computed // self.block_size) * self.block_size
 
     def release(self, request: Request) -> None:
         """Take back every block of ``request``."""

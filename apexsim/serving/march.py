@@ -143,6 +143,6 @@ def plan_march(
     stay = to_leave <= run.limit and len(in_flight) == 2 and not windows
     longest = min(to_leave + stay, run.limit)
     silent = longest if silent is None else min(silent, longest)
-    if cohort_size * blocks.blocks_for(silent) > blocks.free and cohort.missing(silent) > blocks.free:
+    if cohort.missing(silent) > blocks.free:
         silent = bisect_right(range(1, silent + 1), blocks.free, key=cohort.missing)
     return March(in_flight, cohort, cost, run, stats, silent) if silent else None

@@ -135,7 +135,7 @@ class Run:
                 index,
                 clock=self.clock,
                 settings=settings,
-                blocks=BlockManager(memory.blocks, memory.block_size, memory.blocks_for),
+                blocks=BlockManager(memory.blocks, memory.block_size, memory.blocks_for, steady=memory.steady),
                 recorder=self.recorder,
                 on_finish=self._finished,
             )

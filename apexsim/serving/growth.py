@@ -1,0 +1,94 @@
+"""How the KV blocks of a marching cohort grow: a member at ``base + step`` tokens crosses a block boundary whenever that
+is a multiple of the block size, so members are kept by ``-base`` modulo the block size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from apexsim.serving.kv_cache import BlockManager
+from apexsim.serving.request import Request
+
+
+class Growth(Protocol):
+    """Blocks of a cohort's members, whose count of common steps is ``step``."""
+
+    def join(self, request: Request) -> None: ...
+
+    def missing(self, step: int, steps: int) -> int:
+        """Blocks that the members lack to march ``steps`` steps from count ``step``."""
+
+    def march(self, step: int, steps: int) -> None:
+        """Take those blocks."""
+
+    def leave(self, request: Request) -> None:
+        """Let a member go, with its blocks (of its ``computed`` tokens) on its own account again."""
+
+
+def growth_of(blocks: BlockManager) -> Growth:
+    """The quickest way to keep the books of this cache."""
+    return SteadyGrowth(blocks) if blocks.steady else MemberGrowth(blocks)
+
+
+class SteadyGrowth:
+    """Every crossing takes the same number of blocks: crossings are counted, members are not touched."""
+
+    def __init__(self, blocks: BlockManager) -> None:
+        self._blocks = blocks
+        self._size = blocks.block_size
+        self._each = blocks.needed(1)
+        self._members = 0
+        self._crossing = [0] * self._size
+
+    def join(self, request: Request) -> None:
+        if request.capacity < request.total:  # else it holds all the blocks it will ever need
+            self._members += 1
+            self._crossing[-request.base % self._size] += 1
+
+    def missing(self, step: int, steps: int) -> int:
+        if steps == 1:
+            return self._each * self._crossing[step % self._size]
+        rounds, rest = divmod(steps, self._size)
+        crossings = rounds * self._members
+        for ahead in range(rest):
+            crossings += self._crossing[(step + ahead) % self._size]
+        return self._each * crossings
+
+    def march(self, step: int, steps: int) -> None:
+        missing = self.missing(step, steps)
+        if missing:
+            self._blocks.take(missing)
+
+    def leave(self, request: Request) -> None:
+        if request.capacity < request.total:
+            self._members -= 1
+            self._crossing[-request.base % self._size] -= 1
+            self._blocks.hand_over(request)
+
+
+class MemberGrowth:
+    """Sliding windows make crossings unequal: each member that crosses is looked at."""
+
+    def __init__(self, blocks: BlockManager) -> None:
+        self._blocks = blocks
+        self._due: list[list[Request]] = [[] for _ in range(blocks.block_size)]
+
+    def join(self, request: Request) -> None:
+        self._due[-request.base % len(self._due)].append(request)
+
+    def missing(self, step: int, steps: int) -> int:
+        return sum(self._blocks.missing(request, tokens) for request, tokens in self._growing(step, steps))
+
+    def march(self, step: int, steps: int) -> None:
+        for request, tokens in self._growing(step, steps):
+            self._blocks.grow(request, tokens)
+
+    def leave(self, request: Request) -> None:
+        self._due[-request.base % len(self._due)].remove(request)
+
+    def _growing(self, step: int, steps: int) -> Iterator[tuple[Request, int]]:
+        """Members that cross within ``steps`` steps, and the tokens they will have computed then."""
+        size = len(self._due)
+        for ahead in range(min(steps, size)):
+            for request in self._due[(step + ahead) % size]:
+                yield request, request.base + step + steps
