@@ -62,6 +62,9 @@ class LinearRun:
     def stage_ns(self, step: int) -> tuple[int, ...]:
         return self.cost.stage_ns(self.stats.grown(step))
 
+    def stages_ns(self, first: int, count: int) -> list[list[int]]:
+        return [list(self.stage_ns(step)) for step in range(first, first + count)]
+
 
 def made_up_deployment(
     scheduler: SchedulerDefaults, *, stages: int = 1, replicas: int = 1, router: str = "round_robin", frontend_ns: int = 0

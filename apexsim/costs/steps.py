@@ -259,6 +259,20 @@ class DecodeRun:
         """Nanoseconds of step 0, 1, ... of the run on each stage."""
         return self._row.stage_ns([mean + step * moves for mean, moves in zip(self._means, self._moving, strict=True)])
 
+    def stages_ns(self, first: int, count: int) -> list[list[int]]:
+        """``stage_ns`` of ``count`` steps from step ``first`` on, computed together."""
+        total = np.tile(np.array(self._row.fixed, dtype=np.int64), (count, 1))
+        for table, layers, mean, moves in zip(self._row.tables, self._row.layers, self._means, self._moving, strict=True):
+            if moves:
+                table.between(mean + first, mean + first + count)
+                prefix = np.frombuffer(table.prefix[mean + first : mean + first + count + 1], dtype=np.int64)
+                total += np.multiply.outer(prefix[1:] - prefix[:-1], np.array(layers, dtype=np.int64))
+            else:
+                total += table.at(mean) * np.array(layers, dtype=np.int64)
+        np.maximum(total[:, 0], self._row.floor, out=total[:, 0])
+        rows: list[list[int]] = total.tolist()
+        return rows
+
     def elapsed_ns(self, steps: int) -> int:
         """Nanoseconds of the first ``steps`` steps one after another, on one stage."""
         if not self._floor:

@@ -21,15 +21,31 @@ LONGEST = 256
 
 
 class Rotation(Stretch):
-    """A pipeline: disjoint groups of decoding requests take turns, each composed again when its step ends."""
+    """``silent`` step ends of a pipeline: each group of decoding requests is composed again when its step ends."""
 
     def __init__(self, in_flight: Sequence[Batch], stage_free: Sequence[int], runs: Sequence[DecodeRun], silent: int) -> None:
         self.silent = silent
         self._batches = tuple(in_flight)
-        self._free = tuple(stage_free)
-        self._runs = runs
-        _, self._ends, _ = self._timeline(silent)
+        self._starts = [batch.start_ns for batch in in_flight]
+        self._ends = [batch.end_ns for batch in in_flight]
+        self._passed_on: list[list[int]] = []
+        self._compose(runs, list(stage_free))
         self.next_end_ns = self.end_ns(silent + 1)
+
+    def _compose(self, runs: Sequence[DecodeRun], free: list[int]) -> None:
+        """Start and end of every step to come, in order of their ends, and when each of its stages ended."""
+        groups = len(self._batches)
+        durations = [run.stages_ns(1, self.silent // groups + 1) for run in runs]
+        for composed in range(self.silent):
+            time_ns = self._ends[composed]
+            self._starts.append(max(time_ns, free[0]))
+            passed_on = []
+            for free_ns, duration_ns in zip(free, durations[composed % groups][composed // groups], strict=True):
+                time_ns = (free_ns if free_ns > time_ns else time_ns) + duration_ns
+                passed_on.append(time_ns)
+            self._passed_on.append(passed_on)
+            self._ends.append(time_ns)
+            free = passed_on
 
     def end_ns(self, count: int) -> int:
         return self._ends[count - 1]
@@ -37,22 +53,11 @@ class Rotation(Stretch):
     def passed(self, now_ns: int) -> int:
         return bisect_left(self._ends, now_ns, hi=self.silent)
 
-    def _timeline(self, silent: int) -> tuple[list[int], list[int], list[int]]:
-        """Start and end of every step in order of their ends, and when each stage is free after ``silent`` compositions."""
-        starts = [batch.start_ns for batch in self._batches]
-        ends = [batch.end_ns for batch in self._batches]
-        free, groups = list(self._free), len(self._batches)
-        for composed in range(silent):
-            time_ns = ends[composed]
-            starts.append(max(time_ns, free[0]))
-            for stage, duration_ns in enumerate(self._runs[composed % groups].stage_ns(composed // groups + 1)):
-                time_ns = free[stage] = max(time_ns, free[stage]) + duration_ns
-            ends.append(time_ns)
-        return starts, ends, free
-
-    def settle(self, in_flight: deque[Batch], stage_free: list[int], recorder: Recorder, blocks: BlockManager) -> list[Request]:
-        groups, silent = len(self._batches), self.silent
-        starts, ends, stage_free[:] = self._timeline(silent)
+    def settle(
+        self, in_flight: deque[Batch], stage_free: list[int], recorder: Recorder, blocks: BlockManager
+    ) -> list[Request]:
+        groups, silent, starts, ends = len(self._batches), self.silent, self._starts, self._ends
+        stage_free[:] = self._passed_on[silent - 1]
         for position, batch in enumerate(self._batches[:silent]):
             times = ends[position:silent:groups]
             _pass(batch, (times[0], times[-1]), np.diff(np.array(times, dtype=np.int64)), recorder, blocks)
@@ -60,9 +65,9 @@ class Rotation(Stretch):
             latest = position + len(times) * groups
             batch.start_ns, batch.end_ns = starts[latest], ends[latest]
         in_flight.rotate(-silent)
-        latest = in_flight[-1]
-        latest.leaving = [request for request in latest.samples if request.known == request.total]
-        return latest.leaving
+        latest_batch = in_flight[-1]
+        latest_batch.leaving = [request for request in latest_batch.samples if request.known == request.total]
+        return latest_batch.leaving
 
 
 def _pass(
