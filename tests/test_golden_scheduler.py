@@ -81,7 +81,7 @@ def serve(case: pd.Series, rows: pd.DataFrame) -> tuple[list[Request], list[dict
     replica = Replica(0, clock=clock, settings=settings, blocks=manager, recorder=Recorder(()), on_finish=lambda _: None)
     requests = [Request(i, int(row.prompt_tokens), int(row.output_tokens)) for i, row in enumerate(rows.itertuples())]
     for request, arrival_us in zip(requests, rows.arrival_us, strict=True):
-        clock.at(int(arrival_us) * 1000, ARRIVAL, lambda request=request: replica.submit(request))
+        clock.at(int(arrival_us) * 1000, ARRIVAL, lambda _, request=request: replica.submit(request))
     clock.run()
     spy.steps[-1] |= {"free_blocks": manager.free, "running": len(replica.running)}
     return requests, spy.steps

@@ -317,32 +317,70 @@ class PlainRun(DecodeRun):
     prefix[mean]).
     """
 
-    __slots__ = ("_base", "_layers", "_mean", "_prefix", "_table")
+    __slots__ = ("_base", "_layers", "_prefix", "_table", "mean")
 
     def __init__(self, row: _Row, layers: int, mean: int, limit: int) -> None:
         self.limit = limit
         self._constant = row.fixed[0]
         self._layers = layers
-        self._mean = mean
+        self.mean = mean
         self._table = row.tables[0]
         self._table.at(mean)
         self._prefix = row.prefix
         self._base = row.prefix[mean]
 
     def stage_ns(self, step: int) -> tuple[int, ...]:
-        return (self._constant + self._layers * self._table.at(self._mean + step),)
+        return (self._constant + self._layers * self._table.at(self.mean + step),)
 
     def elapsed_ns(self, steps: int) -> int:
         try:
-            return steps * self._constant + self._layers * (self._prefix[self._mean + steps] - self._base)
+            return steps * self._constant + self._layers * (self._prefix[self.mean + steps] - self._base)
         except IndexError:
-            self._table.grow(self._mean + steps)
+            self._table.grow(self.mean + steps)
             return self.elapsed_ns(steps)
 
     def durations_ns(self, steps: int) -> NDArray[np.int64]:
-        self.elapsed_ns(steps)
-        prefix = np.frombuffer(self._prefix[self._mean : self._mean + steps + 1], dtype=np.int64)
+        return self.durations_between(self.mean, self.mean + steps)
+
+    def durations_between(self, first: int, last: int) -> NDArray[np.int64]:
+        """Nanoseconds of the steps at mean contexts ``first`` ... ``last`` - 1."""
+        self._table.between(first, last)
+        prefix = np.frombuffer(self._prefix[first : last + 1], dtype=np.int64)
         return self._constant + self._layers * (prefix[1:] - prefix[:-1])
+
+    @property
+    def kind(self) -> tuple[int, int, int]:
+        """Runs of one kind take the same time at the same mean context."""
+        return id(self._table), self._constant, self._layers
+
+
+def run_durations(
+    runs: Sequence[tuple[DecodeRun, int, int]],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Durations of steps 1, 2 ... ``steps`` - 1 of each (run, steps, weight), and their weights; nanoseconds, no order.
+
+    Plain runs that share a table and constants are counted together: how often each mean context was decoded at.
+    """
+    shared: dict[tuple[int, int, int], list[tuple[int, int, int]]] = {}
+    durations, weights = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+    kept: dict[tuple[int, int, int], PlainRun] = {}
+    for run, steps, weight in runs:
+        if isinstance(run, PlainRun):
+            kept[run.kind] = run
+            shared.setdefault(run.kind, []).append((run.mean + 1, run.mean + steps, weight))
+        else:
+            durations.append(run.durations_ns(steps)[1:])
+            weights.append(np.full(steps - 1, weight, dtype=np.int64))
+    for kind, spans in shared.items():
+        first, last, weight = np.array(spans, dtype=np.int64).T
+        low = int(first.min())
+        change = np.zeros(int(last.max()) - low + 1, dtype=np.int64)
+        np.add.at(change, first - low, weight)
+        np.subtract.at(change, last - low, weight)
+        durations.append(kept[kind].durations_between(low, int(last.max())))
+        weights.append(np.cumsum(change)[:-1])
+    where = (counts := np.concatenate(weights)) > 0
+    return np.concatenate(durations)[where], counts[where]
 
 
 def build_step_cost(deployment: Deployment, pool: Pool) -> StepCost:

@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import simpy
 
+Action = Callable[[simpy.Event], None]
+"""What happens at a time; it is given the event, as SimPy's callbacks are."""
+
 ARRIVAL = 0
 """Rank of arrivals. The step ends of replica ``i`` have rank ``1 + i``: at equal times a request arrives before any
 step ends, and step ends happen in the order of the replicas, whether or not steps in between were simulated singly."""
@@ -14,10 +17,10 @@ step ends, and step ends happen in the order of the replicas, whether or not ste
 class Alarm(simpy.Event):
     """An event that is certain to happen at its time unless silenced."""
 
-    def __init__(self, clock: Clock, action: Callable[[], None]) -> None:
+    def __init__(self, clock: Clock, action: Action) -> None:
         # As simpy.Timeout does: an event that is triggered from the start, without the cost of being made pending first.
         self.env = clock
-        self.callbacks = [lambda _: action()]
+        self.callbacks = [action]
         self._value = None
         self._ok = True
 
@@ -32,7 +35,7 @@ class Clock(simpy.Environment):
     def __init__(self) -> None:
         super().__init__(initial_time=0)
 
-    def at(self, time_ns: int, rank: int, action: Callable[[], None]) -> Alarm:
+    def at(self, time_ns: int, rank: int, action: Action) -> Alarm:
         """Call ``action`` at ``time_ns``; among equal times lower ranks go first, then the order of asking."""
         alarm = Alarm(self, action)
         self.schedule(alarm, priority=rank, delay=time_ns - self._now)

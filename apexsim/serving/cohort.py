@@ -23,7 +23,8 @@ class Cohort:
     """``size`` decoding requests after ``step`` common steps; ``context`` sums their computed tokens.
 
     ``late`` members joined while the others stood still: their next token is stamped singly, because it does not come
-    as long after their previous one. ``last_end_ns`` is when everybody else's latest token came.
+    as long after their previous one. ``last_end_ns`` is when everybody else's latest token came, at the end of the step
+    composed at count ``last_step``.
     """
 
     def __init__(self, blocks: BlockManager) -> None:
@@ -75,10 +76,6 @@ class Cohort:
             self._growth.leave(request)
             self.size -= 1
             self.context -= request.computed
-
-    def ended(self, step: int, end_ns: int) -> None:
-        """The step that followed count ``step`` has ended: every member who was there has a token of that time."""
-        self.last_step, self.last_end_ns = step, end_ns
 
     def dissolve(self, members: Iterable[Request]) -> None:
         """Bring all members up to date and let them go their own ways."""

@@ -108,7 +108,7 @@ class March(Stretch):
             recorder.gaps[first_ns - cohort.last_end_ns] += cohort.size - len(late)
         recorder.run(self._run, through, cohort.size)
         recorder.step(self._batch(1, step, late, (self._from_ns, first_ns)), repeats=through, end_ns=last_ns, held=held)
-        cohort.ended(step + through - 1, last_ns)
+        cohort.last_step, cohort.last_end_ns = step + through - 1, last_ns
         return last_ns
 
     def _stay(self, start_ns: int) -> Batch:
@@ -130,19 +130,17 @@ def plan_march(
 
     A step end matters when somebody leaves with it.
     """
-    silent = next((position for position, batch in enumerate(in_flight) if batch.leaving), None)
-    if silent == 0:
+    if in_flight[0].leaving:
         return None
     cohort_size = cohort.size
-    attended = tuple(cohort.attended(running, window, ahead=1) for window in windows)
+    attended = tuple([cohort.attended(running, window, ahead=1) for window in windows])
     stats = BatchStats(cohort_size, cohort.context + cohort_size, attended, (), cohort_size)
     run = cost.decode_run(stats)
     if run is None:
         return None
     to_leave = cohort.steps_to_leave
     stay = to_leave <= run.limit and len(in_flight) == 2 and not windows
-    longest = min(to_leave + stay, run.limit)
-    silent = longest if silent is None else min(silent, longest)
+    silent = 1 if in_flight[-1].leaving else min(to_leave + stay, run.limit)
     if cohort.missing(silent) > blocks.free:
         silent = bisect_right(range(1, silent + 1), blocks.free, key=cohort.missing)
     return March(in_flight, cohort, cost, run, stats, silent) if silent else None

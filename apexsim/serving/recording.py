@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from apexsim.costs.steps import DecodeRun
+from apexsim.costs.steps import DecodeRun, run_durations
 from apexsim.serving.batch import Batch
 from apexsim.serving.cohort import Cohort
 from apexsim.serving.request import Request
@@ -29,22 +29,38 @@ class Recorder:
         self.step_columns = (*STEP_COLUMNS, *(f"window_context_{window}" for window in windows))
         self._steps = array("q")
         self._chunks = array("q")
+        self._width = len(self.step_columns)
+        self._row = self._held = 0  # where the latest row begins, and the blocks in use in its first step
+        self._next: tuple[int, int, int, int] | None = None  # replica, decodes, context and start of a step that goes on
         self.gaps: defaultdict[int, int] = defaultdict(int)
         self._runs: list[tuple[DecodeRun, int, int]] = []
         self.rejected: dict[int, str] = {}
 
     def step(self, batch: Batch, *, repeats: int, end_ns: int, held: tuple[int, int]) -> None:
-        """Add a step, or ``repeats`` identical ones; ``held`` are the KV blocks in use in the first and the last."""
-        stats = batch.stats
-        chunk_tokens = 0
-        if stats.chunks:
-            index = len(self._steps) // len(self.step_columns)
-            for tokens, history in stats.chunks:
+        """Add a step, or ``repeats`` identical ones; ``held`` are the KV blocks in use in the first and the last.
+
+        Decode steps that go on where the row before ended are added to that row.
+        """
+        decodes, context, window_contexts, chunks, survivors = batch.stats
+        replica, chunk_tokens, steps = batch.replica, 0, self._steps
+        if chunks:
+            index = len(steps) // self._width
+            for tokens, history in chunks:
                 chunk_tokens += tokens
                 self._chunks.extend((index, tokens, history))
-        self._steps.extend((
-            batch.start_ns, end_ns, batch.replica, repeats, stats.decodes, stats.context, chunk_tokens, stats.survivors,
-            (held[0] + held[1]) // 2, held[1], batch.running, batch.waiting, *stats.window_contexts,
+        elif (replica, decodes, context, batch.start_ns) == self._next and not window_contexts:
+            row = self._row
+            steps[row + 1] = end_ns
+            steps[row + 3] += repeats
+            steps[row + 8] = (self._held + held[1]) // 2
+            steps[row + 9] = held[1]
+            self._next = (replica, decodes, context + repeats * decodes, end_ns)
+            return
+        self._row, self._held = len(steps), held[0]
+        self._next = (replica, decodes, context + repeats * decodes, end_ns) if not chunks else None
+        steps.extend((
+            batch.start_ns, end_ns, replica, repeats, decodes, context, chunk_tokens, survivors,
+            (held[0] + held[1]) // 2, held[1], batch.running, batch.waiting, *window_contexts,
         ))  # fmt: skip
 
     def tokens(self, requests: Sequence[Request], end_ns: int) -> None:
@@ -61,12 +77,14 @@ class Recorder:
 
     def ended(self, batch: Batch, cohort: Cohort, held: int) -> None:
         """A batch ended: every request in it has a token more, cohort members all after the same gap."""
-        self.tokens(batch.samples, batch.end_ns)
+        end_ns = batch.end_ns
+        if batch.samples:
+            self.tokens(batch.samples, end_ns)
         if batch.whole:
             if batch.marching:
-                self.gaps[batch.end_ns - cohort.last_end_ns] += batch.marching
-            cohort.ended(batch.step, batch.end_ns)
-        self.step(batch, repeats=1, end_ns=batch.end_ns, held=(held, held))
+                self.gaps[end_ns - cohort.last_end_ns] += batch.marching
+            cohort.last_step, cohort.last_end_ns = batch.step, end_ns
+        self.step(batch, repeats=1, end_ns=end_ns, held=(held, held))
 
     def run(self, run: DecodeRun, steps: int, sequences: int) -> None:
         """Note that steps 2 ... ``steps`` of a run gave ``sequences`` requests a token each; the first is in ``gaps``."""
@@ -87,10 +105,9 @@ class Recorder:
 
     def inter_token_gaps(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Distinct gaps in nanoseconds, ascending, and how many tokens had each."""
-        durations = [run.durations_ns(steps)[1:] for run, steps, _ in self._runs]
-        sequences = [np.full(steps - 1, count, dtype=np.int64) for _, steps, count in self._runs]
-        parts = [np.array(list(self.gaps), dtype=np.int64), *durations]
-        counts = [np.array(list(self.gaps.values()), dtype=np.int64), *sequences]
+        durations, sequences = run_durations(self._runs)
+        parts = [np.array(list(self.gaps), dtype=np.int64), durations]
+        counts = [np.array(list(self.gaps.values()), dtype=np.int64), sequences]
         gaps, inverse = np.unique(np.concatenate(parts), return_inverse=True)
         return gaps, np.bincount(inverse, weights=np.concatenate(counts), minlength=len(gaps)).astype(np.int64)
 

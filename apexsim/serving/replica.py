@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 
+from simpy import Event
+
 from apexsim.costs.steps import StepCost
 from apexsim.serving.batch import Batch, compose, march_on
 from apexsim.serving.batching import BatchPolicy, Ledger
@@ -86,7 +88,7 @@ class Replica:
             self._enqueue(request)
             return
         self._frontend_free = max(self._clock.now, self._frontend_free) + self._set.frontend_ns
-        self._clock.at(self._frontend_free, ARRIVAL, lambda: self._enqueue(request))
+        self._clock.at(self._frontend_free, ARRIVAL, lambda _: self._enqueue(request))
 
     def _enqueue(self, request: Request) -> None:
         self.waiting.append(request)
@@ -97,11 +99,11 @@ class Replica:
 
     # -- the step ---------------------------------------------------------------------------------------------
 
-    def _wake(self) -> None:
+    def _wake(self, _: Event) -> None:
         self._fill_pipeline()
         self._arm()
 
-    def _end_step(self) -> None:
+    def _end_step(self, _: Event) -> None:
         """The oldest batch ends: its tokens exist, its last requests leave, and room is filled again."""
         stretch, self._stretch = self._stretch, None
         if stretch is not None:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from simpy import Event
+
 from apexsim.costs.accounting import account
 from apexsim.costs.memory import MemoryPlan, plan_memory
 from apexsim.costs.steps import StepCost, build_step_cost
@@ -154,7 +156,7 @@ class Run:
 
     # -- arrivals -----------------------------------------------------------------------------------------------
 
-    def _arrive(self) -> None:
+    def _arrive(self, _: Event) -> None:
         """All requests of this instant arrive, then the next arrival is awaited."""
         assert self._arrivals_ns is not None
         now, times = self.clock.now, self._arrivals_ns
@@ -163,12 +165,12 @@ class Run:
         if self._next < len(times):
             self.clock.at(times[self._next], ARRIVAL, self._arrive)
 
-    def _start_clients(self) -> None:
+    def _start_clients(self, _: Event) -> None:
         assert self._clients is not None
         for _ in range(min(self._clients, len(self.requests))):
-            self._send_in_turn()
+            self._send_in_turn(_)
 
-    def _send_in_turn(self) -> None:
+    def _send_in_turn(self, _: Event) -> None:
         """A client of a closed loop sends the next request; one refused at the door is followed at once by another."""
         while self._next < len(self.requests) and not self._send():
             pass
