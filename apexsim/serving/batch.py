@@ -18,7 +18,7 @@ class Batch:
 
     ``marching`` cohort members get a token at its end, and so do the requests in ``samples``, one by one; ``singles``
     are those of them who are not members. For those in ``leaving`` it is the last. ``step`` is the cohort's count when the batch was composed, ``whole`` says that none of
-    its members stood still. ``running`` and ``waiting`` count the replica's requests at that time.
+    its members stood still. ``labels`` are the replica and how many requests it had running and waiting.
     """
 
     stats: BatchStats
@@ -30,19 +30,7 @@ class Batch:
     whole: bool = True
     start_ns: int = 0
     end_ns: int = 0
-    replica: int = 0
-    running: int = 0
-    waiting: int = 0
-
-    def followed_by(
-        self, stats: BatchStats, *, samples: list[Request], step: int, times_ns: tuple[int, int]
-    ) -> Batch:
-        """A later decode step of the cohort alone; it counts the same requests as this batch."""
-        start_ns, end_ns = times_ns
-        return Batch(
-            stats, samples, [], stats.decodes - len(samples), [], step, True, start_ns, end_ns,
-            self.replica, self.running, self.waiting,
-        )  # fmt: skip
+    labels: tuple[int, int, int] = (0, 0, 0)
 
     def release(self, members: Sequence[Request]) -> None:
         """The cohort dissolves while the batch is in flight: its members who march here are from now on stamped singly."""

@@ -1,10 +1,14 @@
 """Macro-steps on one stage, where all running requests march as one cohort and the times are in closed form.
 
-With ``L`` batches in flight (1 synchronous, 2 asynchronous), the k-th step end from now composes step ``C(k)``: one token
-for every member. C(1) starts when the last batch in flight ends, the others follow without a gap::
+The k-th step end from now composes a step, one token for every member: call these steps C(1), C(2) ... C(1) starts when
+the last of the ``K`` batches in flight ends, the others follow without a gap. One more composition may be *owed* at the
+start of the stretch; then C(1) is that one::
 
-    L = 2      in flight [b0][b1]  C(1)   C(2)  ...
-    end(k)               1   2     3      4             end(L + k) is the end of C(k)
+    K = 2, none owed     in flight [b0][b1]  C(1)   C(2)         C(k) is composed at end(k), end(2 + k) is its end
+    end(k)                         1   2     3      4
+
+    K = 1, one owed      in flight [b0]      C(1)   C(2)         C(k) is composed at end(k - 1), end(1 + k) is its end
+    end(k)                         1         2      3
 
 Batches in flight may hold prompts, as long as they complete them: those requests are members from C(1) on.
 """
@@ -28,17 +32,20 @@ class March(Stretch):
     """``silent`` step ends of a cohort whose step C(1) has the statistics ``stats``.
 
     At most the last of their compositions samples somebody's last token, after which one more may follow: with two
-    batches in flight those who stay are composed once more before the leavers' step ends.
+    batches in flight those who stay are composed once more before the leavers' step ends. ``labels`` are the replica and
+    its counts of running and waiting requests.
     """
 
     def __init__(
-        self, in_flight: Sequence[Batch], cohort: Cohort, cost: StepCost, run: DecodeRun, stats: BatchStats, silent: int
-    ) -> None:
+        self, in_flight: Sequence[Batch], cohort: Cohort, cost: StepCost, run: DecodeRun, stats: BatchStats, *,
+        start_ns: int, silent: int, owed: int, labels: tuple[int, int, int],
+    ) -> None:  # fmt: skip
         self.silent = silent
+        self._owed = owed
         self._known = [batch.end_ns for batch in in_flight]
         self._first = len(self._known)
-        self._from_ns = self._known[-1]
-        self._latest = in_flight[-1]
+        self._from_ns = self._known[-1] if self._known else start_ns
+        self._labels = labels
         self._cohort = cohort
         self._cost = cost
         self._run = run
@@ -52,6 +59,8 @@ class March(Stretch):
 
     def passed(self, now_ns: int) -> int:
         count, first, start_ns = self.silent, self._first, self._from_ns
+        if not count:
+            return 0
         last_ns = self.end_ns(count)
         if last_ns < now_ns:
             return count
@@ -68,12 +77,15 @@ class March(Stretch):
         self, in_flight: deque[Batch], stage_free: list[int], recorder: Recorder, blocks: BlockManager
     ) -> list[Request]:
         cohort, silent, first, held = self._cohort, self.silent, self._first, blocks.held
+        compositions = silent + self._owed
+        if not compositions:
+            return []
         late, cohort.late = cohort.late, []
         for request in late:
             request.pending += 1
         for _ in range(min(silent, first)):
             recorder.ended(in_flight.popleft(), cohort, held)
-        step, marches, through = cohort.step, min(silent, cohort.steps_to_leave), silent - first
+        step, marches, through = cohort.step, min(compositions, cohort.steps_to_leave), silent - first
         leaving = cohort.march(marches)
         time_ns = self._from_ns
         if through > 0:
@@ -84,7 +96,7 @@ class March(Stretch):
             time_ns = times_ns[1]
         in_flight[-1].leaving = leaving
         cohort.leave(leaving)
-        if silent > marches and cohort.size:
+        if compositions > marches and cohort.size:
             in_flight.append(self._stay(time_ns))
             leaving = leaving + in_flight[-1].leaving
         stage_free[0] = in_flight[-1].end_ns
@@ -94,7 +106,10 @@ class March(Stretch):
         """C(count); ``step`` is the cohort's count before C(1), in which ``late`` members have a token singly."""
         stats = self._stats.grown(count - 1) if count > 1 else self._stats
         samples = late if count == 1 else []
-        return self._latest.followed_by(stats, samples=samples, step=step + count - 1, times_ns=times_ns)
+        return Batch(
+            stats, samples, marching=stats.decodes - len(samples), step=step + count - 1,
+            start_ns=times_ns[0], end_ns=times_ns[1], labels=self._labels,
+        )  # fmt: skip
 
     def _record(self, through: int, step: int, late: list[Request], recorder: Recorder, held: tuple[int, int]) -> int:
         """C(1) to C(through) have ended; returns when.
@@ -115,32 +130,34 @@ class March(Stretch):
         """The step of those who stay while the last token of the others is in flight."""
         batch = march_on((), (), self._cohort)
         (duration_ns,) = self._cost.stage_ns(batch.stats)
-        stay = self._latest.followed_by(
-            batch.stats, samples=[], step=batch.step, times_ns=(start_ns, start_ns + duration_ns)
-        )
-        stay.leaving = batch.leaving
-        return stay
+        batch.start_ns, batch.end_ns, batch.labels = start_ns, start_ns + duration_ns, self._labels
+        return batch
 
 
 def plan_march(
-    in_flight: Sequence[Batch], running: Sequence[Request], cohort: Cohort, cost: StepCost, blocks: BlockManager,
-    windows: Sequence[int],
+    in_flight: Sequence[Batch], cohort: Cohort, cost: StepCost, blocks: BlockManager, *,
+    attended: tuple[int, ...], start_ns: int, owed: int, labels: tuple[int, int, int],
 ) -> March | None:  # fmt: skip
-    """The longest stretch of a cohort that is everybody on one stage; None when the next step end already matters.
+    """The longest stretch of a cohort that is everybody on one stage; None when there is nothing to gain or to compose.
 
-    A step end matters when somebody leaves with it.
+    A step end matters, and is not silent, when somebody leaves with it. ``attended`` are the contexts of C(1) within each
+    window of the model.
     """
-    if in_flight[0].leaving:
-        return None
-    cohort_size = cohort.size
-    attended = tuple([cohort.attended(running, window, ahead=1) for window in windows])
-    stats = BatchStats(cohort_size, cohort.context + cohort_size, attended, (), cohort_size)
+    size, known = cohort.size, len(in_flight)
+    stats = BatchStats(size, cohort.context + size, attended, (), size)
     run = cost.decode_run(stats)
     if run is None:
         return None
     to_leave = cohort.steps_to_leave
-    stay = to_leave <= run.limit and len(in_flight) == 2 and not windows
-    silent = 1 if in_flight[-1].leaving else min(to_leave + stay, run.limit)
-    if cohort.missing(silent) > blocks.free:
-        silent = bisect_right(range(1, silent + 1), blocks.free, key=cohort.missing)
-    return March(in_flight, cohort, cost, run, stats, silent) if silent else None
+    if attended or to_leave > run.limit:
+        silent = min(to_leave, run.limit) - owed
+    else:
+        silent = min(known + to_leave - 1, run.limit - owed)
+    for position, batch in enumerate(in_flight):
+        if batch.leaving and position < silent:
+            silent = position
+    if cohort.missing(silent + owed) > blocks.free:
+        silent = bisect_right(range(1, silent + owed + 1), blocks.free, key=cohort.missing) - owed
+    if silent + owed < 1:
+        return None
+    return March(in_flight, cohort, cost, run, stats, start_ns=start_ns, silent=silent, owed=owed, labels=labels)

@@ -42,7 +42,8 @@ class Recorder:
         Decode steps that go on where the row before ended are added to that row.
         """
         decodes, context, window_contexts, chunks, survivors = batch.stats
-        replica, chunk_tokens, steps = batch.replica, 0, self._steps
+        replica, running, waiting = batch.labels
+        chunk_tokens, steps = 0, self._steps
         if chunks:
             index = len(steps) // self._width
             for tokens, history in chunks:
@@ -60,7 +61,7 @@ class Recorder:
         self._next = (replica, decodes, context + repeats * decodes, end_ns) if not chunks else None
         steps.extend((
             batch.start_ns, end_ns, replica, repeats, decodes, context, chunk_tokens, survivors,
-            (held[0] + held[1]) // 2, held[1], batch.running, batch.waiting, *window_contexts,
+            (held[0] + held[1]) // 2, held[1], running, waiting, *window_contexts,
         ))  # fmt: skip
 
     def tokens(self, requests: Sequence[Request], end_ns: int) -> None:

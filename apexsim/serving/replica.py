@@ -124,8 +124,12 @@ class Replica:
 
     def _fill_pipeline(self) -> None:
         while len(self._in_flight) < self._batches:
-            if self._only_march():
+            if self._march and self._only_march():
                 self._ledger = None
+                if len(self._in_flight) == self._batches - 1:
+                    self._stretch = self._plan_march(owed=1)
+                    if self._stretch is not None:
+                        return
                 self._launch(march_on(self.running, self._set.windows, self._cohort))
                 continue
             ledger = self._open_ledger()
@@ -138,12 +142,12 @@ class Replica:
 
     def _only_march(self) -> bool:
         """With nobody waiting and every running request a member whose next token fits, no policy has anything to decide."""
+        if self.waiting or self._dissolved:
+            return False
+        if self._fresh:
+            self._join()
         cohort = self._cohort
-        return (
-            0 < cohort.size == len(self.running) <= self._most
-            and not (self.waiting or self._fresh)
-            and cohort.missing(1) <= self._blocks.free
-        )
+        return 0 < cohort.size == len(self.running) <= self._most and cohort.missing(1) <= self._blocks.free
 
     def _open_ledger(self) -> Ledger:
         scheduler, sequences = self._set.scheduler, self._sequences()
@@ -228,8 +232,11 @@ class Replica:
             time_ns = free[stage] = start_ns + duration_ns
         batch.end_ns = time_ns
         self._see_off(batch.leaving)
-        batch.replica, batch.running, batch.waiting = self.index, len(self.running) + self._leaving, len(self.waiting)
+        batch.labels = self._labels()
         self._in_flight.append(batch)
+
+    def _labels(self) -> tuple[int, int, int]:
+        return self.index, len(self.running) + self._leaving, len(self.waiting)
 
     def _see_off(self, leaving: Iterable[Request]) -> None:
         """Requests whose last token is in flight keep seat and blocks until it ends, but are not scheduled again."""
@@ -247,16 +254,16 @@ class Replica:
     def _arm(self) -> None:
         """Set the alarm for the next end of a step that can change anything."""
         self._alarm = None
-        if not self._in_flight:
-            return
-        end_ns = self._in_flight[0].end_ns
-        if not self._set.exact_steps and (self._ledger is None or self._set.policy.repeats(self._ledger, self.waiting)):
+        if self._stretch is None and self._in_flight and not self._set.exact_steps:
             self._stretch = self._plan()
-            if self._stretch is not None:
-                end_ns = self._stretch.next_end_ns
-        self._alarm = self._clock.at(end_ns, 1 + self.index, self._end_step)
+        if self._stretch is not None:
+            self._alarm = self._clock.at(self._stretch.next_end_ns, 1 + self.index, self._end_step)
+        elif self._in_flight:
+            self._alarm = self._clock.at(self._in_flight[0].end_ns, 1 + self.index, self._end_step)
 
     def _plan(self) -> Stretch | None:
+        if self._ledger is not None and not self._set.policy.repeats(self._ledger, self.waiting):
+            return None
         if self._set.cost.stages > 1:
             if any(len(batch.samples) > self._sequences() for batch in self._in_flight):
                 return None
@@ -266,8 +273,20 @@ class Replica:
         self._join()
         if not self.running or self._cohort.size != len(self.running):
             return None
+        return self._plan_march(owed=0)
+
+    def _plan_march(self, *, owed: int) -> Stretch | None:
+        windows = self._set.windows
+        attended = tuple([self._cohort.attended(self.running, window, ahead=1) for window in windows]) if windows else ()
         return plan_march(
-            self._in_flight, self.running, self._cohort, self._set.cost, self._blocks, self._set.windows
+            self._in_flight,
+            self._cohort,
+            self._set.cost,
+            self._blocks,
+            attended=attended,
+            start_ns=self._clock.now,
+            owed=owed,
+            labels=self._labels(),
         )
 
     def _cut(self, stretch: Stretch) -> None:
@@ -279,5 +298,4 @@ class Replica:
 
     def _settle(self, stretch: Stretch) -> None:
         """Apply the silent step ends; the last of their compositions may have sampled last tokens."""
-        if stretch.silent:
-            self._see_off(stretch.settle(self._in_flight, self._stage_free, self._recorder, self._blocks))
+        self._see_off(stretch.settle(self._in_flight, self._stage_free, self._recorder, self._blocks))

@@ -57,6 +57,8 @@ class Rotation(Stretch):
         self, in_flight: deque[Batch], stage_free: list[int], recorder: Recorder, blocks: BlockManager
     ) -> list[Request]:
         groups, silent, starts, ends = len(self._batches), self.silent, self._starts, self._ends
+        if not silent:
+            return []
         stage_free[:] = self._passed_on[silent - 1]
         for position, batch in enumerate(self._batches[:silent]):
             times = ends[position:silent:groups]

@@ -41,7 +41,7 @@ class Stretch(ABC):
     def settle(
         self, in_flight: deque[Batch], stage_free: list[int], recorder: Recorder, blocks: BlockManager
     ) -> list[Request]:
-        """Apply the silent ends (at least one): requests, blocks, records and the batches in flight after them.
+        """Apply the silent ends: requests, blocks, records and the batches in flight after them.
 
         Returns the requests whose last token is in flight since.
         """
