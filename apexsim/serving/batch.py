@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from apexsim.costs.steps import BatchStats
 from apexsim.serving.batching import Ledger
@@ -22,10 +22,10 @@ class Batch:
     """
 
     stats: BatchStats
-    samples: list[Request]
-    singles: list[Request] = field(default_factory=list)
+    samples: Sequence[Request]
     marching: int = 0
-    leaving: list[Request] = field(default_factory=list)
+    singles: Sequence[Request] = ()
+    leaving: Sequence[Request] = ()
     step: int = 0
     whole: bool = True
     start_ns: int = 0
@@ -38,7 +38,7 @@ class Batch:
             mine = [request for request in members if request.joined <= self.step]
             for request in mine:
                 request.pending += 1
-            self.samples = self.samples + mine
+            self.samples = [*self.samples, *mine]
             self.marching -= len(mine)
 
 
@@ -51,7 +51,7 @@ def compose(ledger: Ledger, running: Sequence[Request], blocks: BlockManager, wi
     if ledger.marching:
         batch = march_on(running[: ledger.marching], windows, cohort)
     else:
-        batch = Batch(BatchStats(0, 0, (0,) * len(windows)), [], step=cohort.step, whole=cohort.size == 0)
+        batch = Batch(BatchStats(0, 0, (0,) * len(windows)), (), step=cohort.step, whole=cohort.size == 0)
     if not (ledger.decodes or ledger.chunks):
         return batch
     decodes, context, attended, _, _ = batch.stats
@@ -63,8 +63,8 @@ def compose(ledger: Ledger, running: Sequence[Request], blocks: BlockManager, wi
     chunks = tuple([(tokens, request.computed - tokens) for request, tokens in ledger.chunks])
     decodes += len(ledger.decodes)
     batch.stats = BatchStats(decodes, context, attended, chunks, decodes + len(chunks))
-    batch.samples, batch.singles = batch.samples + singles, singles
-    batch.leaving += [request for request in singles if request.known == request.total]
+    batch.samples, batch.singles = [*batch.samples, *singles], singles
+    batch.leaving = [*batch.leaving, *[request for request in singles if request.known == request.total]]
     return batch
 
 
@@ -78,7 +78,7 @@ def march_on(members: Sequence[Request], windows: Sequence[int], cohort: Cohort)
     attended = tuple([cohort.attended(members, window) for window in windows])
     stats = BatchStats(size, cohort.context, attended, (), size)
     cohort.leave(leaving)
-    return Batch(stats, late, marching=size - len(late), leaving=leaving, step=step)
+    return Batch(stats, late, size - len(late), (), leaving, step)
 
 
 def _advance(request: Request, tokens: int, blocks: BlockManager) -> bool:

@@ -98,18 +98,16 @@ class March(Stretch):
         cohort.leave(leaving)
         if compositions > marches and cohort.size:
             in_flight.append(self._stay(time_ns))
-            leaving = leaving + in_flight[-1].leaving
+            leaving = [*leaving, *in_flight[-1].leaving]
         stage_free[0] = in_flight[-1].end_ns
         return leaving
 
     def _batch(self, count: int, step: int, late: list[Request], times_ns: tuple[int, int]) -> Batch:
         """C(count); ``step`` is the cohort's count before C(1), in which ``late`` members have a token singly."""
         stats = self._stats.grown(count - 1) if count > 1 else self._stats
-        samples = late if count == 1 else []
-        return Batch(
-            stats, samples, marching=stats.decodes - len(samples), step=step + count - 1,
-            start_ns=times_ns[0], end_ns=times_ns[1], labels=self._labels,
-        )  # fmt: skip
+        samples = late if count == 1 else ()
+        marching = stats.decodes - len(samples)
+        return Batch(stats, samples, marching, (), (), step + count - 1, True, *times_ns, self._labels)
 
     def _record(self, through: int, step: int, late: list[Request], recorder: Recorder, held: tuple[int, int]) -> int:
         """C(1) to C(through) have ended; returns when.
@@ -122,7 +120,7 @@ class March(Stretch):
         if cohort.size > len(late):
             recorder.gaps[first_ns - cohort.last_end_ns] += cohort.size - len(late)
         recorder.run(self._run, through, cohort.size)
-        recorder.step(self._batch(1, step, late, (self._from_ns, first_ns)), repeats=through, end_ns=last_ns, held=held)
+        recorder.step(self._batch(1, step, late, (self._from_ns, first_ns)), through, last_ns, held)
         cohort.last_step, cohort.last_end_ns = step + through - 1, last_ns
         return last_ns
 

@@ -36,7 +36,7 @@ class Recorder:
         self._runs: list[tuple[DecodeRun, int, int]] = []
         self.rejected: dict[int, str] = {}
 
-    def step(self, batch: Batch, *, repeats: int, end_ns: int, held: tuple[int, int]) -> None:
+    def step(self, batch: Batch, repeats: int, end_ns: int, held: tuple[int, int]) -> None:
         """Add a step, or ``repeats`` identical ones; ``held`` are the KV blocks in use in the first and the last.
 
         Decode steps that go on where the row before ended are added to that row.
@@ -85,7 +85,7 @@ class Recorder:
             if batch.marching:
                 self.gaps[end_ns - cohort.last_end_ns] += batch.marching
             cohort.last_step, cohort.last_end_ns = batch.step, end_ns
-        self.step(batch, repeats=1, end_ns=end_ns, held=(held, held))
+        self.step(batch, 1, end_ns, (held, held))
 
     def run(self, run: DecodeRun, steps: int, sequences: int) -> None:
         """Note that steps 2 ... ``steps`` of a run gave ``sequences`` requests a token each; the first is in ``gaps``."""

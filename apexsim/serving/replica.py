@@ -224,14 +224,15 @@ class Replica:
 
     def _launch(self, batch: Batch) -> None:
         """Send a batch through the stages: it enters one when that is free and the stage before has passed it on."""
-        time_ns, free = self._clock.now, self._stage_free
+        free = self._stage_free
+        batch.start_ns = time_ns = max(self._clock.now, free[0])
         for stage, duration_ns in enumerate(self._set.cost.stage_ns(batch.stats)):
-            start_ns = max(time_ns, free[stage])
-            if stage == 0:
-                batch.start_ns = start_ns
-            time_ns = free[stage] = start_ns + duration_ns
+            if free[stage] > time_ns:
+                time_ns = free[stage]
+            time_ns = free[stage] = time_ns + duration_ns
         batch.end_ns = time_ns
-        self._see_off(batch.leaving)
+        if batch.leaving:
+            self._see_off(batch.leaving)
         batch.labels = self._labels()
         self._in_flight.append(batch)
 

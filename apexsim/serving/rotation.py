@@ -87,7 +87,7 @@ def _pass(
         blocks.grow(request, request.computed)
     for gap_ns in gaps_ns.tolist():
         recorder.gaps[gap_ns] += len(batch.samples)
-    recorder.step(batch, repeats=steps, end_ns=last_ns, held=(held, blocks.held))
+    recorder.step(batch, steps, last_ns, (held, blocks.held))
 
 
 def plan_rotation(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from simpy import Event
 
 from apexsim.costs.accounting import account
@@ -26,7 +27,7 @@ from apexsim.serving.routing import ROUTERS, Router
 from apexsim.specs.deployment import Deployment
 from apexsim.specs.slo import SLO
 from apexsim.specs.workload import Requests, Workload
-from apexsim.units import to_ns
+from apexsim.units import NS_PER_S, to_ns
 
 Progress = Callable[[float], None]
 
@@ -106,8 +107,10 @@ class Run:
         self.clock = Clock()
         self.recorder = Recorder(deployment.model.windows)
         self.requests = [
-            Request(index, int(prompt), int(output))
-            for index, (prompt, output) in enumerate(zip(requests.prompt_tokens, requests.output_tokens, strict=True))
+            Request(index, prompt, output)
+            for index, (prompt, output) in enumerate(
+                zip(requests.prompt_tokens.tolist(), requests.output_tokens.tolist(), strict=True)
+            )
         ]
         self.replicas = self._replicas(deployment, cost, memory, exact_steps)
         self._router = make_router(deployment.router)
@@ -115,7 +118,7 @@ class Run:
         self._response_ns = to_ns(deployment.engine.host.response_s)
         self._turnaround_ns = None if requests.concurrency is None else max(1, to_ns(requests.turnaround_s))
         self._clients = requests.concurrency
-        self._arrivals_ns = None if requests.arrival_s is None else [to_ns(t) for t in requests.arrival_s]
+        self._arrivals_ns = None if requests.arrival_s is None else np.rint(requests.arrival_s * NS_PER_S).astype(np.int64).tolist()
         self.request_ns = 0
         self._in_system = 0
         self._since_ns = 0
