@@ -67,7 +67,12 @@ class LinearRun:
 
 
 def made_up_deployment(
-    scheduler: SchedulerDefaults, *, stages: int = 1, replicas: int = 1, router: str = "round_robin", frontend_ns: int = 0
+    scheduler: SchedulerDefaults,
+    *,
+    stages: int = 1,
+    replicas: int = 1,
+    router: str = "round_robin",
+    frontend_ns: int = 0,
 ) -> Deployment:
     """Llama-3.1-8B on H100s under an engine that is nothing but ``scheduler`` and a frontend."""
     engine = EngineProfile(
@@ -91,8 +96,8 @@ def made_up_deployment(
 
 
 RECORDED = (
-    "index", "replica", "arrival_ns", "scheduled_ns", "first_token_ns", "last_token_ns", "prompt_tokens", "total", "known",
-    "computed", "pending", "blocks", "preemptions",
+    "index", "replica", "arrival_ns", "scheduled_ns", "first_token_ns", "last_token_ns", "prompt_tokens", "total",
+    "known", "computed", "pending", "blocks", "preemptions",
 )  # fmt: skip
 _load = cache(catalog.load)
 
@@ -191,7 +196,7 @@ def check_run(run: Run) -> None:
 
 
 def check_policy(policy: Callable[..., Any], *, cases: int = 50, seed: int = 0) -> None:
-    """Run ``cases`` random cases under ``policy`` (a class of ``POLICIES`` or one's own, as ``module:Name`` finds it)."""
+    """Run ``cases`` random cases under ``policy``: a class of ``POLICIES`` or one's own, as ``module:Name`` finds it."""
     name = f"{policy.__module__}:{policy.__qualname__}"
     for stream in np.random.SeedSequence(seed).spawn(cases):
         check_case(random_case(np.random.default_rng(stream), name))
@@ -202,7 +207,9 @@ def random_case(rng: np.random.Generator, policy: str) -> Case:
     count = int(rng.integers(1, 40))
     return Case(
         arrivals_ns=sorted(int(tick) * 500_000 for tick in rng.integers(0, 60, count)),
-        lengths=[(int(p), int(o)) for p, o in zip(rng.integers(1, 200, count), rng.integers(1, 60, count), strict=True)],
+        lengths=[
+            (int(p), int(o)) for p, o in zip(rng.integers(1, 200, count), rng.integers(1, 60, count), strict=True)
+        ],
         policy=policy,
         token_budget=int(rng.choice([32, 256, 2048])),
         seats=int(rng.choice([1, 4, 64])),

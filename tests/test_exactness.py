@@ -52,7 +52,9 @@ def test_forced_ties_on_three_least_loaded_replicas() -> None:
         check_case(
             Case(
                 arrivals_ns=sorted(int(tick) * TICK for tick in rng.integers(0, 60, 120)),
-                lengths=[(int(p), int(o)) for p, o in zip(rng.integers(1, 64, 120), rng.integers(1, 40, 120), strict=True)],
+                lengths=[
+                    (int(p), int(o)) for p, o in zip(rng.integers(1, 64, 120), rng.integers(1, 40, 120), strict=True)
+                ],
                 replicas=3,
                 router="least_loaded",
                 seats=4,

@@ -13,14 +13,17 @@ import pytest
 
 from apexsim.costs.steps import BatchStats, DecodeRun
 from apexsim.serving.batching import ChunkedPrefill, Ledger
+from apexsim.serving.clock import ARRIVAL, Clock
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.recording import Recorder
 from apexsim.serving.replica import Replica, ReplicaSettings
 from apexsim.serving.request import Request
-from apexsim.serving.clock import ARRIVAL, Clock
 from apexsim.specs.engine import SchedulerDefaults
 
-CASES = [1, 5, 8, 10, 13, 15, 16, 18, 20, 21, 23, 28, 30, 33, 35, 36, 40, 45, 46, 48, 50, 56, 58, 61, 68, 70, 71, 73, 85, 88, 91, 95, 96]  # fmt: skip
+CASES = [
+    1, 5, 8, 10, 13, 15, 16, 18, 20, 21, 23, 28, 30, 33, 35, 36, 40, 45, 46, 48, 50, 56, 58, 61, 68, 70, 71, 73, 85, 88,
+    91, 95, 96,
+]  # fmt: skip
 
 
 class GoldenCost:
@@ -77,8 +80,12 @@ def serve(case: pd.Series, rows: pd.DataFrame) -> tuple[list[Request], list[dict
     size = int(case.block_size)
     manager = BlockManager(int(case.num_blocks) - 1, size, lambda tokens: -(-tokens // size))
     spy = Spy(ChunkedPrefill(scheduler), manager, clock)
-    settings = ReplicaSettings(cost=GoldenCost(), scheduler=scheduler, policy=spy, windows=(), frontend_ns=0, exact_steps=True)
-    replica = Replica(0, clock=clock, settings=settings, blocks=manager, recorder=Recorder(()), on_finish=lambda _: None)
+    settings = ReplicaSettings(
+        cost=GoldenCost(), scheduler=scheduler, policy=spy, windows=(), frontend_ns=0, exact_steps=True
+    )
+    replica = Replica(
+        0, clock=clock, settings=settings, blocks=manager, recorder=Recorder(()), on_finish=lambda _: None
+    )
     requests = [Request(i, int(row.prompt_tokens), int(row.output_tokens)) for i, row in enumerate(rows.itertuples())]
     for request, arrival_us in zip(requests, rows.arrival_us, strict=True):
         clock.at(int(arrival_us) * 1000, ARRIVAL, lambda _, request=request: replica.submit(request))

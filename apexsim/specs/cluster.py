@@ -24,7 +24,7 @@ class Cluster(Spec):
         return self.devices_per_node * self.nodes
 
     def topology(self) -> Any:
-        """networkx graph: devices joined to their node's switch, switches to one another; edges carry bytes/s one way."""
+        """networkx graph: devices joined to their node's switch, switches to a fabric; edges carry bytes/s one way."""
         import networkx as nx
 
         graph = nx.Graph()

@@ -97,7 +97,7 @@ class Deployment(Spec):
 
     @property
     def expert_dtype(self) -> str:
-        """Dtype of expert weights: the one asked for, else the model's own (gpt-oss ships MXFP4), else that of the weights."""
+        """Dtype of expert weights: the one asked for, else the model's own (MXFP4 of gpt-oss), else that of weights."""
         own = self.model.moe.dtype if self.model.moe else None
         return self.moe_weights or own or self.weights
 

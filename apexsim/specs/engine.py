@@ -46,7 +46,6 @@ class SchedulerDefaults(Spec):
     pipeline_split: Literal["greedy", "balanced"] = "greedy"
     max_model_len: int | None = Field(None, gt=0)
 
-
     @property
     def token_budget(self) -> int:
         """Tokens a step may compute, once ``EngineProfile.scheduler_for`` has settled it."""
@@ -71,7 +70,7 @@ class MemoryDefaults(Spec):
 
 
 class CommunicationDefaults(Spec):
-    """Which collective kernels the engine uses: its own all-reduce up to ``custom_all_reduce_max_bytes``, NCCL above."""
+    """Which collective kernels an engine uses: its own all-reduce up to ``custom_all_reduce_max_bytes``, else NCCL."""
 
     custom_all_reduce: bool = True
     custom_all_reduce_max_bytes: int = Field(8 << 20, ge=0)
@@ -79,7 +78,7 @@ class CommunicationDefaults(Spec):
 
 
 class EngineProfile(Spec):
-    """One engine family. ``versions`` are the version prefixes it answers for; ``evidence`` says where its terms come from."""
+    """One engine family. ``versions`` are the prefixes it answers for; ``evidence`` says where its terms come from."""
 
     name: str
     engine: str
