@@ -80,8 +80,13 @@ class Replica:
 
     # -- arrivals ---------------------------------------------------------------------------------------------
 
+    @property
+    def frontend_ns(self) -> int:
+        """How long the serial frontend takes for a request."""
+        return self._set.frontend_ns
+
     def submit(self, request: Request) -> None:
-        """Take a request in; it joins the queue after the serial frontend has handled it."""
+        """A request arrives; it joins the queue after the serial frontend has handled it."""
         request.replica = self.index
         self.unfinished += 1
         if not self._set.frontend_ns:
@@ -89,6 +94,12 @@ class Replica:
             return
         self._frontend_free = max(self._clock.now, self._frontend_free) + self._set.frontend_ns
         self._clock.at(self._frontend_free, ARRIVAL, lambda _: self._enqueue(request))
+
+    def take(self, request: Request) -> None:
+        """A request leaves the frontend at this moment and joins the queue."""
+        request.replica = self.index
+        self.unfinished += 1
+        self._enqueue(request)
 
     def _enqueue(self, request: Request) -> None:
         self.waiting.append(request)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from simpy import Event
 
 from apexsim.costs.accounting import account
@@ -118,7 +119,6 @@ class Run:
         self._response_ns = to_ns(deployment.engine.host.response_s)
         self._turnaround_ns = None if requests.concurrency is None else max(1, to_ns(requests.turnaround_s))
         self._clients = requests.concurrency
-        self._arrivals_ns = None if requests.arrival_s is None else np.rint(requests.arrival_s * NS_PER_S).astype(np.int64).tolist()
         self.request_ns = 0
         self._in_system = 0
         self._since_ns = 0
@@ -126,6 +126,7 @@ class Run:
         self._done = 0
         self._progress = progress
         self._stride = max(1, len(self.requests) // 100)
+        self._coming = [] if requests.arrival_s is None else self._open_loop(requests.arrival_s)
 
     def _replicas(self, deployment: Deployment, cost: StepCost, memory: MemoryPlan, exact_steps: bool) -> list[Replica]:
         scheduler = deployment.scheduler
@@ -151,10 +152,10 @@ class Run:
 
     def go(self) -> None:
         """Run until every request is done."""
-        if self._arrivals_ns is not None:
-            self.clock.at(self._arrivals_ns[0], ARRIVAL, self._arrive)
-        else:
+        if self._clients is not None:
             self.clock.at(0, ARRIVAL, self._start_clients)
+        elif self._coming:
+            self.clock.at(self._coming[0][0], ARRIVAL, self._arrive)
         with _no_cycle_collection():
             self.clock.run()
         if self._progress:
@@ -162,39 +163,59 @@ class Run:
 
     # -- arrivals -----------------------------------------------------------------------------------------------
 
+    def _open_loop(self, arrival_s: NDArray[np.float64]) -> list[tuple[int, Request]]:
+        """When each request is to be routed; one replica has nothing to route, and gets it from its frontend at once."""
+        frontend_ns = self.replicas[0].frontend_ns if len(self.replicas) == 1 else 0
+        free_ns, coming = 0, []
+        for request, arrival_ns in zip(self.requests, np.rint(arrival_s * NS_PER_S).astype(np.int64).tolist(), strict=True):
+            request.arrival_ns = arrival_ns
+            if not self._refused(request):
+                free_ns = max(free_ns, arrival_ns) + frontend_ns
+                coming.append((free_ns, request))
+        return coming
+
     def _arrive(self, _: Event) -> None:
         """All requests of this instant arrive, then the next arrival is awaited."""
-        assert self._arrivals_ns is not None
-        now, times = self.clock.now, self._arrivals_ns
-        while self._next < len(times) and times[self._next] == now:
-            self._send()
-        if self._next < len(times):
-            self.clock.at(times[self._next], ARRIVAL, self._arrive)
+        now, coming, replicas = self.clock.now, self._coming, self.replicas
+        while self._next < len(coming) and coming[self._next][0] == now:
+            request = coming[self._next][1]
+            self._next += 1
+            self._enter(1)
+            if len(replicas) == 1:
+                self.request_ns += now - request.arrival_ns  # the time in its frontend
+                replicas[0].take(request)
+            else:
+                self._route(request)
+        if self._next < len(coming):
+            self.clock.at(coming[self._next][0], ARRIVAL, self._arrive)
 
     def _start_clients(self, _: Event) -> None:
         assert self._clients is not None
         for _ in range(min(self._clients, len(self.requests))):
-            self._send_in_turn(_)
+            self._send()
 
-    def _send_in_turn(self, _: Event) -> None:
+    def _send(self) -> None:
         """A client of a closed loop sends the next request; one refused at the door is followed at once by another."""
-        while self._next < len(self.requests) and not self._send():
-            pass
+        while self._next < len(self.requests):
+            request = self.requests[self._next]
+            self._next += 1
+            request.arrival_ns = self.clock.now
+            if not self._refused(request):
+                self._enter(1)
+                self._route(request)
+                return
 
-    def _send(self) -> bool:
-        """Send the next request to a replica, or refuse it at the door."""
-        request = self.requests[self._next]
-        self._next += 1
-        request.arrival_ns = self.clock.now
+    def _refused(self, request: Request) -> bool:
+        """Whether the request is turned away at the door."""
         reason = self._door.refuses(request)
         if reason:
             self.recorder.reject(request, reason)
             self._count()
-            return False
-        self._enter(1)
-        chosen = self._router.choose([replica.unfinished for replica in self.replicas]) if len(self.replicas) > 1 else 0
+        return bool(reason)
+
+    def _route(self, request: Request) -> None:
+        chosen = self._router.choose([replica.unfinished for replica in self.replicas])
         self.replicas[chosen].submit(request)
-        return True
 
     def _enter(self, change: int) -> None:
         """Requests enter or leave the system."""
@@ -206,7 +227,7 @@ class Run:
         self._enter(-1)
         self._count()
         if self._turnaround_ns is not None and self._next < len(self.requests):
-            self.clock.at(self.clock.now + self._response_ns + self._turnaround_ns, ARRIVAL, self._send_in_turn)
+            self.clock.at(self.clock.now + self._response_ns + self._turnaround_ns, ARRIVAL, lambda _: self._send())
 
     def _count(self) -> None:
         self._done += 1
