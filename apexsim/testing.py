@@ -104,7 +104,10 @@ _load = cache(catalog.load)
 
 @dataclass(frozen=True)
 class Case:
-    """A small simulation: its load, its engine and its (linear) cost. Closed loop if ``concurrency`` is given."""
+    """A small simulation: its load, its engine and its (linear) cost.
+
+    Closed loop if ``concurrency`` is given. With a ``window`` the KV cache also holds layers that keep so many tokens.
+    """
 
     arrivals_ns: Sequence[int]
     lengths: Sequence[tuple[int, int]]
@@ -121,6 +124,7 @@ class Case:
     router: str = "round_robin"
     frontend_ns: int = 0
     concurrency: int | None = None
+    window: int | None = None
     step_ns: int = 1_000_000
     token_ns: int = 1_000
     context_ns: int = 100
@@ -158,7 +162,8 @@ class Case:
             frontend_ns=self.frontend_ns,
         )
         cost = LinearCost(self.step_ns, self.token_ns, self.context_ns, self.stages)
-        run = Run(deployment, self.requests(), cost=cost, memory=made_up_memory(self.blocks), exact_steps=exact_steps)
+        memory = made_up_memory(self.blocks, window=self.window)
+        run = Run(deployment, self.requests(), cost=cost, memory=memory, exact_steps=exact_steps)
         run.go()
         return run
 
@@ -196,7 +201,7 @@ def check_run(run: Run) -> None:
 
 
 def check_policy(policy: Callable[..., Any], *, cases: int = 50, seed: int = 0) -> None:
-    """Run ``cases`` random cases under ``policy``: a class of ``POLICIES`` or one's own, as ``module:Name`` finds it."""
+    """Run ``cases`` random cases under ``policy``: one of ``POLICIES``, or one's own as ``module:Name`` finds it."""
     name = f"{policy.__module__}:{policy.__qualname__}"
     for stream in np.random.SeedSequence(seed).spawn(cases):
         check_case(random_case(np.random.default_rng(stream), name))
@@ -222,6 +227,7 @@ def random_case(rng: np.random.Generator, policy: str) -> Case:
     )
 
 
-def made_up_memory(blocks: int, block_size: int = 16) -> MemoryPlan:
-    """A KV cache of that many blocks, whatever the model and device."""
-    return MemoryPlan(0.0, 0.0, 0.0, 0.0, 0.0, block_size=block_size, blocks=blocks)
+def made_up_memory(blocks: int, *, block_size: int = 16, window: int | None = None) -> MemoryPlan:
+    """A KV cache of that many blocks, whatever the model; half of its layers windowed if ``window`` is given."""
+    groups = ((1, None),) if window is None else ((1, None), (1, window))
+    return MemoryPlan(0.0, 0.0, 0.0, 0.0, 0.0, block_size=block_size, blocks=blocks, groups=groups)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from apexsim.io.deployments import DeploymentFile, resolve_deployment
 from apexsim.serving.batching import POLICIES
+from apexsim.serving.simulator import simulate
+from apexsim.specs.workload import Requests
 from apexsim.testing import Case, check_case, check_policy
 
 TICK = 500_000  # arrivals on a coarse grid of nanoseconds, so that ties with step ends are common
@@ -29,6 +33,7 @@ cases = st.builds(
     router=st.sampled_from(["least_loaded", "round_robin"]),
     frontend_ns=st.sampled_from([0, TICK]),
     concurrency=st.sampled_from([None, None, 1, 5]),
+    window=st.sampled_from([None, None, 40]),
     step_ns=st.sampled_from([TICK, TICK // 2, 700_001]),
     context_ns=st.sampled_from([0, 100]),
 )
@@ -64,3 +69,34 @@ def test_forced_ties_on_three_least_loaded_replicas() -> None:
                 concurrency=concurrency,
             )
         )
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        {"model": "llama-3.1-8b"},
+        {"model": "llama-3.1-8b", "engine": "vllm-v1-sync", "replicas": 2, "router": "least_loaded"},
+        {"model": "llama-3.1-70b", "tensor": 2, "pipeline": 2},
+        {"model": "gpt-oss-120b", "tensor": 2},
+        {"model": "gpt-oss-20b", "pipeline": 2, "engine": "sglang-0.5"},
+        {"model": "mixtral-8x7b", "tensor": 2, "engine": "trtllm-1.0"},
+        {"model": "llama-3.1-70b", "tensor": 8, "engine": "vllm-0.6"},
+    ],
+    ids=lambda file: "-".join(str(value) for value in file.values()),
+)
+def test_fitted_costs_give_the_same_records_either_way(file: dict[str, object]) -> None:
+    deployment = resolve_deployment(DeploymentFile(device="h100-sxm", **file), where="test")
+    rng = np.random.default_rng(11)
+    requests = Requests(
+        name="busy",
+        arrival_s=np.cumsum(rng.exponential(0.08, 60)),
+        prompt_tokens=rng.integers(1, 3000, 60),
+        output_tokens=rng.integers(1, 150, 60),
+    )
+    fast, exact = (simulate(deployment, requests, exact_steps=exact) for exact in (False, True))
+    pd.testing.assert_frame_equal(fast.requests, exact.requests, check_exact=True)
+    assert fast.summary()["itl_s"] == exact.summary()["itl_s"]
+    assert fast.steps["repeats"].sum() == exact.steps["repeats"].sum()
+    summaries = [{key: value for key, value in run.summary().items() if key != "timing"} for run in (fast, exact)]
+    assert summaries[0]["energy"]["total_j"] == pytest.approx(summaries[1]["energy"]["total_j"], rel=1e-9)
+    assert summaries[0]["utilization"]["kv_cache_peak"] == summaries[1]["utilization"]["kv_cache_peak"]

@@ -56,7 +56,7 @@ class Spy:
         self.policy.fill(ledger, running, waiting)
         if ledger.entries:
             self.steps.append({
-                "start_us": self.clock.now // 1000,
+                "start_us": self.clock.now_ns // 1000,
                 "request_ids": [request.index for request, _ in ledger.entries],
                 "scheduled_tokens": [tokens for _, tokens in ledger.entries],
                 "computed_before": [request.computed for request, _ in ledger.entries],

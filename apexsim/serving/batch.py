@@ -17,8 +17,9 @@ class Batch:
     """Who computes in a step and when it runs.
 
     ``marching`` cohort members get a token at its end, and so do the requests in ``samples``, one by one; ``singles``
-    are those of them who are not members. For those in ``leaving`` it is the last. ``step`` is the cohort's count when the batch was composed, ``whole`` says that none of
-    its members stood still. ``labels`` are the replica and how many requests it had running and waiting.
+    are those of them who are not members. For those in ``leaving`` it is the last. ``step`` is the cohort's count when
+    the batch was composed, ``whole`` says that none of its members stood still. ``labels`` are the replica and how many
+    requests it had running and waiting.
     """
 
     stats: BatchStats
@@ -33,7 +34,7 @@ class Batch:
     labels: tuple[int, int, int] = (0, 0, 0)
 
     def release(self, members: Sequence[Request]) -> None:
-        """The cohort dissolves while the batch is in flight: its members who march here are from now on stamped singly."""
+        """The cohort dissolves while the batch is in flight: its members here are stamped one by one from now on."""
         if self.marching:
             mine = [request for request in members if request.joined <= self.step]
             for request in mine:
@@ -42,7 +43,9 @@ class Batch:
             self.marching -= len(mine)
 
 
-def compose(ledger: Ledger, running: Sequence[Request], blocks: BlockManager, windows: Sequence[int], cohort: Cohort) -> Batch:
+def compose(
+    ledger: Ledger, running: Sequence[Request], blocks: BlockManager, windows: Sequence[int], cohort: Cohort
+) -> Batch:
     """Advance the requests of a closed ledger by their tokens and describe the step they form.
 
     A request whose known tokens are then all computed samples its next one; logits are computed for every scheduled
@@ -58,7 +61,9 @@ def compose(ledger: Ledger, running: Sequence[Request], blocks: BlockManager, wi
     singles = [request for request in ledger.decodes if _advance(request, 1, blocks)]
     if singles:
         context += sum([request.computed for request in singles])
-        attended = tuple([sum([min(r.computed, w) for r in singles]) + a for w, a in zip(windows, attended, strict=True)])
+        attended = tuple(
+            [sum([min(r.computed, w) for r in singles]) + a for w, a in zip(windows, attended, strict=True)]
+        )
     singles += [request for request, tokens in ledger.chunks if _advance(request, tokens, blocks)]
     chunks = tuple([(tokens, request.computed - tokens) for request, tokens in ledger.chunks])
     decodes += len(ledger.decodes)

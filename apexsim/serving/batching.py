@@ -100,7 +100,7 @@ class Ledger:
         return position
 
     def can_admit(self, request: Request) -> bool:
-        """Whether a waiting request finds a seat, and blocks for its whole prompt (for its whole life if so admitted)."""
+        """Whether a waiting request finds a seat, and blocks for its whole prompt (or life, under full admission)."""
         needed = self._manager.missing(request, request.total if self._full else request.known)
         return self.seats > 0 and needed <= self.blocks
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import simpy
+from simpy.events import EventPriority
 
 Action = Callable[[simpy.Event], None]
 """What happens at a time; it is given the event, as SimPy's callbacks are."""
@@ -18,7 +19,7 @@ class Alarm(simpy.Event):
     """An event that is certain to happen at its time unless silenced."""
 
     def __init__(self, clock: Clock, action: Action) -> None:
-        # As simpy.Timeout does: an event that is triggered from the start, without the cost of being made pending first.
+        # As simpy.Timeout does: triggered from the start, without the cost of being made pending first.
         self.env = clock
         self.callbacks = [action]
         self._value = None
@@ -35,8 +36,13 @@ class Clock(simpy.Environment):
     def __init__(self) -> None:
         super().__init__(initial_time=0)
 
+    @property
+    def now_ns(self) -> int:
+        """The time, in nanoseconds."""
+        return int(self._now)
+
     def at(self, time_ns: int, rank: int, action: Action) -> Alarm:
         """Call ``action`` at ``time_ns``; among equal times lower ranks go first, then the order of asking."""
         alarm = Alarm(self, action)
-        self.schedule(alarm, priority=rank, delay=time_ns - self._now)
+        self.schedule(alarm, EventPriority(rank), time_ns - self._now)
         return alarm

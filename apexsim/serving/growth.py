@@ -1,5 +1,8 @@
-"""How the KV blocks of a marching cohort grow: a member at ``base + step`` tokens crosses a block boundary whenever that
-is a multiple of the block size, so members are kept by ``-base`` modulo the block size."""
+"""How the KV blocks of a marching cohort grow.
+
+A member at ``base + step`` tokens crosses a block boundary whenever that is a multiple of the block size, so members
+are kept by ``-base`` modulo the block size.
+"""
 
 from __future__ import annotations
 

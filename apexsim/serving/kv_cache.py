@@ -11,7 +11,8 @@ class BlockManager:
     """Hands out a fixed number of KV blocks; a request holds as many as its computed tokens need.
 
     ``blocks_for(tokens)`` says how many blocks that many cached tokens take (sliding-window layers hold less); it may
-    only rise at multiples of ``block_size``, by the same number each time if ``steady``. Invariant after every call: ``free + held by all requests == total``.
+    only rise at multiples of ``block_size``, by the same number each time if ``steady``. Invariant after every call:
+    ``free`` + those of all requests + those a cohort has taken == ``total``.
     """
 
     def __init__(self, total: int, block_size: int, blocks_for: Callable[[int], int], *, steady: bool = True) -> None:

@@ -18,8 +18,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from apexsim.costs.steps import BatchStats, DecodeRun, StepCost
+from apexsim.costs.steps import BatchStats
+from apexsim.costs.timing import RunTimes, StepTimes
 from apexsim.serving.batch import Batch, march_on
 from apexsim.serving.cohort import Cohort
 from apexsim.serving.kv_cache import BlockManager
@@ -28,25 +30,36 @@ from apexsim.serving.request import Request
 from apexsim.serving.stretch import Stretch
 
 
+@dataclass(frozen=True, slots=True)
+class Outset:
+    """Where a march begins: the batches in flight and the cohort behind them, at ``start_ns``.
+
+    ``owed`` compositions (0 or 1) are due at once. ``labels`` are the replica and its counts of running and waiting
+    requests.
+    """
+
+    in_flight: Sequence[Batch]
+    cohort: Cohort
+    start_ns: int
+    owed: int
+    labels: tuple[int, int, int]
+
+
 class March(Stretch):
     """``silent`` step ends of a cohort whose step C(1) has the statistics ``stats``.
 
     At most the last of their compositions samples somebody's last token, after which one more may follow: with two
-    batches in flight those who stay are composed once more before the leavers' step ends. ``labels`` are the replica and
-    its counts of running and waiting requests.
+    batches in flight those who stay are composed once more before the leavers' step ends.
     """
 
-    def __init__(
-        self, in_flight: Sequence[Batch], cohort: Cohort, cost: StepCost, run: DecodeRun, stats: BatchStats, *,
-        start_ns: int, silent: int, owed: int, labels: tuple[int, int, int],
-    ) -> None:  # fmt: skip
+    def __init__(self, outset: Outset, cost: StepTimes, run: RunTimes, stats: BatchStats, silent: int) -> None:
         self.silent = silent
-        self._owed = owed
-        self._known = [batch.end_ns for batch in in_flight]
+        self._owed = outset.owed
+        self._known = [batch.end_ns for batch in outset.in_flight]
         self._first = len(self._known)
-        self._from_ns = self._known[-1] if self._known else start_ns
-        self._labels = labels
-        self._cohort = cohort
+        self._from_ns = self._known[-1] if self._known else outset.start_ns
+        self._labels = outset.labels
+        self._cohort = outset.cohort
         self._cost = cost
         self._run = run
         self._stats = stats
@@ -132,30 +145,25 @@ class March(Stretch):
         return batch
 
 
-def plan_march(
-    in_flight: Sequence[Batch], cohort: Cohort, cost: StepCost, blocks: BlockManager, *,
-    attended: tuple[int, ...], start_ns: int, owed: int, labels: tuple[int, int, int],
-) -> March | None:  # fmt: skip
+def plan_march(outset: Outset, cost: StepTimes, blocks: BlockManager, attended: tuple[int, ...]) -> March | None:
     """The longest stretch of a cohort that is everybody on one stage; None when there is nothing to gain or to compose.
 
-    A step end matters, and is not silent, when somebody leaves with it. ``attended`` are the contexts of C(1) within each
-    window of the model.
+    A step end matters, and is not silent, when somebody leaves with it. ``attended`` are the contexts of C(1) within
+    each window of the model.
     """
-    size, known = cohort.size, len(in_flight)
-    stats = BatchStats(size, cohort.context + size, attended, (), size)
+    cohort, in_flight, owed = outset.cohort, outset.in_flight, outset.owed
+    stats = BatchStats(cohort.size, cohort.context + cohort.size, attended, (), cohort.size)
     run = cost.decode_run(stats)
     if run is None:
         return None
-    to_leave = cohort.steps_to_leave
-    if attended or to_leave > run.limit:
-        silent = min(to_leave, run.limit) - owed
+    to_leave, limit = cohort.steps_to_leave, run.limit
+    if attended or to_leave > limit:
+        silent = min(to_leave, limit) - owed
     else:
-        silent = min(known + to_leave - 1, run.limit - owed)
+        silent = min(len(in_flight) + to_leave - 1, limit - owed)
     for position, batch in enumerate(in_flight):
         if batch.leaving and position < silent:
             silent = position
     if cohort.missing(silent + owed) > blocks.free:
         silent = bisect_right(range(1, silent + owed + 1), blocks.free, key=cohort.missing) - owed
-    if silent + owed < 1:
-        return None
-    return March(in_flight, cohort, cost, run, stats, start_ns=start_ns, silent=silent, owed=owed, labels=labels)
+    return March(outset, cost, run, stats, silent) if silent + owed > 0 else None

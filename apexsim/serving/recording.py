@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from apexsim.costs.steps import DecodeRun, run_durations
+from apexsim.costs.steps import run_durations
+from apexsim.costs.timing import RunTimes
 from apexsim.serving.batch import Batch
 from apexsim.serving.cohort import Cohort
 from apexsim.serving.request import Request
@@ -31,9 +32,11 @@ class Recorder:
         self._chunks = array("q")
         self._width = len(self.step_columns)
         self._row = self._held = 0  # where the latest row begins, and the blocks in use in its first step
-        self._next: tuple[int, int, int, int] | None = None  # replica, decodes, context and start of a step that goes on
+        self._next: tuple[int, int, int, int] | None = (
+            None  # replica, decodes, context and start of a step that goes on
+        )
         self.gaps: defaultdict[int, int] = defaultdict(int)
-        self._runs: list[tuple[DecodeRun, int, int]] = []
+        self._runs: list[tuple[RunTimes, int, int]] = []
         self.rejected: dict[int, str] = {}
 
     def step(self, batch: Batch, repeats: int, end_ns: int, held: tuple[int, int]) -> None:
@@ -87,8 +90,8 @@ class Recorder:
             cohort.last_step, cohort.last_end_ns = batch.step, end_ns
         self.step(batch, 1, end_ns, (held, held))
 
-    def run(self, run: DecodeRun, steps: int, sequences: int) -> None:
-        """Note that steps 2 ... ``steps`` of a run gave ``sequences`` requests a token each; the first is in ``gaps``."""
+    def run(self, run: RunTimes, steps: int, sequences: int) -> None:
+        """Steps 2 ... ``steps`` of a run gave ``sequences`` requests a token each; the first is in ``gaps``."""
         if steps > 1:
             self._runs.append((run, steps, sequences))
 
@@ -116,7 +119,10 @@ class Recorder:
         """One row a request; times in seconds as the client sees them, NaN where a thing never happened."""
         finished = [request.known == request.total and not request.pending for request in requests]
         reasons = [self.rejected.get(request.index, "") for request in requests]
-        status = ["rejected" if why else "finished" if done else "unfinished" for done, why in zip(finished, reasons, strict=True)]
+        status = [
+            "rejected" if why else "finished" if done else "unfinished"
+            for done, why in zip(finished, reasons, strict=True)
+        ]
         return {
             "request": np.array([request.index for request in requests], dtype=np.int64),
             "replica": np.array([np.nan if r.replica is None else r.replica for r in requests], dtype=np.float64),
@@ -133,7 +139,11 @@ class Recorder:
 
 
 def _columns(flat: array[int], names: Sequence[str]) -> dict[str, NDArray[np.int64]]:
-    table = np.frombuffer(flat, dtype=np.int64).reshape(-1, len(names)) if len(flat) else np.empty((0, len(names)), np.int64)
+    table = (
+        np.frombuffer(flat, dtype=np.int64).reshape(-1, len(names))
+        if len(flat)
+        else np.empty((0, len(names)), np.int64)
+    )
     return {name: table[:, column].copy() for column, name in enumerate(names)}
 
 

@@ -9,13 +9,13 @@ from itertools import takewhile
 
 from simpy import Event
 
-from apexsim.costs.steps import StepCost
+from apexsim.costs.timing import StepTimes
 from apexsim.serving.batch import Batch, compose, march_on
 from apexsim.serving.batching import BatchPolicy, Ledger
 from apexsim.serving.clock import ARRIVAL, Alarm, Clock
 from apexsim.serving.cohort import Cohort
 from apexsim.serving.kv_cache import BlockManager
-from apexsim.serving.march import plan_march
+from apexsim.serving.march import Outset, plan_march
 from apexsim.serving.recording import Recorder
 from apexsim.serving.request import Request
 from apexsim.serving.rotation import plan_rotation
@@ -27,7 +27,7 @@ from apexsim.specs.engine import SchedulerDefaults
 class ReplicaSettings:
     """What every replica of a pool shares. ``windows`` are the model's attention windows, ascending."""
 
-    cost: StepCost
+    cost: StepTimes
     scheduler: SchedulerDefaults
     policy: BatchPolicy
     windows: tuple[int, ...]
@@ -36,7 +36,7 @@ class ReplicaSettings:
 
     @property
     def lookahead(self) -> int:
-        """Sampled tokens that may be in flight when a request is scheduled again; a pipeline hides the host by itself."""
+        """Sampled tokens in flight with which a request is scheduled again; a pipeline hides the host by itself."""
         return self.scheduler.lookahead_steps if self.cost.stages == 1 else 0
 
 
@@ -92,7 +92,7 @@ class Replica:
         if not self._set.frontend_ns:
             self._enqueue(request)
             return
-        self._frontend_free = max(self._clock.now, self._frontend_free) + self._set.frontend_ns
+        self._frontend_free = max(self._clock.now_ns, self._frontend_free) + self._set.frontend_ns
         self._clock.at(self._frontend_free, ARRIVAL, lambda _: self._enqueue(request))
 
     def take(self, request: Request) -> None:
@@ -106,7 +106,7 @@ class Replica:
         if self._stretch is not None:
             self._cut(self._stretch)
         elif not self._in_flight and self._alarm is None:
-            self._alarm = self._clock.at(self._clock.now, 1 + self.index, self._wake)
+            self._alarm = self._clock.at(self._clock.now_ns, 1 + self.index, self._wake)
 
     # -- the step ---------------------------------------------------------------------------------------------
 
@@ -152,7 +152,7 @@ class Replica:
                 break
 
     def _only_march(self) -> bool:
-        """With nobody waiting and every running request a member whose next token fits, no policy has anything to decide."""
+        """With an empty queue and all running requests members whose next token fits, there is nothing to decide."""
         if self.waiting or self._dissolved:
             return False
         if self._fresh:
@@ -231,16 +231,14 @@ class Replica:
             self.running.append(self.waiting.popleft())
             self._blocks.grow(request, ledger.held_after(request, tokens))
             if request.scheduled_ns is None:
-                request.scheduled_ns = self._clock.now
+                request.scheduled_ns = self._clock.now_ns
 
     def _launch(self, batch: Batch) -> None:
         """Send a batch through the stages: it enters one when that is free and the stage before has passed it on."""
         free = self._stage_free
-        batch.start_ns = time_ns = max(self._clock.now, free[0])
+        batch.start_ns = time_ns = max(self._clock.now_ns, free[0])
         for stage, duration_ns in enumerate(self._set.cost.stage_ns(batch.stats)):
-            if free[stage] > time_ns:
-                time_ns = free[stage]
-            time_ns = free[stage] = time_ns + duration_ns
+            time_ns = free[stage] = max(time_ns, free[stage]) + duration_ns
         batch.end_ns = time_ns
         if batch.leaving:
             self._see_off(batch.leaving)
@@ -258,7 +256,7 @@ class Replica:
 
     def check_idle(self) -> None:
         """Assert that nothing is left behind once every request is done."""
-        assert not (self._in_flight or self.running or self.waiting or self.unfinished or self._leaving)
+        assert not any((self._in_flight, self.running, self.waiting, self.unfinished, self._leaving))
         assert self._blocks.free == self._blocks.total, f"{self._blocks.held} blocks were never given back"
 
     # -- taking many steps at once ----------------------------------------------------------------------------
@@ -289,21 +287,15 @@ class Replica:
 
     def _plan_march(self, *, owed: int) -> Stretch | None:
         windows = self._set.windows
-        attended = tuple([self._cohort.attended(self.running, window, ahead=1) for window in windows]) if windows else ()
-        return plan_march(
-            self._in_flight,
-            self._cohort,
-            self._set.cost,
-            self._blocks,
-            attended=attended,
-            start_ns=self._clock.now,
-            owed=owed,
-            labels=self._labels(),
+        attended = (
+            tuple([self._cohort.attended(self.running, window, ahead=1) for window in windows]) if windows else ()
         )
+        outset = Outset(self._in_flight, self._cohort, self._clock.now_ns, owed, self._labels())
+        return plan_march(outset, self._set.cost, self._blocks, attended)
 
     def _cut(self, stretch: Stretch) -> None:
         """Something arrived: the step in flight is the last that passes unseen."""
-        if stretch.cut(self._clock.now):
+        if stretch.cut(self._clock.now_ns):
             assert self._alarm is not None
             self._alarm.silence()
             self._alarm = self._clock.at(stretch.next_end_ns, 1 + self.index, self._end_step)

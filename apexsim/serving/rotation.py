@@ -5,11 +5,9 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
+from itertools import pairwise
 
-import numpy as np
-from numpy.typing import NDArray
-
-from apexsim.costs.steps import DecodeRun, StepCost
+from apexsim.costs.timing import RunTimes, StepTimes
 from apexsim.serving.batch import Batch
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.recording import Recorder
@@ -23,7 +21,9 @@ LONGEST = 256
 class Rotation(Stretch):
     """``silent`` step ends of a pipeline: each group of decoding requests is composed again when its step ends."""
 
-    def __init__(self, in_flight: Sequence[Batch], stage_free: Sequence[int], runs: Sequence[DecodeRun], silent: int) -> None:
+    def __init__(
+        self, in_flight: Sequence[Batch], stage_free: Sequence[int], runs: Sequence[RunTimes], silent: int
+    ) -> None:
         self.silent = silent
         self._batches = tuple(in_flight)
         self._starts = [batch.start_ns for batch in in_flight]
@@ -32,7 +32,7 @@ class Rotation(Stretch):
         self._compose(runs, list(stage_free))
         self.next_end_ns = self.end_ns(silent + 1)
 
-    def _compose(self, runs: Sequence[DecodeRun], free: list[int]) -> None:
+    def _compose(self, runs: Sequence[RunTimes], free: list[int]) -> None:
         """Start and end of every step to come, in order of their ends, and when each of its stages ended."""
         groups = len(self._batches)
         durations = [run.stages_ns(1, self.silent // groups + 1) for run in runs]
@@ -62,7 +62,7 @@ class Rotation(Stretch):
         stage_free[:] = self._passed_on[silent - 1]
         for position, batch in enumerate(self._batches[:silent]):
             times = ends[position:silent:groups]
-            _pass(batch, (times[0], times[-1]), np.diff(np.array(times, dtype=np.int64)), recorder, blocks)
+            _pass(batch, times, recorder, blocks)
             batch.stats = batch.stats.grown(len(times))
             latest = position + len(times) * groups
             batch.start_ns, batch.end_ns = starts[latest], ends[latest]
@@ -72,12 +72,9 @@ class Rotation(Stretch):
         return latest_batch.leaving
 
 
-def _pass(
-    batch: Batch, ends_ns: tuple[int, int], gaps_ns: NDArray[np.int64], recorder: Recorder, blocks: BlockManager
-) -> None:
-    """Let steps of a decode batch end, the first and last at ``ends_ns``, each followed by its composition anew."""
-    held, steps = blocks.held, len(gaps_ns) + 1
-    first_ns, last_ns = ends_ns
+def _pass(batch: Batch, ends_ns: Sequence[int], recorder: Recorder, blocks: BlockManager) -> None:
+    """Let steps of a decode batch end, each followed by its composition anew."""
+    held, steps, first_ns, last_ns = blocks.held, len(ends_ns), ends_ns[0], ends_ns[-1]
     for request in batch.samples:
         assert request.last_token_ns is not None, "planned only once everybody has a token"
         recorder.gaps[first_ns - request.last_token_ns] += 1
@@ -85,13 +82,17 @@ def _pass(
         request.known += steps
         request.computed += steps
         blocks.grow(request, request.computed)
-    for gap_ns in gaps_ns.tolist():
-        recorder.gaps[gap_ns] += len(batch.samples)
+    for before_ns, end_ns in pairwise(ends_ns):
+        recorder.gaps[end_ns - before_ns] += len(batch.samples)
     recorder.step(batch, steps, last_ns, (held, blocks.held))
 
 
 def plan_rotation(
-    in_flight: Sequence[Batch], running: Sequence[Request], stage_free: Sequence[int], cost: StepCost, blocks: BlockManager
+    in_flight: Sequence[Batch],
+    running: Sequence[Request],
+    stage_free: Sequence[int],
+    cost: StepTimes,
+    blocks: BlockManager,
 ) -> Rotation | None:
     """The longest stretch of a pipeline whose batches together decode all running requests; None if there is none."""
     groups = [batch.samples for batch in in_flight]
@@ -106,8 +107,8 @@ def plan_rotation(
     return Rotation(in_flight, stage_free, runs, silent) if silent > 0 else None
 
 
-def _silent_ends(groups: Sequence[Sequence[Request]], runs: Sequence[DecodeRun], blocks: BlockManager) -> int:
-    """How many step ends may pass unseen: group ``q`` of ``G`` is composed anew at ends q + 1, q + 1 + G, q + 1 + 2G ...
+def _silent_ends(groups: Sequence[Sequence[Request]], runs: Sequence[RunTimes], blocks: BlockManager) -> int:
+    """How many step ends may pass unseen: group ``q`` of ``G`` is composed anew at ends q + 1, q + 1 + G, ...
 
     The composition that samples a request's last token is the last one, and no composition may find too few blocks.
     """

@@ -15,7 +15,8 @@ from simpy import Event
 
 from apexsim.costs.accounting import account
 from apexsim.costs.memory import MemoryPlan, plan_memory
-from apexsim.costs.steps import StepCost, build_step_cost
+from apexsim.costs.steps import build_step_cost
+from apexsim.costs.timing import StepTimes
 from apexsim.errors import BadInput, nearest
 from apexsim.results import SimulationResult
 from apexsim.serving.batching import POLICIES
@@ -100,7 +101,7 @@ class Run:
         deployment: Deployment,
         requests: Requests,
         *,
-        cost: StepCost,
+        cost: StepTimes,
         memory: MemoryPlan,
         exact_steps: bool = False,
         progress: Progress | None = None,
@@ -128,7 +129,9 @@ class Run:
         self._stride = max(1, len(self.requests) // 100)
         self._coming = [] if requests.arrival_s is None else self._open_loop(requests.arrival_s)
 
-    def _replicas(self, deployment: Deployment, cost: StepCost, memory: MemoryPlan, exact_steps: bool) -> list[Replica]:
+    def _replicas(
+        self, deployment: Deployment, cost: StepTimes, memory: MemoryPlan, exact_steps: bool
+    ) -> list[Replica]:
         scheduler = deployment.scheduler
         settings = ReplicaSettings(
             cost=cost,
@@ -164,10 +167,12 @@ class Run:
     # -- arrivals -----------------------------------------------------------------------------------------------
 
     def _open_loop(self, arrival_s: NDArray[np.float64]) -> list[tuple[int, Request]]:
-        """When each request is to be routed; one replica has nothing to route, and gets it from its frontend at once."""
+        """When each request is to be routed; with one replica and so nothing to route, when its frontend is done."""
         frontend_ns = self.replicas[0].frontend_ns if len(self.replicas) == 1 else 0
         free_ns, coming = 0, []
-        for request, arrival_ns in zip(self.requests, np.rint(arrival_s * NS_PER_S).astype(np.int64).tolist(), strict=True):
+        for request, arrival_ns in zip(
+            self.requests, np.rint(arrival_s * NS_PER_S).astype(np.int64).tolist(), strict=True
+        ):
             request.arrival_ns = arrival_ns
             if not self._refused(request):
                 free_ns = max(free_ns, arrival_ns) + frontend_ns
@@ -176,7 +181,7 @@ class Run:
 
     def _arrive(self, _: Event) -> None:
         """All requests of this instant arrive, then the next arrival is awaited."""
-        now, coming, replicas = self.clock.now, self._coming, self.replicas
+        now, coming, replicas = self.clock.now_ns, self._coming, self.replicas
         while self._next < len(coming) and coming[self._next][0] == now:
             request = coming[self._next][1]
             self._next += 1
@@ -191,7 +196,7 @@ class Run:
 
     def _start_clients(self, _: Event) -> None:
         assert self._clients is not None
-        for _ in range(min(self._clients, len(self.requests))):
+        for _client in range(min(self._clients, len(self.requests))):
             self._send()
 
     def _send(self) -> None:
@@ -199,7 +204,7 @@ class Run:
         while self._next < len(self.requests):
             request = self.requests[self._next]
             self._next += 1
-            request.arrival_ns = self.clock.now
+            request.arrival_ns = self.clock.now_ns
             if not self._refused(request):
                 self._enter(1)
                 self._route(request)
@@ -219,15 +224,15 @@ class Run:
 
     def _enter(self, change: int) -> None:
         """Requests enter or leave the system."""
-        self.request_ns += self._in_system * (self.clock.now - self._since_ns)
+        self.request_ns += self._in_system * (self.clock.now_ns - self._since_ns)
         self._in_system += change
-        self._since_ns = self.clock.now
+        self._since_ns = self.clock.now_ns
 
     def _finished(self, request: Request) -> None:
         self._enter(-1)
         self._count()
         if self._turnaround_ns is not None and self._next < len(self.requests):
-            self.clock.at(self.clock.now + self._response_ns + self._turnaround_ns, ARRIVAL, lambda _: self._send())
+            self.clock.at(self.clock.now_ns + self._response_ns + self._turnaround_ns, ARRIVAL, lambda _: self._send())
 
     def _count(self) -> None:
         self._done += 1
@@ -261,7 +266,8 @@ class Door:
         if request.total > self._context_limit:
             return f"{request.total} tokens of prompt and output exceed the context limit of {self._context_limit}"
         if self._prompt_limit is not None and request.prompt_tokens > self._prompt_limit:
-            return f"a prompt of {request.prompt_tokens} tokens exceeds the budget of {self._prompt_limit} tokens a step, and prompts are not chunked"
+            limit = f"the budget of {self._prompt_limit} tokens a step"
+            return f"a prompt of {request.prompt_tokens} tokens exceeds {limit}, and prompts are not chunked"
         needed = self._memory.blocks_for(request.total)
         if needed > self._memory.blocks:
             return f"{request.total} tokens need {needed} KV blocks, a replica has {self._memory.blocks}"
