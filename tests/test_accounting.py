@@ -56,7 +56,18 @@ def decode(batch: int, context: int) -> BatchStats:
 
 
 MIXED = BatchStats(30, 30 * 800, (), ((500, 0), (200, 1000)), 32)
-STEPS = [(decode(8, 600), 1), (MIXED, 1), (decode(32, 801), 50), (decode(256, 100), 3)]
+MANY = BatchStats(0, 0, (), tuple((20 + 7 * i, 50 * (i % 3)) for i in range(40)), 40)
+CROWDED = MANY._replace(decodes=5, context=5 * 300, survivors=45)
+ALONE = BatchStats(0, 0, (), ((700, 300),), 1)
+STEPS = [
+    (decode(8, 600), 1),
+    (MIXED, 1),
+    (MANY, 1),
+    (CROWDED, 1),
+    (ALONE, 1),
+    (decode(32, 801), 50),
+    (decode(256, 100), 3),
+]
 
 
 def singly(steps: list[tuple[BatchStats, int]]) -> list[BatchStats]:
@@ -72,11 +83,17 @@ def test_device_seconds_are_the_steps_own_times(plan: Plan, host: HostTerms) -> 
     assert sum(accounted(cost, STEPS).seconds.values()) == pytest.approx(spent, rel=1e-4)
 
 
+@pytest.mark.parametrize("step", [MIXED, MANY, CROWDED, ALONE])
+def test_seconds_of_one_step_with_chunks(step: BatchStats) -> None:
+    cost = cost_of("llama-3.1-8b")
+    assert sum(accounted(cost, [(step, 1)]).seconds.values()) == pytest.approx(cost.stage_ns(step)[0] * 1e-9, rel=1e-5)
+
+
 def test_windowed_models_too() -> None:
     cost = cost_of("gpt-oss-20b")
     full, open_ = BatchStats(4, 4 * 900, (4 * 128,), (), 4), BatchStats(2, 2 * 50, (2 * 50,), (), 2)
     mixed = BatchStats(2, 700 + 60, (128 + 60,), ((300, 200),), 3)
-    steps = [(full, 40), (open_, 20), (mixed, 1)]
+    steps = [(full, 40), (open_, 20), (mixed, 1), (MANY._replace(window_contexts=(0,)), 1)]
     spent = sum(sum(cost.stage_ns(stats)) for stats in singly(steps)) * 1e-9
     assert sum(accounted(cost, steps, (128,)).seconds.values()) == pytest.approx(spent, rel=1e-4)
 

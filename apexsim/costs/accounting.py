@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from apexsim.costs.forms.hardware import COMPUTE_DTYPE, Array
 from apexsim.costs.forms.prefill import causal_pairs
 from apexsim.costs.operators import Attention, Collective, Experts, Gemm, RowOperator
-from apexsim.costs.steps import StepCost, layers_of
+from apexsim.costs.steps import StepCost
 from apexsim.specs.device import PowerModel
 from apexsim.units import NS_PER_S
 
@@ -109,14 +109,15 @@ def account(cost: StepCost, steps: Columns, chunks: Columns) -> Accounting:
     """
     tally = _Tally(cost.tables.costs.profile.power)
     first_s = _add_rows(tally, cost, steps)
+    chunks_of_step = np.bincount(chunks["step"], minlength=len(first_s))
+    launches = np.where(steps["decodes"] > 0, 0.0, 1.0 / np.maximum(chunks_of_step, 1))[chunks["step"]]
     for attention in cost.attentions:
-        layers = layers_of(cost.lowered, attention)
+        layers = cost.lowered.layers_of(attention)
         runs = float(sum(layers) * cost.lowered.tensor)
         first_s += layers[0] * _add_decodes(tally, cost, attention, steps, runs) / np.maximum(steps["repeats"], 1)
-        chunk_s = _add_chunks(tally, cost, attention, chunks, runs)
+        chunk_s = _add_chunks(tally, cost, attention, chunks, (launches, runs))
         first_s += layers[0] * np.bincount(chunks["step"], weights=chunk_s, minlength=len(first_s))
-    sequences = steps["decodes"] + np.bincount(chunks["step"], minlength=len(first_s))
-    _add_host(tally, cost, _host_s(cost, sequences, first_s), steps["repeats"])
+    _add_host(tally, cost, _host_s(cost, steps["decodes"] + chunks_of_step, first_s), steps["repeats"])
     return Accounting(dict(tally.energy_j), tally.flops, tally.bytes_moved, dict(tally.seconds))
 
 
@@ -189,10 +190,18 @@ def _add_decodes(tally: _Tally, cost: StepCost, attention: Attention, steps: Col
     return seconds
 
 
-def _add_chunks(tally: _Tally, cost: StepCost, attention: Attention, chunks: Columns, runs: float) -> Array:
-    """Add chunk attention; returns the seconds of one layer for every chunk."""
+def _add_chunks(
+    tally: _Tally, cost: StepCost, attention: Attention, chunks: Columns, counted: tuple[Array, float]
+) -> Array:
+    """Add chunk attention; returns the seconds of one layer for every chunk.
+
+    ``counted`` is each chunk's part in the launch of its step's kernel (chunks share one, which is part of decode
+    attention where there are decodes), and how often each chunk runs.
+    """
     shape, tokens, history = attention.shape, chunks["tokens"], chunks["history"]
-    seconds = cost.tables.costs.prefill_attention_s(tokens, history, shape)
+    launches, runs = counted
+    fitted = cost.tables.costs.prefill_attention(shape)
+    seconds = fitted.many(tokens, history, launch=False) + launches * fitted.launch_s
     keys = tokens + (history if shape.window is None else np.minimum(history, shape.window))
     pairs = causal_pairs(tokens, history, shape.window)
     moved = attention.bytes_moved(_floats(tokens), _floats(keys))

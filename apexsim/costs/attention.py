@@ -38,9 +38,12 @@ class PrefillCost:
     """Cost of one chunk under one attention shape: ``cost(chunk, history)`` in floats, ``many`` over arrays.
 
     Both run the same form and interpolate the same one-dimensional residual, cut from the grid at this shape's heads.
+    ``launch_s`` of it are paid once by a kernel whatever it works on; chunks that share a kernel are asked for without
+    (``launch=False``), and still cost at least the roofline.
     """
 
     def __init__(self, op: FittedOperator, heads: Heads, hw: Hardware) -> None:
+        self.launch_s = op.coefficients["launch_s"]
         self._bound = prefill.bind(heads, op.coefficients, hw)
         self._residual: Curve = ([0.0], [0.0])
         if op.residual:
@@ -48,18 +51,19 @@ class PrefillCost:
             line = LogGrid.of(op.residual).along_last(others)
             self._residual = (line.axes[0].tolist(), line.values.tolist())
 
-    def __call__(self, chunk: float, history: float) -> float:
+    def __call__(self, chunk: float, history: float, *, launch: bool = True) -> float:
         """Seconds of a chunk of ``chunk`` >= 1 tokens behind ``history``: plain floats, a few microseconds."""
         seconds, least = prefill.prefill_s(prefill.Chunks(chunk, history), self._bound, SCALAR)
         seconds = seconds * math.exp(interpolate(math.log(chunk), self._residual))
-        return float(max(seconds, least))
+        return float(max(seconds if launch else seconds - self.launch_s, least))
 
-    def many(self, chunk: Any, history: Any) -> Array:
+    def many(self, chunk: Any, history: Any, *, launch: bool = True) -> Array:
         """The same over arrays of at least one token; zero where a chunk is empty."""
         tokens, past = np.broadcast_arrays(np.asarray(chunk, dtype=float), np.asarray(history, dtype=float))
         some = np.maximum(tokens, 1.0)
         seconds, least = prefill.prefill_s(prefill.Chunks(some, past), self._bound)
         seconds = seconds * np.exp(np.interp(np.log(some), *self._residual))
+        seconds = seconds if launch else seconds - self.launch_s
         return np.asarray(np.where(tokens > 0, np.maximum(seconds, least), 0.0))
 
 

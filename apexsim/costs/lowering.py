@@ -69,6 +69,16 @@ class Lowered:
     blocks: tuple[Block, ...]
     stages: tuple[StageLayers, ...]
 
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """Kinds of attention of the model: full first, then by window."""
+        found = {block.attention for block in self.blocks}
+        return tuple(sorted(found, key=lambda attention: attention.shape.window or 0))
+
+    def layers_of(self, attention: Attention) -> tuple[int, ...]:
+        """Layers that run this kind of attention, stage by stage."""
+        return tuple(sum(n for block, n in stage.blocks if block.attention == attention) for stage in self.stages)
+
 
 def lower(deployment: Deployment, pool: Pool) -> Lowered:
     """Lower a deployment's model onto a pool's plan; raises InfeasiblePlan where the plan is not lawful."""

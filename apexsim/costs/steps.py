@@ -8,20 +8,19 @@ once, when its table is filled, so single steps and runs of steps add up the sam
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from apexsim.costs.lowering import Lowered, lower
-from apexsim.costs.operators import Attention, Collective, RowOperator
-from apexsim.costs.tables import BLOCK, OperatorTables, PrefixTable, tables_for, to_ns_array
+from apexsim.costs.operators import Collective
+from apexsim.costs.tables import OperatorTables, PrefixTable, RowTable, tables_for
 from apexsim.specs.deployment import Deployment, Pool
 from apexsim.specs.engine import EngineProfile
 from apexsim.units import to_ns
 
-Counted = Iterable[tuple[RowOperator, int]]
 Nanoseconds = Sequence[int]
 Layers = tuple[tuple[int, ...], ...]
 
@@ -83,7 +82,13 @@ def _stage_ns(fixed: Nanoseconds, floor: int, layers: Layers, spent: Sequence[in
 
 
 class StepCost:
-    """Cost of the steps of one pool's replicas. ``stages`` is the pipeline degree."""
+    """Cost of the steps of one pool's replicas. ``stages`` is the pipeline degree.
+
+    Attention of a layer is one launch however many sequences a step holds: engines pack them into one kernel of
+    variable lengths, behind one that writes the KV cache. (FlashAttention-3 in vLLM V1 takes chunks and decodes alike.)
+    So of the launch that a chunk's fitted cost contains, chunks of a step pay one in all, and none beside decodes,
+    whose cost contains it. A chunk alone costs what was fitted, and no chunk less than the roofline.
+    """
 
     def __init__(self, lowered: Lowered, tables: OperatorTables, engine: EngineProfile, *, max_context: int) -> None:
         """``max_context`` (tokens) bounds how far a run of decode steps looks ahead."""
@@ -92,15 +97,16 @@ class StepCost:
         self.engine = engine
         self.stages = len(lowered.stages)
         self.max_context = max_context
-        self.attentions = distinct_attentions(lowered)
+        self.attentions = lowered.attentions
         self._windows = tuple(a.shape.window for a in self.attentions if a.shape.window is not None)
         self._full = len(self._windows) < len(self.attentions)
-        self._layers = tuple(layers_of(lowered, attention) for attention in self.attentions)
+        self._layers = tuple(lowered.layers_of(attention) for attention in self.attentions)
         self._plain = self.stages == 1 and self._full and not self._windows
         self._plain_layers = self._layers[0][0]
         self._chunks = tuple(tables.chunks(attention) for attention in self.attentions)
-        self._dense: dict[int, tuple[int, ...]] = {}
-        self._heads: dict[int, int] = {0: 0}
+        self._launches = [known.launch_ns for known in self._chunks]
+        self._dense = RowTable(tables, [stage.row_operators() for stage in lowered.stages])
+        self._heads = RowTable(tables, [[(op, 1) for op in lowered.stages[-1].head]])
         self._rows: dict[int, _Row] = {}
         host = engine.host
         self._overlapped = host.overlapped
@@ -115,7 +121,7 @@ class StepCost:
         """
         decodes, context, _, chunks, survivors = stats
         if chunks or survivors != decodes:
-            return self._mixed_ns(stats)
+            return self._plain_mixed_ns(stats) if self._plain else self._mixed_ns(stats)
         row = self._rows.get(decodes) or self._new_row(decodes)
         if not self._plain:
             return row.stage_ns(self._attended(stats))
@@ -174,21 +180,36 @@ class StepCost:
         """A step with chunks: its parts added up, chunk by chunk."""
         decodes, _, _, chunks, survivors = stats
         tokens = decodes + sum([chunk_tokens for chunk_tokens, _ in chunks])
-        spent = [0] * len(self.attentions)
+        spent = self._launches
         if decodes:
             row = self._rows.get(decodes) or self._new_row(decodes)
-            spent = [table.at(mean) for table, mean in zip(row.tables, self._attended(stats))]  # noqa: B905 - a hot path
-        for kind, known in enumerate(self._chunks):
-            for chunk in chunks:
-                spent[kind] += known[chunk]
+            spent = [table.at(mean) for table, mean in zip(row.tables, self._attended(stats), strict=True)]
+        spent = [ns + sum([known[chunk] for chunk in chunks]) for ns, known in zip(spent, self._chunks, strict=True)]
         fixed, floor = self._fixed_ns(tokens, survivors, decodes + len(chunks))
         return _stage_ns(fixed, floor, self._layers, spent)
 
-    def _fixed_ns(self, tokens: int, survivors: int, sequences: int) -> tuple[Nanoseconds, int]:
+    def _plain_mixed_ns(self, stats: BatchStats) -> tuple[int]:
+        """The same where one stage runs one kind of attention: plain sums, for speed."""
+        decodes, context, _, chunks, survivors = stats
+        known = self._chunks[0]
+        tokens = decodes
+        attention = 0 if decodes else known.launch_ns
+        for chunk in chunks:
+            tokens += chunk[0]
+            attention += known[chunk]
+        if decodes:
+            row = self._rows.get(decodes) or self._new_row(decodes)
+            attention += row.tables[0].at(context // decodes)
+        device = self._dense[tokens][0] + self._heads[survivors][0] + self._plain_layers * attention
+        host = self._host_step + self._host_sequence * (decodes + len(chunks))
+        if not self._overlapped:
+            return (device + host + self._exposed,)
+        return ((device if device > host else host) + self._exposed,)
+
+    def _fixed_ns(self, tokens: int, survivors: int, sequences: int) -> tuple[list[int], int]:
         """Nanoseconds of every stage that do not depend on context, and the floor of stage 0."""
-        fixed = list(self._dense.get(tokens) or self._new_dense(tokens))
-        head = self._heads.get(survivors)
-        fixed[-1] += self._new_head(survivors) if head is None else head
+        fixed = list(self._dense[tokens])
+        fixed[-1] += self._heads[survivors][0]
         fixed[0] += self._exposed
         host = self._host_step + self._host_sequence * sequences
         if self._overlapped:
@@ -196,35 +217,11 @@ class StepCost:
         fixed[0] += host
         return fixed, 0
 
-    # -- filling ----------------------------------------------------------------------------------------------
-
     def _new_row(self, decodes: int) -> _Row:
         fixed, floor = self._fixed_ns(decodes, decodes, decodes)
         tables = tuple(self.tables.decode(attention, decodes) for attention in self.attentions)
         row = self._rows[decodes] = _Row(tuple(fixed), floor, self._layers, tables)
         return row
-
-    def _new_dense(self, tokens: int) -> tuple[int, ...]:
-        block = (tokens - 1) // BLOCK
-        columns = [self._block_ns(stage.row_operators(), block) for stage in self.lowered.stages]
-        first = block * BLOCK + 1
-        self._dense.update(zip(range(first, first + BLOCK), zip(*columns, strict=True), strict=True))
-        return self._dense[tokens]
-
-    def _new_head(self, survivors: int) -> int:
-        block = (survivors - 1) // BLOCK
-        nanoseconds = self._block_ns([(op, 1) for op in self.lowered.stages[-1].head], block)
-        first = block * BLOCK + 1
-        self._heads.update(zip(range(first, first + BLOCK), nanoseconds, strict=True))
-        return self._heads[survivors]
-
-    def _block_ns(self, operators: Counted, block: int) -> list[int]:
-        """Nanoseconds of operators and how often each runs, at every row count of a block."""
-        seconds = np.zeros(BLOCK)
-        for operator, count in operators:
-            seconds += count * self.tables.block_s(operator, block)
-        nanoseconds: list[int] = to_ns_array(seconds).tolist()
-        return nanoseconds
 
 
 class DecodeRun:
@@ -262,7 +259,8 @@ class DecodeRun:
     def stages_ns(self, first: int, count: int) -> list[list[int]]:
         """``stage_ns`` of ``count`` steps from step ``first`` on, computed together."""
         total = np.tile(np.array(self._row.fixed, dtype=np.int64), (count, 1))
-        for table, layers, mean, moves in zip(self._row.tables, self._row.layers, self._means, self._moving, strict=True):
+        row = self._row
+        for table, layers, mean, moves in zip(row.tables, row.layers, self._means, self._moving, strict=True):
             if moves:
                 table.between(mean + first, mean + first + count)
                 prefix = np.frombuffer(table.prefix[mean + first : mean + first + count + 1], dtype=np.int64)
@@ -398,14 +396,3 @@ def fitted_operators(lowered: Lowered) -> set[tuple[str, str]]:
     attentions = [block.attention for block in lowered.blocks]
     wanted = {(op.kind, op.key) for op in [*rows, *(op.library for op in rows if isinstance(op, Collective))]}
     return wanted | {(kind, a.key) for a in attentions for kind in ("prefill_attention", "decode_attention")}
-
-
-def distinct_attentions(lowered: Lowered) -> tuple[Attention, ...]:
-    """Kinds of attention of a model: full first, then by window."""
-    found = {block.attention for block in lowered.blocks}
-    return tuple(sorted(found, key=lambda attention: attention.shape.window or 0))
-
-
-def layers_of(lowered: Lowered, attention: Attention) -> tuple[int, ...]:
-    """Layers that run this kind of attention, stage by stage."""
-    return tuple(sum(n for block, n in stage.blocks if block.attention == attention) for stage in lowered.stages)

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from apexsim.costs.attention import PrefillCost
 from apexsim.costs.fitted import OperatorCosts
 from apexsim.costs.forms.hardware import Array
 from apexsim.costs.operators import Attention, RowOperator
 from apexsim.specs.device import DeviceProfile
-from apexsim.units import NS_PER_S
+from apexsim.units import NS_PER_S, to_ns
+
+Counted = Sequence[tuple[RowOperator, int]]
 
 BLOCK = 64
 FIRST_CONTEXTS = 1024
@@ -77,18 +80,45 @@ class PrefixTable:
 
 
 class ChunkTable(dict[tuple[int, int], int]):
-    """Chunk attention of one layer: (tokens, history) to nanoseconds, worked out when first asked for."""
+    """Chunk attention of one layer: (tokens, history) to nanoseconds, worked out when first asked for.
 
-    def __init__(self, seconds: Callable[[float, float], float]) -> None:
-        """``seconds`` answers for one chunk in plain floats."""
+    Without the launch of the kernel: a step pays ``launch_ns`` once, or not at all (see ``StepCost``).
+    """
+
+    def __init__(self, cost: PrefillCost) -> None:
         super().__init__()
-        self._seconds = seconds
+        self._cost = cost
+        self.launch_ns = to_ns(cost.launch_s)
 
     def __missing__(self, chunk: tuple[int, int]) -> int:
         if len(self) >= MAX_CHUNKS:
             self.clear()
-        found = self[chunk] = round(self._seconds(*chunk) * NS_PER_S)
+        found = self[chunk] = to_ns(self._cost(*chunk, launch=False))
         return found
+
+
+class RowTable(dict[int, tuple[int, ...]]):
+    """Operators that cost by rows, added up: row count to nanoseconds on every stage, filled in blocks of 64 counts."""
+
+    def __init__(self, tables: OperatorTables, stages: Sequence[Counted]) -> None:
+        """``stages`` are the operators of each stage, with how often each runs in a step."""
+        super().__init__({0: (0,) * len(stages)})
+        self._tables = tables
+        self._stages = stages
+
+    def __missing__(self, rows: int) -> tuple[int, ...]:
+        block = (rows - 1) // BLOCK
+        columns = [self._block_ns(operators, block) for operators in self._stages]
+        first = block * BLOCK + 1
+        self.update(zip(range(first, first + BLOCK), zip(*columns, strict=True), strict=True))
+        return self[rows]
+
+    def _block_ns(self, operators: Counted, block: int) -> list[int]:
+        seconds = np.zeros(BLOCK)
+        for operator, count in operators:
+            seconds += count * self._tables.block_s(operator, block)
+        nanoseconds: list[int] = to_ns_array(seconds).tolist()
+        return nanoseconds
 
 
 class OperatorTables:
