@@ -27,7 +27,7 @@ from apexsim.serving.cohort import Cohort
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.recording import Recorder
 from apexsim.serving.request import Request
-from apexsim.serving.stretch import Stretch
+from apexsim.serving.stretch import StepEnd, Stretch
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,20 +86,22 @@ class March(Stretch):
             count += 1
         return count
 
-    def settle(
+    def conclude(
         self, in_flight: deque[Batch], stage_free: list[int], recorder: Recorder, blocks: BlockManager
-    ) -> list[Request]:
-        cohort, silent, first, held = self._cohort, self.silent, self._first, blocks.held
-        compositions = silent + self._owed
+    ) -> StepEnd:
+        cohort, first, held, compositions = self._cohort, self._first, blocks.held, self.silent + self._owed
+        left: Sequence[Request] = ()
+        for _ in range(min(self.silent + 1, first)):
+            ended = in_flight.popleft()
+            recorder.ended(ended, cohort, held)
+            left = ended.leaving
         if not compositions:
-            return []
+            return StepEnd(self.next_end_ns, left)
         late, cohort.late = cohort.late, []
         for request in late:
             request.pending += 1
-        for _ in range(min(silent, first)):
-            recorder.ended(in_flight.popleft(), cohort, held)
-        step, marches, through = cohort.step, min(compositions, cohort.steps_to_leave), silent - first
-        leaving = cohort.march(marches)
+        step, marches, through = cohort.step, min(compositions, cohort.steps_to_leave), self.silent + 1 - first
+        leaving = composed = cohort.march(marches)
         time_ns = self._from_ns
         if through > 0:
             time_ns = self._record(through, step, late, recorder, (held, blocks.held))
@@ -107,13 +109,17 @@ class March(Stretch):
             times_ns = time_ns, self.end_ns(first + count)
             in_flight.append(self._batch(count, step, late, times_ns))
             time_ns = times_ns[1]
-        in_flight[-1].leaving = leaving
+        if through == marches:
+            left = leaving
+        else:
+            in_flight[-1].leaving = leaving
         cohort.leave(leaving)
         if compositions > marches and cohort.size:
             in_flight.append(self._stay(time_ns))
-            leaving = [*leaving, *in_flight[-1].leaving]
-        stage_free[0] = in_flight[-1].end_ns
-        return leaving
+            composed = [*leaving, *in_flight[-1].leaving]
+        recorder.peak(blocks.held)
+        stage_free[0] = in_flight[-1].end_ns if in_flight else time_ns
+        return StepEnd(self.next_end_ns, left, composed)
 
     def _batch(self, count: int, step: int, late: list[Request], times_ns: tuple[int, int]) -> Batch:
         """C(count); ``step`` is the cohort's count before C(1), in which ``late`` members have a token singly."""

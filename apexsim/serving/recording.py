@@ -67,6 +67,11 @@ class Recorder:
             (held[0] + held[1]) // 2, held[1], running, waiting, *window_contexts,
         ))  # fmt: skip
 
+    def peak(self, held: int) -> None:
+        """So many KV blocks are in use at the end of the latest step."""
+        if held > self._steps[self._row + 9]:
+            self._steps[self._row + 9] = held
+
     def tokens(self, requests: Sequence[Request], end_ns: int) -> None:
         """One sampled token of each request comes to exist; the gap to its previous one is an inter-token latency."""
         gaps = self.gaps

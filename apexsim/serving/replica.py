@@ -117,12 +117,15 @@ class Replica:
     def _end_step(self, _: Event) -> None:
         """The oldest batch ends: its tokens exist, its last requests leave, and room is filled again."""
         stretch, self._stretch = self._stretch, None
-        if stretch is not None:
-            self._settle(stretch)
-        batch = self._in_flight.popleft()
-        self._recorder.ended(batch, self._cohort, self._blocks.held)
-        for request in batch.leaving:
-            self._leave(request, batch.end_ns)
+        if stretch is None:
+            batch = self._in_flight.popleft()
+            self._recorder.ended(batch, self._cohort, self._blocks.held)
+            end_ns, left = batch.end_ns, batch.leaving
+        else:
+            end_ns, left, composed = stretch.conclude(self._in_flight, self._stage_free, self._recorder, self._blocks)
+            self._see_off(composed)
+        for request in left:
+            self._leave(request, end_ns)
         self._fill_pipeline()
         self._arm()
 
@@ -299,7 +302,3 @@ class Replica:
             assert self._alarm is not None
             self._alarm.silence()
             self._alarm = self._clock.at(stretch.next_end_ns, 1 + self.index, self._end_step)
-
-    def _settle(self, stretch: Stretch) -> None:
-        """Apply the silent step ends; the last of their compositions may have sampled last tokens."""
-        self._see_off(stretch.settle(self._in_flight, self._stage_free, self._recorder, self._blocks))

@@ -12,7 +12,7 @@ from apexsim.serving.batch import Batch
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.recording import Recorder
 from apexsim.serving.request import Request
-from apexsim.serving.stretch import Stretch
+from apexsim.serving.stretch import StepEnd, Stretch
 
 LONGEST = 256
 """Silent ends planned ahead: each is computed, and lost when an arrival cuts it off."""
@@ -53,12 +53,20 @@ class Rotation(Stretch):
     def passed(self, now_ns: int) -> int:
         return bisect_left(self._ends, now_ns, hi=self.silent)
 
-    def settle(
+    def conclude(
         self, in_flight: deque[Batch], stage_free: list[int], recorder: Recorder, blocks: BlockManager
-    ) -> list[Request]:
+    ) -> StepEnd:
+        composed = self._settle(in_flight, stage_free, recorder, blocks) if self.silent else ()
+        batch = in_flight.popleft()
+        recorder.tokens(batch.samples, batch.end_ns)
+        recorder.step(batch, 1, batch.end_ns, (blocks.held, blocks.held))
+        return StepEnd(batch.end_ns, batch.leaving, composed)
+
+    def _settle(
+        self, in_flight: deque[Batch], stage_free: list[int], recorder: Recorder, blocks: BlockManager
+    ) -> Sequence[Request]:
+        """Apply the silent ends; returns those whose last token the latest composition samples."""
         groups, silent, starts, ends = len(self._batches), self.silent, self._starts, self._ends
-        if not silent:
-            return []
         stage_free[:] = self._passed_on[silent - 1]
         for position, batch in enumerate(self._batches[:silent]):
             times = ends[position:silent:groups]
@@ -67,9 +75,9 @@ class Rotation(Stretch):
             latest = position + len(times) * groups
             batch.start_ns, batch.end_ns = starts[latest], ends[latest]
         in_flight.rotate(-silent)
-        latest_batch = in_flight[-1]
-        latest_batch.leaving = [request for request in latest_batch.samples if request.known == request.total]
-        return latest_batch.leaving
+        last = in_flight[-1]
+        last.leaving = [request for request in last.samples if request.known == request.total]
+        return last.leaving
 
 
 def _pass(batch: Batch, ends_ns: Sequence[int], recorder: Recorder, blocks: BlockManager) -> None:

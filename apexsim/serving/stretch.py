@@ -15,11 +15,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from apexsim.serving.batch import Batch
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.recording import Recorder
 from apexsim.serving.request import Request
+
+
+class StepEnd(NamedTuple):
+    """``left`` got their last token at ``end_ns``; of ``composed`` it is in flight, or it was one of the left's."""
+
+    end_ns: int
+    left: Sequence[Request]
+    composed: Sequence[Request] = ()
 
 
 class Stretch(ABC):
@@ -38,13 +48,10 @@ class Stretch(ABC):
         """How many silent ends lie before ``now_ns``; one at that very time has not happened."""
 
     @abstractmethod
-    def settle(
+    def conclude(
         self, in_flight: deque[Batch], stage_free: list[int], recorder: Recorder, blocks: BlockManager
-    ) -> list[Request]:
-        """Apply the silent ends: requests, blocks, records and the batches in flight after them.
-
-        Returns the requests whose last token is in flight since.
-        """
+    ) -> StepEnd:
+        """Apply the silent ends and the one that is not: requests, blocks, records and the batches in flight after."""
 
     def cut(self, now_ns: int) -> bool:
         """Keep only the silent ends before ``now_ns``. True if any were dropped."""
