@@ -100,9 +100,10 @@ def _best_s(shape: GemmShape, c: Coefficients, hw: Hardware, cold: bool) -> Arra
     compute, memory, cache = np.broadcast_arrays(*terms)
     largest = np.maximum(np.maximum(compute, memory), cache)
     worst = largest * 3 ** (1 / c["sharpness"]) + extra
-    racing = largest + extra <= worst.min(axis=-1, keepdims=True)
+    racing = np.flatnonzero(largest + extra <= worst.min(axis=-1, keepdims=True))
     total = np.full(largest.shape, np.inf)
-    total[racing] = pnorm([compute[racing], memory[racing], cache[racing]], c["sharpness"]) + extra[racing]
+    terms = [term.take(racing) for term in (compute, memory, cache)]
+    np.put(total, racing, pnorm(terms, c["sharpness"]) + extra.take(racing))
     return np.asarray(total.min(axis=-1))
 
 
@@ -114,7 +115,7 @@ def _candidates(shape: GemmShape, c: Coefficients, hw: Hardware, cold: bool) -> 
     fill = tiles / hw.sms
     q = c["wave_odds"] / (1 + c["wave_odds"])
     busy = np.minimum(fill, 1.0)
-    waves = np.where(fill <= 1, 1.0, q * np.ceil(fill) + (1 - q) * fill)
+    waves = np.maximum(1.0, q * np.ceil(fill) + (1 - q) * fill)
     depth = k / s
     l2_bytes_per_s = hw.bytes_per_s * c["l2_ratio"]
     compute = waves * (2 * tm * tn * hw.sms / (hw.flops_per_s * c["compute_efficiency"])) * (np.ceil(depth / 64) * 64)
@@ -123,7 +124,7 @@ def _candidates(shape: GemmShape, c: Coefficients, hw: Hardware, cold: bool) -> 
     cache = tiles * (tm + tn) * depth * (shape.operand_bytes / l2_bytes_per_s) / busy
     extra = c["wave_s"] * waves
     if "split_s" in c:
-        extra = extra + np.where(s > 1, c["split_s"] + 8 * s * m * n / l2_bytes_per_s, 0.0)
+        extra = extra + (s > 1) * (c["split_s"] + 8 * s * m * n / l2_bytes_per_s)
     return [compute, memory, cache], np.asarray(extra)
 
 

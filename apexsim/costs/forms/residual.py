@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ class LogGrid:
         """``values`` are log factors, one per combination of knots, shaped like the axes."""
         self.axes = [np.log(np.asarray(knots, dtype=float)) for knots in axes]
         self.values = values
+        self._at = lru_cache(maxsize=256)(self._read_at)
 
     @classmethod
     def of(cls, grid: ResidualGrid) -> LogGrid:
@@ -38,7 +40,7 @@ class LogGrid:
                 tuple(np.minimum(i + side, len(axis) - 1) for i, side, axis in zip(low, sides, self.axes, strict=True)),
                 self.values.shape,
             )
-            weight = np.ones_like(share[0])
+            weight: Array = np.asarray(1.0)
             for part, side in zip(share, sides, strict=True):
                 weight = weight * (part if side else 1 - part)
             found.append((index, weight))
@@ -46,14 +48,14 @@ class LogGrid:
 
     def log_factor(self, *coordinates: float | Array) -> Array:
         """Log of the correction at broadcast ``coordinates`` (natural values, not logarithms)."""
-        grid = self._at([x if np.ndim(x) == 0 else None for x in coordinates])
+        grid = self._at(tuple([None if np.ndim(x) else float(x) for x in coordinates]))
         varying = np.broadcast_arrays(*(np.asarray(x, dtype=float) for x in coordinates if np.ndim(x)))
         if not varying:
             return grid.values
         flat = grid.values.ravel()
         return np.asarray(sum(weight * flat[index] for index, weight in grid.corners(varying)))
 
-    def _at(self, fixed: Sequence[float | Array | None]) -> LogGrid:
+    def _read_at(self, fixed: tuple[float | None, ...]) -> LogGrid:
         """The grid left when the axes with a number are read at it, one after another; None leaves an axis as it is."""
         values, left = self.values, []
         for knots, x in zip(self.axes, fixed, strict=True):
@@ -67,7 +69,7 @@ class LogGrid:
 
     def along_last(self, others: Sequence[float]) -> LogGrid:
         """One-dimensional grid along the last axis, with ``others`` fixing the axes before it."""
-        return self._at([*others, None])
+        return self._at((*others, None))
 
 
 def _locate(x: Array, axis: Array) -> tuple[npt.NDArray[np.int64], Array]:
