@@ -49,12 +49,11 @@ class SteadyGrowth:
             self._crossing[-request.base % self._size] += 1
 
     def missing(self, step: int, steps: int) -> int:
-        if steps == 1:
-            return self._each * self._crossing[step % self._size]
-        rounds, rest = divmod(steps, self._size)
-        crossings = rounds * self._members
-        for ahead in range(rest):
-            crossings += self._crossing[(step + ahead) % self._size]
+        size, crossing = self._size, self._crossing
+        first, rest = step % size, steps % size
+        crossings = steps // size * self._members + sum(crossing[first : first + rest])
+        if first + rest > size:
+            crossings += sum(crossing[: first + rest - size])
         return self._each * crossings
 
     def march(self, step: int, steps: int) -> None:

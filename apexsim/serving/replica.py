@@ -10,7 +10,7 @@ from itertools import takewhile
 from simpy import Event
 
 from apexsim.costs.timing import StepTimes
-from apexsim.serving.batch import Batch, compose, march_on
+from apexsim.serving.batch import Batch, compose
 from apexsim.serving.batching import BatchPolicy, Ledger
 from apexsim.serving.clock import ARRIVAL, Alarm, Clock
 from apexsim.serving.cohort import Cohort
@@ -138,14 +138,11 @@ class Replica:
 
     def _fill_pipeline(self) -> None:
         while len(self._in_flight) < self._batches:
-            if self._march and self._only_march():
+            if self._only_march():
                 self._ledger = None
-                if len(self._in_flight) == self._batches - 1:
-                    self._stretch = self._plan_march(owed=1)
-                    if self._stretch is not None:
-                        return
-                self._launch(march_on(self.running, self._set.windows, self._cohort))
-                continue
+                self._stretch = self._plan_march(owed=1)
+                if self._stretch is not None:
+                    return
             ledger = self._open_ledger()
             self._set.policy.fill(ledger, self.running, self.waiting)
             batch = self._close(ledger)
@@ -155,13 +152,12 @@ class Replica:
                 break
 
     def _only_march(self) -> bool:
-        """With an empty queue and all running requests members whose next token fits, there is nothing to decide."""
-        if self.waiting or self._dissolved:
+        """With an empty queue, all running requests members and one batch to compose, there is nothing to decide."""
+        if self.waiting or not self._march or self._dissolved or len(self._in_flight) < self._batches - 1:
             return False
         if self._fresh:
             self._join()
-        cohort = self._cohort
-        return 0 < cohort.size == len(self.running) <= self._most and cohort.missing(1) <= self._blocks.free
+        return 0 < self._cohort.size == len(self.running) <= self._most
 
     def _open_ledger(self) -> Ledger:
         scheduler, sequences = self._set.scheduler, self._sequences()
