@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from apexsim.costs.lowering import Lowered, lower
 from apexsim.costs.operators import Collective
 from apexsim.costs.tables import OperatorTables, PrefixTable, RowTable, tables_for
+from apexsim.costs.timing import RunTimes
 from apexsim.specs.deployment import Deployment, Pool
 from apexsim.specs.engine import EngineProfile
 from apexsim.units import to_ns
@@ -353,7 +354,7 @@ class PlainRun(DecodeRun):
 
 
 def run_durations(
-    runs: Sequence[tuple[DecodeRun, int, int]],
+    runs: Sequence[tuple[RunTimes, int, int]],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Durations of steps 1, 2 ... ``steps`` - 1 of each (run, steps, weight), and their weights; nanoseconds, no order.
 

@@ -69,8 +69,7 @@ class Recorder:
 
     def peak(self, held: int) -> None:
         """So many KV blocks are in use at the end of the latest step."""
-        if held > self._steps[self._row + 9]:
-            self._steps[self._row + 9] = held
+        self._steps[self._row + 9] = max(self._steps[self._row + 9], held)
 
     def tokens(self, requests: Sequence[Request], end_ns: int) -> None:
         """One sampled token of each request comes to exist; the gap to its previous one is an inter-token latency."""
