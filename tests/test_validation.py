@@ -1,0 +1,53 @@
+"""Simulated against served: runs of vLLM 0.6.0 on 8 x H100, host terms fitted on other loads than those held here.
+
+What device profiles report of their own fits is held in ``test_device_profiles.py``.
+"""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from apexsim import catalog
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = runpy.run_path(str(ROOT / "scripts" / "validate_apex_h100.py"))
+
+
+@pytest.fixture(scope="module")
+def scores(data: Path) -> pd.DataFrame:
+    """Every run of the loads that have bars, replayed with the shipped profile and without host time."""
+    loads = {load for _, load in SCRIPT["BARS"]}
+    return SCRIPT["score"]([run for run in SCRIPT["read_runs"](data) if run.load in loads])
+
+
+def test_the_runs_are_the_measured_ones(scores: pd.DataFrame) -> None:
+    means = scores.groupby(["model", "tensor"])["measured_itl_s"].mean()
+    assert means["llama-3.1-70b"].round(4).to_dict() == {8: 0.0140, 4: 0.0204, 2: 0.0322}
+    assert means["mistral-large-2407"].round(4).to_dict() == {8: 0.0169, 4: 0.0213, 2: 0.0309}
+    assert not scores["fitted"].any()
+
+
+def test_inter_token_latency_of_unseen_loads_and_models(scores: pd.DataFrame) -> None:
+    assert SCRIPT["missed_bars"](scores) == []
+
+
+def test_a_missed_bar_is_told(scores: pd.DataFrame) -> None:
+    spoilt = scores.assign(error_itl_s=7.0)
+    assert len(SCRIPT["missed_bars"](spoilt)) == (scores["model"] == "llama-3.1-70b").sum() > 0
+
+
+def test_kernels_alone_are_faster_than_what_was_measured(scores: pd.DataFrame) -> None:
+    for key in ("itl_s", "ttft_s", "e2e_s"):
+        assert (scores[f"kernels_{key}"] < scores[f"measured_{key}"]).all()
+        assert (scores[f"kernels_{key}"] < scores[f"simulated_{key}"]).all()
+
+
+def test_only_the_fitted_terms_are_in_the_profile() -> None:
+    host = catalog.load("engine", SCRIPT["ENGINE"]).host
+    named = {term for term, value in host.model_dump().items() if value}
+    assert named == set(SCRIPT["FITTED_TERMS"])
+    assert all(SCRIPT["rounded"](value) == value for value in SCRIPT["shipped_terms"]().values())
