@@ -18,7 +18,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from apexsim.costs.steps import BatchStats
 from apexsim.costs.timing import RunTimes, StepTimes
@@ -30,8 +30,7 @@ from apexsim.serving.request import Request
 from apexsim.serving.stretch import StepEnd, Stretch
 
 
-@dataclass(frozen=True, slots=True)
-class Outset:
+class Outset(NamedTuple):
     """Where a march begins: the batches in flight and the cohort behind them, at ``start_ns``.
 
     ``owed`` compositions (0 or 1) are due at once. ``labels`` are the replica and its counts of running and waiting
@@ -77,14 +76,16 @@ class March(Stretch):
         last_ns = self.end_ns(count)
         if last_ns < now_ns:
             return count
-        if count > first and start_ns < now_ns:
+        if count > first:
             # Steps differ little, so that a straight line through both ends of the run guesses within a few steps.
-            count = first + (count - first) * (now_ns - start_ns) // (last_ns - start_ns)
-        while count and self.end_ns(count) >= now_ns:
+            count = first + (count - first) * max(0, now_ns - start_ns) // (last_ns - start_ns)
+        if count and self.end_ns(count) < now_ns:
+            while self.end_ns(count + 1) < now_ns:
+                count += 1
+            return count
+        while count > 1 and self.end_ns(count - 1) >= now_ns:
             count -= 1
-        while self.end_ns(count + 1) < now_ns:
-            count += 1
-        return count
+        return max(0, count - 1)
 
     def conclude(
         self, in_flight: deque[Batch], stage_free: list[int], recorder: Recorder, blocks: BlockManager
@@ -134,7 +135,7 @@ class March(Stretch):
         The first gap depends on what was before, the others are the steps' durations.
         """
         cohort, first = self._cohort, self._first
-        first_ns, last_ns = self.end_ns(first + 1), self.end_ns(first + through)
+        first_ns, last_ns = self.end_ns(first + 1), self.next_end_ns
         recorder.tokens(late, first_ns)
         if cohort.size > len(late):
             recorder.gaps[first_ns - cohort.last_end_ns] += cohort.size - len(late)

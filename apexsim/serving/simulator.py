@@ -93,7 +93,8 @@ def _not_simulated(requests: Requests) -> tuple[str, ...]:
 class Run:
     """The clock, the replicas and the requests of one simulation.
 
-    ``request_ns`` is the number of requests in the system integrated over time (L x T of Little's law).
+    ``request_ns`` is the number of requests in the system integrated over time (L x T of Little's law), kept as each
+    leaves by the clock.
     """
 
     def __init__(
@@ -121,8 +122,6 @@ class Run:
         self._turnaround_ns = None if requests.concurrency is None else max(1, to_ns(requests.turnaround_s))
         self._clients = requests.concurrency
         self.request_ns = 0
-        self._in_system = 0
-        self._since_ns = 0
         self._next = 0
         self._done = 0
         self._progress = progress
@@ -185,9 +184,7 @@ class Run:
         while self._next < len(coming) and coming[self._next][0] == now:
             request = coming[self._next][1]
             self._next += 1
-            self._enter(1)
             if len(replicas) == 1:
-                self.request_ns += now - request.arrival_ns  # the time in its frontend
                 replicas[0].take(request)
             else:
                 self._route(request)
@@ -206,7 +203,6 @@ class Run:
             self._next += 1
             request.arrival_ns = self.clock.now_ns
             if not self._refused(request):
-                self._enter(1)
                 self._route(request)
                 return
 
@@ -222,14 +218,8 @@ class Run:
         chosen = self._router.choose([replica.unfinished for replica in self.replicas])
         self.replicas[chosen].submit(request)
 
-    def _enter(self, change: int) -> None:
-        """Requests enter or leave the system."""
-        self.request_ns += self._in_system * (self.clock.now_ns - self._since_ns)
-        self._in_system += change
-        self._since_ns = self.clock.now_ns
-
     def _finished(self, request: Request) -> None:
-        self._enter(-1)
+        self.request_ns += self.clock.now_ns - request.arrival_ns
         self._count()
         if self._turnaround_ns is not None and self._next < len(self.requests):
             self.clock.at(self.clock.now_ns + self._response_ns + self._turnaround_ns, ARRIVAL, lambda _: self._send())
