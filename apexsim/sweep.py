@@ -25,8 +25,8 @@ from pydantic import Field
 
 from apexsim.atomic import atomic_path, make_folder
 from apexsim.errors import BadInput
-from apexsim.io.deployments import DeploymentFile, check_lawful, resolve_deployment
-from apexsim.io.search_files import Traffic, beside
+from apexsim.io.deployments import DeploymentFile, beside, check_lawful, resolve_deployment
+from apexsim.io.search_files import Traffic
 from apexsim.io.yaml_files import load_spec
 from apexsim.search.executors import choose_jobs, run_local
 from apexsim.search.journal import Journal, fingerprint, identity

@@ -7,7 +7,6 @@ import math
 from apexsim.errors import BadInput
 
 NS_PER_S = 1_000_000_000
-GIB = 1 << 30
 
 # Bytes that one stored element takes, block scales included: nvfp4 carries one fp8 scale per 16 values,
 # mxfp4 one e8m0 scale per 32, fp8_block one fp32 scale per 128 x 128 (negligible), int4 one bf16 scale per 128.

@@ -112,17 +112,9 @@ class OperatorCosts:
         return np.asarray(np.where(np.asarray(m) > 0, np.maximum(seconds, floor) * self.sustained_factor(rows), 0.0))
 
     def _prefill_attention(self, shape: AttentionShape) -> PrefillCost:
-        """Prepared cost of chunks under one attention shape; calling it with floats is the fast path of a step."""
+        """Prepared cost of chunks under one attention shape: call it with floats, or ``many`` of it with arrays."""
         op = self.operator("prefill_attention", shape.key)
         return PrefillCost(op, shape.sizes, self._hardware(shape.kv_dtype, attention=True))
-
-    def prefill_attention_s(self, chunk: Any, history: Any, shape: AttentionShape) -> Array:
-        """Seconds of chunks of ``chunk`` new tokens behind ``history`` cached ones, each on its own (arrays)."""
-        return self.prefill_attention(shape).many(chunk, history)
-
-    def prefill_attention_scalar(self, chunk: float, history: float, shape: AttentionShape) -> float:
-        """The same for one chunk in plain floats; in a hot loop keep ``prefill_attention(shape)`` and call that."""
-        return self.prefill_attention(shape)(chunk, history)
 
     def _decode_curve(self, batch: int, shape: AttentionShape) -> DecodeCost:
         op = self.operator("decode_attention", shape.key)

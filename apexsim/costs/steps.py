@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from apexsim.costs.lowering import Lowered, lower
 from apexsim.costs.operators import Collective
 from apexsim.costs.tables import OperatorTables, PrefixTable, RowTable, tables_for
-from apexsim.costs.timing import RunTimes
 from apexsim.specs.deployment import Deployment, Pool
 from apexsim.specs.engine import EngineProfile
 from apexsim.units import to_ns
@@ -351,35 +350,6 @@ class PlainRun(DecodeRun):
     def kind(self) -> tuple[int, int, int]:
         """Runs of one kind take the same time at the same mean context."""
         return id(self._table), self._constant, self._layers
-
-
-def run_durations(
-    runs: Sequence[tuple[RunTimes, int, int]],
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Durations of steps 1, 2 ... ``steps`` - 1 of each (run, steps, weight), and their weights; nanoseconds, no order.
-
-    Plain runs that share a table and constants are counted together: how often each mean context was decoded at.
-    """
-    shared: dict[tuple[int, int, int], list[tuple[int, int, int]]] = {}
-    durations, weights = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
-    kept: dict[tuple[int, int, int], PlainRun] = {}
-    for run, steps, weight in runs:
-        if isinstance(run, PlainRun):
-            kept[run.kind] = run
-            shared.setdefault(run.kind, []).append((run.mean + 1, run.mean + steps, weight))
-        else:
-            durations.append(run.durations_ns(steps)[1:])
-            weights.append(np.full(steps - 1, weight, dtype=np.int64))
-    for kind, spans in shared.items():
-        first, last, weight = np.array(spans, dtype=np.int64).T
-        low = int(first.min())
-        change = np.zeros(int(last.max()) - low + 1, dtype=np.int64)
-        np.add.at(change, first - low, weight)
-        np.subtract.at(change, last - low, weight)
-        durations.append(kept[kind].durations_between(low, int(last.max())))
-        weights.append(np.cumsum(change)[:-1])
-    where = (counts := np.concatenate(weights)) > 0
-    return np.concatenate(durations)[where], counts[where]
 
 
 def build_step_cost(deployment: Deployment, pool: Pool) -> StepCost:

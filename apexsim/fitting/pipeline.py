@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
-
 from apexsim import __version__
 from apexsim.costs.forms.hardware import Hardware
 from apexsim.errors import BadInput, nearest
@@ -48,28 +46,6 @@ def fit_device(name: str, root: str | Path | None = None, progress: Progress | N
         operators=operators,
         provenance=Provenance(tool=f"apexsim fit {__version__}", date=FIT_DATE, tables=folders),
     )
-
-
-def quality_table(profile: DeviceProfile) -> pd.DataFrame:
-    """The hold-outs that a profile reports: one row per operator and hold-out, errors in percent."""
-    rows = [
-        {
-            "device": profile.name,
-            "operator": kind,
-            "key": key,
-            "evidence": op.evidence,
-            "rows_used": op.rows_used,
-            "rows_dropped": sum(op.rows_dropped.values()),
-            "hold_out": hold_out,
-            "median_percent": round(100 * score.median, 2),
-            "p90_percent": round(100 * score.p90, 2),
-            "rows_scored": score.rows,
-        }
-        for kind, found in profile.operators.items()
-        for key, op in found.items()
-        for hold_out, score in op.quality.items()
-    ]
-    return pd.DataFrame(rows)
 
 
 def _problems(device: Facts, kernels: Path) -> Iterator[Problem]:

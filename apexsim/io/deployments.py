@@ -66,7 +66,13 @@ class DeploymentFile(Spec):
 def read_deployment(path: Path | str) -> DeploymentFile:
     """Read a deployment YAML; a model, device or engine given as a path is looked for beside the file first."""
     file = load_spec(DeploymentFile, Path(path))
-    return file.model_copy(update={kind: _beside(getattr(file, kind), path) for kind in ("model", "device", "engine")})
+    return file.model_copy(update={kind: beside(getattr(file, kind), path) for kind in ("model", "device", "engine")})
+
+
+def beside(name: str, path: Path | str) -> str:
+    """``name`` as the path of a file beside ``path`` where there is one; else unchanged."""
+    near = Path(path).parent / name
+    return str(near.resolve()) if near.is_file() else name
 
 
 def write_deployment(path: Path | str, file: DeploymentFile) -> None:
@@ -175,11 +181,6 @@ def _cluster(file: DeploymentFile, device: DeviceProfile, where: object) -> Clus
 
 def _fits(plan: Plan, tensor: int, model: ModelSpec, cluster: Cluster) -> bool:
     return not plan.model_copy(update={"tensor": tensor}).lawful(model, cluster)
-
-
-def _beside(name: str, path: Path | str) -> str:
-    near = Path(path).parent / name
-    return str(near) if near.suffix in (".yaml", ".yml") and near.is_file() else name
 
 
 def _check_catalog(kind: catalog.Kind, name: str, where: object) -> None:

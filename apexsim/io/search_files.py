@@ -23,6 +23,7 @@ from apexsim.io.deployments import (
     DEVICES_PER_NODE,
     DeploymentFile,
     EngineOption,
+    beside,
     resolve_deployment,
     write_deployment,
 )
@@ -79,12 +80,6 @@ def read_search(path: Path | str) -> SearchFile:
     """Read a search YAML; a model, engine or workload given as a path is looked for beside the file first."""
     file = load_spec(SearchFile, path)
     return file.model_copy(update={key: beside(getattr(file, key), path) for key in ("model", "engine", "workload")})
-
-
-def beside(name: str, path: Path | str) -> str:
-    """``name`` as the path of a file beside ``path`` where there is one; else unchanged."""
-    near = Path(path).parent / name
-    return str(near.resolve()) if near.is_file() else name
 
 
 def resolve_search(file: SearchFile, where: object) -> Question:

@@ -137,8 +137,7 @@ class March(Stretch):
         cohort, first = self._cohort, self._first
         first_ns, last_ns = self.end_ns(first + 1), self.next_end_ns
         recorder.tokens(late, first_ns)
-        if cohort.size > len(late):
-            recorder.gaps[first_ns - cohort.last_end_ns] += cohort.size - len(late)
+        recorder.gap(first_ns - cohort.last_end_ns, cohort.size - len(late))
         recorder.run(self._run, through, cohort.size)
         recorder.step(self._batch(1, step, late, (self._from_ns, first_ns)), through, last_ns, held)
         cohort.last_step, cohort.last_end_ns = step + through - 1, last_ns

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from array import array
-from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from apexsim.costs.steps import run_durations
+from apexsim.costs.durations import RunDurations
 from apexsim.costs.timing import RunTimes
 from apexsim.serving.batch import Batch
 from apexsim.serving.cohort import Cohort
@@ -35,8 +34,8 @@ class Recorder:
         self._next: tuple[int, int, int, int] | None = (
             None  # replica, decodes, context and start of a step that goes on
         )
-        self.gaps: defaultdict[int, int] = defaultdict(int)
-        self._runs: list[tuple[RunTimes, int, int]] = []
+        self._gaps = array("q")
+        self._runs = RunDurations()
         self.rejected: dict[int, str] = {}
 
     def step(self, batch: Batch, repeats: int, end_ns: int, held: tuple[int, int]) -> None:
@@ -73,15 +72,24 @@ class Recorder:
 
     def tokens(self, requests: Sequence[Request], end_ns: int) -> None:
         """One sampled token of each request comes to exist; the gap to its previous one is an inter-token latency."""
-        gaps = self.gaps
+        latest = count = 0
         for request in requests:
             request.pending -= 1
             last = request.last_token_ns
+            request.last_token_ns = end_ns
             if last is None:
                 request.first_token_ns = end_ns
+            elif last == latest:
+                count += 1
             else:
-                gaps[end_ns - last] += 1
-            request.last_token_ns = end_ns
+                self.gap(end_ns - latest, count)
+                latest, count = last, 1
+        self.gap(end_ns - latest, count)
+
+    def gap(self, gap_ns: int, count: int) -> None:
+        """So many tokens came ``gap_ns`` after the previous one of their request."""
+        if count:
+            self._gaps.extend((gap_ns, count))
 
     def ended(self, batch: Batch, cohort: Cohort, held: int) -> None:
         """A batch ended: every request in it has a token more, cohort members all after the same gap."""
@@ -90,14 +98,14 @@ class Recorder:
             self.tokens(batch.samples, end_ns)
         if batch.whole:
             if batch.marching:
-                self.gaps[end_ns - cohort.last_end_ns] += batch.marching
+                self.gap(end_ns - cohort.last_end_ns, batch.marching)
             cohort.last_step, cohort.last_end_ns = batch.step, end_ns
         self.step(batch, 1, end_ns, (held, held))
 
     def run(self, run: RunTimes, steps: int, sequences: int) -> None:
-        """Steps 2 ... ``steps`` of a run gave ``sequences`` requests a token each; the first is in ``gaps``."""
+        """Steps 2 ... ``steps`` of a run gave ``sequences`` requests a token each; the first has its ``gap``."""
         if steps > 1:
-            self._runs.append((run, steps, sequences))
+            self._runs.add(run, steps, sequences)
 
     def reject(self, request: Request, reason: str) -> None:
         """Note why a request was refused service."""
@@ -113,9 +121,9 @@ class Recorder:
 
     def inter_token_gaps(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Distinct gaps in nanoseconds, ascending, and how many tokens had each."""
-        durations, sequences = run_durations(self._runs)
-        parts = [np.array(list(self.gaps), dtype=np.int64), durations]
-        counts = [np.array(list(self.gaps.values()), dtype=np.int64), sequences]
+        single = np.array(self._gaps, dtype=np.int64).reshape(-1, 2)
+        durations, sequences = self._runs.collect()
+        parts, counts = [single[:, 0], durations], [single[:, 1], sequences]
         gaps, inverse = np.unique(np.concatenate(parts), return_inverse=True)
         return gaps, np.bincount(inverse, weights=np.concatenate(counts), minlength=len(gaps)).astype(np.int64)
 

@@ -83,15 +83,15 @@ class Rotation(Stretch):
 def _pass(batch: Batch, ends_ns: Sequence[int], recorder: Recorder, blocks: BlockManager) -> None:
     """Let steps of a decode batch end, each followed by its composition anew."""
     held, steps, first_ns, last_ns = blocks.held, len(ends_ns), ends_ns[0], ends_ns[-1]
+    recorder.tokens(batch.samples, first_ns)
     for request in batch.samples:
-        assert request.last_token_ns is not None, "planned only once everybody has a token"
-        recorder.gaps[first_ns - request.last_token_ns] += 1
+        request.pending += 1
         request.last_token_ns = last_ns
         request.known += steps
         request.computed += steps
         blocks.grow(request, request.computed)
     for before_ns, end_ns in pairwise(ends_ns):
-        recorder.gaps[end_ns - before_ns] += len(batch.samples)
+        recorder.gap(end_ns - before_ns, len(batch.samples))
     recorder.step(batch, steps, last_ns, (held, blocks.held))
 
 

@@ -33,7 +33,8 @@ class SchedulerDefaults(Spec):
     takes only the first chunk's but asks for all), or of its whole life, which it then holds (``full``: never
     preempted, as TensorRT-LLM's GUARANTEED_NO_EVICT). ``max_num_batched_tokens``
     of None means as many as the context limit (vLLM V0 without chunks). ``lookahead_steps`` 1 composes a step while
-    the one before runs. ``pipeline_split`` spreads decodes over the batches of a pipeline or lets each take all it can.
+    the one before runs; on one stage only, since a pipeline's other batches hide the host anyway. ``pipeline_split``
+    spreads decodes over the batches of a pipeline or lets each take all it can.
     """
 
     policy: str
@@ -70,7 +71,11 @@ class MemoryDefaults(Spec):
 
 
 class CommunicationDefaults(Spec):
-    """Which collective kernels an engine uses: its own all-reduce up to ``custom_all_reduce_max_bytes``, else NCCL."""
+    """Which collective kernels an engine uses: its own all-reduce up to ``custom_all_reduce_max_bytes``, else NCCL.
+
+    ``moe_dispatch`` says how tokens reach experts that are whole on a rank (expert = tensor degree > 1); where experts
+    are cut by tensor parallelism every rank has all tokens, and partial sums are all-reduced.
+    """
 
     custom_all_reduce: bool = True
     custom_all_reduce_max_bytes: int = Field(8 << 20, ge=0)

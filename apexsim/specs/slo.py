@@ -11,7 +11,8 @@ from apexsim.specs.base import Spec, parse_spec
 class SLO(Spec):
     """Latency limits that one request must meet, all of them; ``None`` = no limit.
 
-    ``target`` is the share of requests that must meet them for a deployment to count as good enough.
+    ``target`` is the share of requests that must meet them for a search to take a deployment as good enough; a
+    single simulation reports the share and judges nothing.
     """
 
     ttft_s: float | None = Field(None, gt=0)

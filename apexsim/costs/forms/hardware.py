@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,9 +40,6 @@ class Coefficient(NamedTuple):
     low: float
     high: float
     meaning: str
-
-
-Predict = Callable[[Coefficients], Array]
 
 
 def pnorm(terms: list[Any], sharpness: float) -> Any:
