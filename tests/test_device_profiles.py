@@ -11,7 +11,6 @@ from apexsim import catalog
 from apexsim.costs.fitted import AttentionShape, MoeLayer, OperatorCosts
 from apexsim.costs.forms import decode, gemm, moe, prefill, small
 from apexsim.errors import Unsupported
-from apexsim.fitting.pipeline import quality_table
 from apexsim.io.yaml_files import format_yaml
 from apexsim.specs.device import DeviceProfile
 from apexsim.units import dtype_bytes
@@ -84,16 +83,12 @@ def test_measured_operators_report_three_hold_outs(name):
 
 @pytest.mark.parametrize("name", HOPPER)
 def test_the_quality_promised_for_hopper(name):
-    table = quality_table(PROFILES[name]).set_index(["operator", "key", "hold_out"])
-
-    def score(operator, key, hold_out):
-        return tuple(table.loc[(operator, key, hold_out), ["median_percent", "p90_percent"]])
-
-    median, p90 = score("gemm", "bf16", "served_shapes")
-    assert median <= 7
-    assert p90 <= 20
-    assert score("prefill_attention", "bf16_d128", "served_shapes")[0] <= 7
-    assert score("decode_attention", "bf16_d128", "served_shapes_cold")[0] <= 6
+    found = PROFILES[name].operators
+    product = found["gemm"]["bf16"].quality["served_shapes"]
+    assert product.median <= 0.07
+    assert product.p90 <= 0.20
+    assert found["prefill_attention"]["bf16_d128"].quality["served_shapes"].median <= 0.07
+    assert found["decode_attention"]["bf16_d128"].quality["served_shapes_cold"].median <= 0.06
 
 
 @given(name=names, m=st.integers(1, 32768), n=st.integers(16, 130000), k=st.integers(16, 60000), data=st.data())
@@ -119,7 +114,7 @@ def test_no_chunk_beats_the_roofline_and_both_paths_agree(name, heads, chunk, hi
     assert seconds >= 4 * pairs * heads[0] * 128 / peak(name, "bf16") * (1 - 1e-9)
     seen = chunk + min(history, shape.window or history)
     assert seconds >= 2 * 2 * seen * heads[1] * 128 / bandwidth(name) * (1 - 1e-9)
-    assert float(COSTS[name].prefill_attention_s(chunk, history, shape)) == pytest.approx(seconds, rel=1e-9)
+    assert float(COSTS[name].prefill_attention(shape).many(chunk, history)) == pytest.approx(seconds, rel=1e-9)
 
 
 @given(
@@ -192,7 +187,7 @@ def test_nothing_to_do_takes_no_time():
     costs = COSTS["h100-sxm"]
     assert costs.gemm_s(0, 4096, 4096, "bf16") == 0
     assert costs.moe_s(0, MoeLayer(4096, 14336, 2, 8)) == 0
-    assert costs.prefill_attention_s(0, 0, AttentionShape(32, 8, 128)) == 0
+    assert costs.prefill_attention(AttentionShape(32, 8, 128)).many(0, 0) == 0
     assert (costs.decode_attention_s(0, np.array([1.0, 2.0]), AttentionShape(32, 8, 128)) == 0).all()
     assert costs.sampling_s(0, 128256) == 0
     assert costs.collective_s("all_reduce", 1, 1e6) == 0

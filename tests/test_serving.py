@@ -145,8 +145,8 @@ def test_routers() -> None:
     assert LeastLoaded().choose([3, 1, 1]) == 1
 
 
-class GreedyPolicy:
-    """A policy of one's own that promises nothing: everybody one token, newest first."""
+class WatchedPolicy:
+    """A policy of one's own: ``ChunkedPrefill`` without its promises, its budgets watched."""
 
     marches = False
 
@@ -167,7 +167,7 @@ def test_a_policy_by_module_and_name_never_overspends() -> None:
     rng = np.random.default_rng(3)
     lengths = [(int(p), int(o)) for p, o in zip(rng.integers(1, 200, 40), rng.integers(1, 60, 40), strict=True)]
     check_case(
-        Case(arrivals_ns=[0] * 40, lengths=lengths, policy="test_serving:GreedyPolicy", blocks=60, token_budget=64)
+        Case(arrivals_ns=[0] * 40, lengths=lengths, policy="test_serving:WatchedPolicy", blocks=60, token_budget=64)
     )
 
 
