@@ -104,6 +104,12 @@ def test_an_unlawful_plan_says_why() -> None:
         lowered("llama-3.1-8b", Plan(tensor=3))
 
 
+def test_replicas_need_devices_of_their_own() -> None:
+    deployment = deployed("llama-3.1-8b")
+    with pytest.raises(InfeasiblePlan, match="the replicas use 18 devices, the cluster has 16"):
+        lower(deployment, Pool(plan=Plan(tensor=2), replicas=9))
+
+
 @given(layers=st.integers(1, 200), stages=st.integers(1, 16))
 def test_layers_split_evenly_and_the_first_take_the_rest(layers: int, stages: int) -> None:
     parts = split_layers(layers, stages)

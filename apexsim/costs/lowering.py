@@ -81,10 +81,12 @@ class Lowered:
 
 
 def lower(deployment: Deployment, pool: Pool) -> Lowered:
-    """Lower a deployment's model onto a pool's plan; raises InfeasiblePlan where the plan is not lawful."""
-    model, plan = deployment.model, pool.plan
-    if reasons := plan.lawful(model, deployment.cluster):
+    """Lower a deployment's model onto a pool's plan; raises InfeasiblePlan where it cannot be laid out."""
+    model, plan, cluster = deployment.model, pool.plan, deployment.cluster
+    if reasons := plan.lawful(model, cluster):
         raise InfeasiblePlan(reasons)
+    if pool.devices > cluster.devices:
+        raise InfeasiblePlan([f"the replicas use {pool.devices} devices, the cluster has {cluster.devices}"])
     blocks = {(kind.window, kind.moe): _block(deployment, pool, kind) for kind in model.layer_kinds}
     stages = []
     for index, layers in enumerate(split_layers(model.layers, plan.pipeline)):
