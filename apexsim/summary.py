@@ -39,7 +39,7 @@ def summarise(result: SimulationResult) -> dict[str, Any]:
         "cost": _cost(result, outputs),
         "utilization": _utilization(result),
         "preemptions": int(columns["preemptions"].sum()),
-        "prefix_hit_rate": 0.0,
+        "prefix_hit_rate": None,  # no prefix cache is simulated
         "provenance": result.usage.shares,
         "notes": result.notes,
         "timing": result.timing,

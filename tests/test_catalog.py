@@ -73,7 +73,7 @@ def profile(engine: str, name: str, versions: list[str]) -> dict[str, object]:
         "scheduler": {"policy": "chunked_prefill"},
         "memory": {},
         "communication": {},
-        "evidence": "made up",
+        "evidence": "prior",
         "source": "test",
     }
 

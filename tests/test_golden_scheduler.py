@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from apexsim.costs.steps import BatchStats, DecodeRun
-from apexsim.serving.batching import ChunkedPrefill, Ledger
+from apexsim.serving.batching import BatchPolicy, ChunkedPrefill, Ledger
 from apexsim.serving.clock import ARRIVAL, Clock
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.recording import Recorder
@@ -41,7 +41,7 @@ class GoldenCost:
 
 
 @dataclass
-class Spy:
+class Spy(BatchPolicy):
     """A policy that lets another decide and writes down what it decided."""
 
     policy: ChunkedPrefill
@@ -54,12 +54,13 @@ class Spy:
         if self.steps:
             self.steps[-1] |= {"free_blocks": self.manager.free, "running": len(running)}
         self.policy.fill(ledger, running, waiting)
-        if ledger.entries:
+        entries = [*((request, 1) for request in ledger.decodes), *ledger.chunks]
+        if entries:
             self.steps.append({
                 "start_us": self.clock.now_ns // 1000,
-                "request_ids": [request.index for request, _ in ledger.entries],
-                "scheduled_tokens": [tokens for _, tokens in ledger.entries],
-                "computed_before": [request.computed for request, _ in ledger.entries],
+                "request_ids": [request.index for request, _ in entries],
+                "scheduled_tokens": [tokens for _, tokens in entries],
+                "computed_before": [request.computed for request, _ in entries],
                 "preempted_ids": [request.index for request in ledger.preempted],
             })  # fmt: skip
 

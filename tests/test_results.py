@@ -55,7 +55,9 @@ def device() -> DeviceProfile:
 
 def engine() -> EngineProfile:
     data = {"name": "toy", "engine": "toy", "versions": [], "host": {}, "scheduler": {"policy": "chunked_prefill"}}
-    return parse_spec(EngineProfile, {**data, "memory": {}, "communication": {}, "evidence": "", "source": ""}, "toy")
+    return parse_spec(
+        EngineProfile, {**data, "memory": {}, "communication": {}, "evidence": "prior", "source": ""}, "toy"
+    )
 
 
 def deployment(*, devices: int = 4, tensor: int = 1, replicas: int = 2) -> Deployment:

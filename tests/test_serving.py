@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from apexsim.errors import BadInput
 from apexsim.io.deployments import DeploymentFile, resolve_deployment
 from apexsim.results import SimulationResult
-from apexsim.serving.batching import ChunkedPrefill, Ledger
+from apexsim.serving.batching import BatchPolicy, ChunkedPrefill, Ledger
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.request import Request
 from apexsim.serving.routing import LeastLoaded, RoundRobin
@@ -145,10 +145,8 @@ def test_routers() -> None:
     assert LeastLoaded().choose([3, 1, 1]) == 1
 
 
-class WatchedPolicy:
-    """A policy of one's own: ``ChunkedPrefill`` without its promises, its budgets watched."""
-
-    marches = False
+class CautiousPolicy(BatchPolicy):
+    """A policy of one's own that promises nothing about its steps."""
 
     def __init__(self, scheduler: SchedulerDefaults) -> None:
         self.inner = ChunkedPrefill(scheduler)
@@ -159,19 +157,19 @@ class WatchedPolicy:
         assert ledger.blocks >= 0
         assert ledger.seats >= 0
 
-    def repeats(self, ledger: Ledger, waiting: Sequence[Request]) -> bool:
-        return False
-
 
 def test_a_policy_by_module_and_name_never_overspends() -> None:
     rng = np.random.default_rng(3)
     lengths = [(int(p), int(o)) for p, o in zip(rng.integers(1, 200, 40), rng.integers(1, 60, 40), strict=True)]
     check_case(
-        Case(arrivals_ns=[0] * 40, lengths=lengths, policy="test_serving:WatchedPolicy", blocks=60, token_budget=64)
+        Case(arrivals_ns=[0] * 40, lengths=lengths, policy="test_serving:CautiousPolicy", blocks=60, token_budget=64)
     )
 
 
-@pytest.mark.parametrize(("policy", "said"), [("chunked_prefil", "chunked_prefill"), ("nowhere:Policy", "module:Name")])
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [("chunked_prefil", "chunked_prefill"), ("nowhere:Policy", "module:Name"), (":P", "module:Name")],
+)
 def test_unknown_policies_are_refused(policy: str, said: str) -> None:
     deployment = made_up_deployment(SchedulerDefaults(policy=policy))
     with pytest.raises(BadInput, match=said):
@@ -190,7 +188,7 @@ class BlockBooks(RuleBasedStateMachine):
     @rule(who=st.integers(0, 3), more=st.integers(1, 40))
     def grow(self, who: int, more: int) -> None:
         request, tokens = self.requests[who], self.tokens[who] + more
-        if self.manager.can_grow(request, tokens):
+        if self.manager.missing(request, tokens) <= self.manager.free:
             self.manager.grow(request, tokens)
             self.tokens[who] = tokens
         else:

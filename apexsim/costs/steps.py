@@ -323,9 +323,10 @@ class PlainRun(DecodeRun):
         self._layers = layers
         self.mean = mean
         self._table = row.tables[0]
-        self._table.at(mean)
         self._prefix = row.prefix
-        self._base = row.prefix[mean]
+        if mean >= len(self._prefix):
+            self._table.grow(mean)
+        self._base = self._prefix[mean]
 
     def stage_ns(self, step: int) -> tuple[int, ...]:
         return (self._constant + self._layers * self._table.at(self.mean + step),)
@@ -336,6 +337,9 @@ class PlainRun(DecodeRun):
         except IndexError:
             self._table.grow(self.mean + steps)
             return self.elapsed_ns(steps)
+
+    def stages_ns(self, first: int, count: int) -> list[list[int]]:
+        return [[ns] for ns in self.durations_between(self.mean + first, self.mean + first + count).tolist()]
 
     def durations_ns(self, steps: int) -> NDArray[np.int64]:
         return self.durations_between(self.mean, self.mean + steps)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 from apexsim.serving.cohort import Cohort
 from apexsim.serving.kv_cache import BlockManager
@@ -43,11 +43,6 @@ class Ledger:
         self._manager = manager
         self._full = scheduler.admission == "full"
         self._cohort = cohort
-
-    @property
-    def entries(self) -> list[tuple[Request, int]]:
-        """Everyone scheduled singly and their tokens: decodes, then chunks, each in the order given."""
-        return [*((request, 1) for request in self.decodes), *self.chunks]
 
     def wants(self, request: Request) -> int:
         """Tokens that ``request`` could compute in this step; 0 while the token it would start from is in flight."""
@@ -123,23 +118,27 @@ class Ledger:
         self.preempted.append(request)
 
 
-class BatchPolicy(Protocol):
-    """Fills ledgers.
+class BatchPolicy(ABC):
+    """Fills ledgers: the base of one's own policies, whose steps are simulated singly unless it promises more.
 
-    A policy may let a replica take decodes as one and many steps at once. ``marches`` promises that it gives decodes,
-    if any, by ``give_decodes(running, 0)`` before it spends anything else. ``repeats`` says of a filled ledger that, as
-    long as nothing arrives, finishes or runs short of blocks, the next would give every running request that decodes by
-    then one token, and nothing else.
+    ``marches`` promises that it gives decodes, if any, by ``give_decodes(running, 0)`` before it spends anything else;
+    a replica may then take decodes as one. ``repeats`` says of a filled ledger that, as long as nothing arrives,
+    finishes or runs short of blocks, the next would give every running request that decodes by then one token, and
+    nothing else; a replica may then take many steps at once.
     """
 
-    marches: bool
+    marches = False
 
-    def fill(self, ledger: Ledger, running: Sequence[Request], waiting: Iterable[Request]) -> None: ...
+    @abstractmethod
+    def fill(self, ledger: Ledger, running: Sequence[Request], waiting: Iterable[Request]) -> None:
+        """Spend the ledger's budgets on running requests and on those waiting, in the order of their arrival."""
 
-    def repeats(self, ledger: Ledger, waiting: Sequence[Request]) -> bool: ...
+    def repeats(self, ledger: Ledger, waiting: Sequence[Request]) -> bool:
+        """Whether the next ledger would only go on with decodes."""
+        return False
 
 
-class Fcfs:
+class Fcfs(BatchPolicy):
     """What both policies share: running requests grow in order, a shortage preempts the youngest, the queue is FCFS."""
 
     marches = True

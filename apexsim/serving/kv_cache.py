@@ -39,10 +39,6 @@ class BlockManager:
         """Blocks that ``request`` lacks to hold ``tokens`` cached tokens."""
         return self.needed(tokens) - request.blocks if tokens > request.capacity else 0
 
-    def can_grow(self, request: Request, tokens: int) -> bool:
-        """Whether ``request`` could hold ``tokens`` cached tokens now."""
-        return tokens <= request.capacity or self.missing(request, tokens) <= self.free
-
     def grow(self, request: Request, tokens: int) -> None:
         """Give ``request`` the blocks it lacks to hold ``tokens`` cached tokens."""
         if tokens <= request.capacity:

@@ -139,7 +139,7 @@ class March(Stretch):
         recorder.tokens(late, first_ns)
         recorder.gap(first_ns - cohort.last_end_ns, cohort.size - len(late))
         recorder.run(self._run, through, cohort.size)
-        recorder.step(self._batch(1, step, late, (self._from_ns, first_ns)), through, last_ns, held)
+        recorder.step(self._stats, self._labels, (self._from_ns, last_ns), through, held)
         cohort.last_step, cohort.last_end_ns = step + through - 1, last_ns
         return last_ns
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: one row a request, one row a step (or run of identical steps), and token gaps."""
+"""What a run leaves behind: one row a request, one row a step (or run of decode steps), and token gaps."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apexsim.costs.durations import RunDurations
+from apexsim.costs.steps import BatchStats
 from apexsim.costs.timing import RunTimes
 from apexsim.serving.batch import Batch
 from apexsim.serving.cohort import Cohort
@@ -31,39 +32,46 @@ class Recorder:
         self._chunks = array("q")
         self._width = len(self.step_columns)
         self._row = self._held = 0  # where the latest row begins, and the blocks in use in its first step
-        self._next: tuple[int, int, int, int] | None = (
-            None  # replica, decodes, context and start of a step that goes on
-        )
+        # replica, decodes, context and start of the step that would go on where the latest row ends
+        self._next: tuple[int, int, int, int] | None = None
         self._gaps = array("q")
         self._runs = RunDurations()
         self.rejected: dict[int, str] = {}
 
-    def step(self, batch: Batch, repeats: int, end_ns: int, held: tuple[int, int]) -> None:
-        """Add a step, or ``repeats`` identical ones; ``held`` are the KV blocks in use in the first and the last.
+    def step(
+        self,
+        stats: BatchStats,
+        labels: tuple[int, int, int],
+        times_ns: tuple[int, int],
+        repeats: int,
+        held: tuple[int, int],
+    ) -> None:
+        """Add a step, or ``repeats`` decode steps that follow one another.
 
-        Decode steps that go on where the row before ended are added to that row.
+        ``labels`` are the replica and its counts of running and waiting requests, ``times_ns`` start and end, ``held``
+        the KV blocks in use in the first and the last (a row keeps their mean and the last). Decode steps that go on
+        where a row ended are added to that row.
         """
-        decodes, context, window_contexts, chunks, survivors = batch.stats
-        replica, running, waiting = batch.labels
-        chunk_tokens, steps = 0, self._steps
-        if chunks:
-            index = len(steps) // self._width
-            for tokens, history in chunks:
-                chunk_tokens += tokens
-                self._chunks.extend((index, tokens, history))
-        elif (replica, decodes, context, batch.start_ns) == self._next and not window_contexts:
+        decodes, context, window_contexts, chunks, survivors = stats
+        start_ns, end_ns = times_ns
+        steps = self._steps
+        going_on = None if chunks else (labels[0], decodes, context + repeats * decodes, end_ns)
+        if (labels[0], decodes, context, start_ns) == self._next and not (chunks or window_contexts):
             row = self._row
             steps[row + 1] = end_ns
             steps[row + 3] += repeats
             steps[row + 8] = (self._held + held[1]) // 2
             steps[row + 9] = held[1]
-            self._next = (replica, decodes, context + repeats * decodes, end_ns)
+            self._next = going_on
             return
-        self._row, self._held = len(steps), held[0]
-        self._next = (replica, decodes, context + repeats * decodes, end_ns) if not chunks else None
+        self._row, self._held, self._next = len(steps), held[0], going_on
+        chunk_tokens = 0
+        for tokens, history in chunks:
+            chunk_tokens += tokens
+            self._chunks.extend((len(steps) // self._width, tokens, history))
         steps.extend((
-            batch.start_ns, end_ns, replica, repeats, decodes, context, chunk_tokens, survivors,
-            (held[0] + held[1]) // 2, held[1], running, waiting, *window_contexts,
+            start_ns, end_ns, labels[0], repeats, decodes, context, chunk_tokens, survivors,
+            (held[0] + held[1]) // 2, held[1], labels[1], labels[2], *window_contexts,
         ))  # fmt: skip
 
     def peak(self, held: int) -> None:
@@ -100,7 +108,7 @@ class Recorder:
             if batch.marching:
                 self.gap(end_ns - cohort.last_end_ns, batch.marching)
             cohort.last_step, cohort.last_end_ns = batch.step, end_ns
-        self.step(batch, 1, end_ns, (held, held))
+        self.step(batch.stats, batch.labels, (batch.start_ns, end_ns), 1, (held, held))
 
     def run(self, run: RunTimes, steps: int, sequences: int) -> None:
         """Steps 2 ... ``steps`` of a run gave ``sequences`` requests a token each; the first has its ``gap``."""

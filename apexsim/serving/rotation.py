@@ -59,7 +59,7 @@ class Rotation(Stretch):
         composed = self._settle(in_flight, stage_free, recorder, blocks) if self.silent else ()
         batch = in_flight.popleft()
         recorder.tokens(batch.samples, batch.end_ns)
-        recorder.step(batch, 1, batch.end_ns, (blocks.held, blocks.held))
+        recorder.step(batch.stats, batch.labels, (batch.start_ns, batch.end_ns), 1, (blocks.held, blocks.held))
         return StepEnd(batch.end_ns, batch.leaving, composed)
 
     def _settle(
@@ -92,7 +92,7 @@ def _pass(batch: Batch, ends_ns: Sequence[int], recorder: Recorder, blocks: Bloc
         blocks.grow(request, request.computed)
     for before_ns, end_ns in pairwise(ends_ns):
         recorder.gap(end_ns - before_ns, len(batch.samples))
-    recorder.step(batch, steps, last_ns, (held, blocks.held))
+    recorder.step(batch.stats, batch.labels, (batch.start_ns, last_ns), steps, (held, blocks.held))
 
 
 def plan_rotation(

@@ -47,7 +47,8 @@ def simulate(
 
     ``seed`` draws the requests of a ``Workload``; a run itself has no randomness. ``exact_steps`` simulates each step
     singly (the slow oracle; the outcome is the same). ``progress`` is called with the share of requests done.
-    Raises ``InfeasiblePlan`` when the model does not fit and ``BadInput`` when the deployment is not lawful.
+    Raises ``InfeasiblePlan`` when the plan is not lawful or the model does not fit, ``Unsupported`` where no cost is
+    known and ``BadInput`` for an unknown policy or router.
     """
     started_s = time.perf_counter()
     requests = workload.sample(seed=seed) if isinstance(workload, Workload) else workload
@@ -283,6 +284,6 @@ def _named(name: str, known: Mapping[str, Callable[..., Any]], what: str) -> Cal
         return known[name]
     try:
         found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise BadInput(f"cannot be imported ({error}); give module:Name", key=what, got=name) from None
     return found

@@ -25,7 +25,8 @@ from apexsim.serving.request import Request
 
 
 class StepEnd(NamedTuple):
-    """``left`` got their last token at ``end_ns``; of ``composed`` it is in flight, or it was one of the left's."""
+    """``left`` got their last token at ``end_ns``. ``composed`` are those whose last token has been sampled since the
+    stretch began: they are scheduled no more, and some of them may be among the left."""
 
     end_ns: int
     left: Sequence[Request]

@@ -8,6 +8,9 @@ from pydantic import Field
 
 from apexsim.specs.base import Spec
 
+# A host that takes a minute over one thing is a unit mistake.
+MAX_HOST_S = 60.0
+
 
 class HostTerms(Spec):
     """Host time, in seconds. Few, additive and named; calibrated from served runs, never mixed with kernels.
@@ -18,11 +21,11 @@ class HostTerms(Spec):
     (tokenise, admit); ``response_s`` is the way of a token from the device to the client.
     """
 
-    step_s: float = Field(0.0, ge=0)
-    per_sequence_s: float = Field(0.0, ge=0)
-    exposed_step_s: float = Field(0.0, ge=0)
-    frontend_per_request_s: float = Field(0.0, ge=0)
-    response_s: float = Field(0.0, ge=0)
+    step_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
+    per_sequence_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
+    exposed_step_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
+    frontend_per_request_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
+    response_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
     overlapped: bool = False
 
 
@@ -93,7 +96,7 @@ class EngineProfile(Spec):
     long_context: LongContextDefaults | None = None
     memory: MemoryDefaults
     communication: CommunicationDefaults
-    evidence: str
+    evidence: Literal["serving", "prior"]
     source: str
 
     def scheduler_for(self, context_limit: int) -> SchedulerDefaults:

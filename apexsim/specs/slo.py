@@ -24,6 +24,8 @@ class SLO(Spec):
     def parse(cls, text: str, where: object = "--slo") -> SLO:
         """Read ``ttft_s=0.5,tpot_s=0.05``."""
         data: dict[str, float] = {}
+        if not text.strip():
+            raise BadInput("name at least one limit, as in ttft_s=0.5", where=where, got=text)
         for item in filter(None, (part.strip() for part in text.split(","))):
             key, equals, value = item.partition("=")
             if key not in cls.model_fields:
