@@ -13,20 +13,26 @@ from typing import Any
 
 from apexsim.errors import BadInput
 
+# A file system takes 255 bytes; a scratch file beside the target has some more than its name.
+_MAX_NAME_BYTES = 200
+
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Give a scratch path beside ``path``; it takes that name when the block ends well and vanishes if not."""
     target = Path(path)
     check_writable(target, where=target)
-    handle, scratch = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
-    os.close(handle)
     try:
-        yield Path(scratch)
-        os.chmod(scratch, 0o666 & ~_umask())
-        os.replace(scratch, target)
-    finally:
-        Path(scratch).unlink(missing_ok=True)
+        handle, scratch = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
+        os.close(handle)
+        try:
+            yield Path(scratch)
+            os.chmod(scratch, 0o666 & ~_umask())
+            os.replace(scratch, target)
+        finally:
+            Path(scratch).unlink(missing_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot be written: {error.strerror or error}", where=target) from None
 
 
 def make_folder(path: Path | str, *, where: object = "--out") -> Path:
@@ -43,9 +49,10 @@ def make_folder(path: Path | str, *, where: object = "--out") -> Path:
 def check_writable(path: Path | str, *, where: object) -> None:
     """Raise ``BadInput`` now rather than after a long run when ``path`` could not be written."""
     target = Path(path)
-    if not target.parent.is_dir():
+    if not os.path.isdir(target.parent):
         raise BadInput("its folder does not exist; create it first", where=where, got=str(path))
-    if target.is_dir() or not os.access(target.parent, os.W_OK):
+    too_long = len(os.fsencode(target.name)) > _MAX_NAME_BYTES
+    if too_long or os.path.isdir(target) or not os.access(target.parent, os.W_OK):
         raise BadInput("give the path of a file that can be written", where=where, got=str(path))
 
 

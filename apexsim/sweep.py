@@ -100,7 +100,8 @@ def sweep(
     folder = make_folder(out)
     journal = Journal(folder / "journal.jsonl", resume=resume)
     outcomes = settle(tasks, simulated, executor=run_local, jobs=jobs, journal=journal, progress=progress)
-    table = pd.DataFrame([_row(run, outcomes[run.identity]) for run in runs])
+    grid = pd.DataFrame({path: _column([run.point[path] for run in runs]) for path in runs[0].point})
+    table = grid.join(pd.DataFrame([_row(outcomes[run.identity]) for run in runs]), how="right")
     with atomic_path(folder / TABLE) as scratch:
         table.to_parquet(scratch, index=False)
     return table
@@ -155,11 +156,12 @@ def _at_point(base: Mapping[str, Any], point: Mapping[str, Any], where: object) 
     return data
 
 
-def _row(run: Run, outcome: Outcome) -> dict[str, Any]:
-    point = {path: value if _is_cell(value) else json.dumps(value) for path, value in run.point.items()}
-    return {**point, "verdict": outcome.verdict, "error": outcome.reason, **outcome.figures}
+def _row(outcome: Outcome) -> dict[str, Any]:
+    return {"verdict": outcome.verdict, "error": outcome.reason, **outcome.figures}
 
 
-def _is_cell(value: Any) -> bool:
-    """Whether a table can hold the value as it is."""
-    return value is None or isinstance(value, str | int | float)
+def _column(values: list[Any]) -> list[Any]:
+    """Values of a path as a table can hold them: as they are where they are of one kind, else as JSON text."""
+    kinds = {float if type(value) is int and abs(value) < 2**63 else type(value) for value in values}
+    plain = kinds - {type(None)} in ({str}, {bool}, {float}, set())
+    return values if plain else [json.dumps(value) for value in values]

@@ -107,12 +107,26 @@ def test_an_unreadable_trace_is_told(tmp_path: Path, fails: Callable[..., str]) 
         (["--engine-option", "max_num_seqs=many"], ["max_num_seqs", "got 'many'"]),
         (["--engine-option", "max_num_seqs"], ["--engine-option", "key=value"]),
         (["--engine-option", "policy=chunked"], ["policy", "chunked_prefill"]),
+        (["--engine-option", "policy=1"], ["policy", "got 1", "string"]),
+        (["--engine-option", "policy=:"], ["policy", "got ':'", "module:Name"]),
+        (["--engine-option", "policy=..a:b"], ["policy", "module:Name"]),
+        (["--engine-option", "policy=json:JSONDecoder"], ["policy", "give a class with fill and repeats"]),
+        (["--engine-option", "step_s=nan"], ["engine_options.step_s: got nan; give a finite number"]),
+        (["--engine-option", "response_s=1e10"], ["response_s", "60"]),
+        (["--router", "no_such_module:Name"], ["router", "No module named"]),
+        (["--router", "os:path"], ["router", "give a class with choose"]),
+        (["--replicas", "10001"], ["replicas", "10000"]),
+        (["--requests", "100000000000000000000"], ["--requests", "at most 100000000"]),
         (["--slo", "tfft_s=1"], ["--slo", "ttft_s"]),
         (["--slo", "ttft_s=fast"], ["--slo", "got 'fast'"]),
         (["--slo", ""], ["--slo", "at least one limit"]),
         (["--slo", "ttft_s=nan"], ["--slo", "ttft_s"]),
         (["--slo", "ttft_s=-1"], ["--slo", "ttft_s", "got -1.0"]),
         (["--json", "/no/such/folder/out.json"], ["--json", "folder does not exist"]),
+        (["--json", "a" * 300], ["--json", "can be written"]),
+        (["--json", "same", "--timeline", "./same"], ["--timeline", "is the file of --json too"]),
+        (["--timeline", "/"], ["--timeline", "can be written"]),
+        (["--requests-out", "rows.csv"], ["--requests-out", ".parquet"]),
         (["--plot", "figure.jpeg2"], ["--plot", ".png"]),
         (["--tensor", "two"], ["simulate", "--tensor", "valid integer"]),
         (["--tenser", "2"], ["simulate", "--tenser", "--tensor"]),
@@ -127,6 +141,7 @@ def test_bad_flags_are_told(trace: str, fails: Callable[..., str], flags: list[s
 def test_unknown_workloads_and_commands_name_the_nearest(fails: Callable[..., str]) -> None:
     assert "did you mean chat?" in fails(*BASE, "chatt")
     assert "did you mean simulate?" in fails("simulat")
+    assert "did you mean" not in fails(*BASE, "")
     assert "--workload" in fails(*BASE[:-1])
     assert "--model" in fails("simulate", "--workload", "chat")
 
@@ -140,6 +155,11 @@ def test_unknown_workloads_and_commands_name_the_nearest(fails: Callable[..., st
         ("model: llama-3.1-88b\ndevice: h100-sxm\n", ["bad.yaml", "model", "llama-3.1-8b"]),
         ("model: llama-3.1-8b\ndevice: h100-sxm\nengine_options: {blocksize: 8}\n", ["bad.yaml", "block_size"]),
         ("model: llama-3.1-8b\ndevice: h100-sxm\ntensor: 3\n", ["bad.yaml", "tensor degree 3"]),
+        (
+            "model: llama-3.1-8b\ndevice: h100-sxm\nengine_options: {step_s: [1]}\n",
+            ["options.step_s: got [1]; give a num"],
+        ),
+        ("model: llama-3.1-8b\ndevice: h100-sxm\nengine_options: {policy: null}\n", ["bad.yaml", "policy", "got None"]),
         ("model: [", ["bad.yaml", "line"]),
     ],
 )
@@ -161,8 +181,11 @@ def test_show_list_and_import_refuse_what_they_do_not_know(tmp_path: Path, fails
     assert "did you mean gpt-oss-20b" in fails("show", "model", "gpt-oss-21b")
     assert "models" in fails("list", "modells")
     assert "--graph" in fails("show", "engine", "vllm-0.6", "--graph")
-    (tmp_path / "config.json").write_text("{}")
-    assert "config.json" in fails("import-model", str(tmp_path / "config.json"), "--out", str(tmp_path / "out.yaml"))
+    assert "show: tensor: got 0" in fails("show", "model", "gpt-oss-20b", "--graph", "--tensor", "0")
+    for text in ("{}", '{"a":' * 5000):
+        (tmp_path / "config.json").write_text(text)
+        out = str(tmp_path / "out.yaml")
+        assert "config.json" in fails("import-model", str(tmp_path / "config.json"), "--out", out)
     assert "--out" in fails("fit", "--device", "h100-sxm")
     assert "h100-sxm" in fails("fit", "--device", "h101-sxm", "--out", str(tmp_path / "out.yaml"))
 
@@ -233,6 +256,18 @@ def test_a_reader_that_leaves_early_is_no_fault() -> None:
             assert done.stderr is not None
             done.stdout.close()
             assert (done.wait(), done.stderr.read()) == (0, b"")
+
+
+def test_classes_of_the_user_are_found_in_the_working_directory(tmp_path: Path, trace: str) -> None:
+    (tmp_path / "mine.py").write_text("class Last:\n    def choose(self, loads):\n        return len(loads) - 1\n")
+    run = "from apexsim.cli.main import run; run()"
+    command = [*BASE, trace, "--router", "mine:Last", "--replicas", "3", "--requests-out", "rows.parquet"]
+    # As the console script: what is not on the path unasked is the working directory.
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", run, *command], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert set(pd.read_parquet(tmp_path / "rows.parquet")["replica"]) == {2}
 
 
 # -- deployment files --------------------------------------------------------------------------------------------------

@@ -244,6 +244,21 @@ def test_unreadable_files_are_refused(tmp_path: Path, form: str) -> None:
     assert line == f"{absent}: cannot be read as {form}: No such file or directory"
 
 
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_bytes_that_are_no_text_are_refused_in_one_line(
+    tmp_path: Path, form: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = text(tmp_path, b"\xa8\n\xa8,\xa8\n" * 9, form)
+    assert refusal(lambda: read_requests(path)) == f"{path}: is not UTF-8 text"
+    assert capfd.readouterr().err == ""
+
+
+def test_json_lines_must_be_objects(tmp_path: Path) -> None:
+    for line in ("null", "[1, 2]", '"x"'):  # pyarrow ends the process on a file of nulls
+        path = text(tmp_path, f"{line}\n", "jsonl")
+        assert "give one JSON object a line" in refusal(lambda path=path: read_requests(path))
+
+
 def test_a_truncated_parquet_file_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
     path.write_bytes(path.read_bytes()[:-20])

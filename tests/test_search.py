@@ -380,6 +380,19 @@ def test_small_searches_start_no_processes() -> None:
         choose_jobs(0, 100)
 
 
+def test_a_journal_passes_over_what_is_none_of_its_outcomes(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    first = search(question(), evaluate=toy, journal=Journal(path))
+    whole = path.read_text()
+    known = json.loads(whole.splitlines()[1])["identity"]
+    outcomes = ["5", "{}", '{"verdict": "fine"}', '{"verdict": "ok", "since": "version 9"}']
+    lines = ["null", "[]", "5", '{"identity": 1}', *(f'{{"identity": "{known}", "outcome": {o}}}' for o in outcomes)]
+    for line in lines:
+        path.write_text(f"{whole}\n{line}")
+        again = search(question(), evaluate=toy, journal=Journal(path, resume=True))
+        assert comparable(again) == comparable(first)
+
+
 def test_local_executor_yields_every_task_once() -> None:
     for jobs in (1, 2):
         assert Counter(run_local(partial(pow, 2), range(5), jobs)) == Counter((n, 2**n) for n in range(5))
@@ -462,6 +475,9 @@ def test_nothing_feasible_is_exit_status_1_and_no_best(tmp_path: Path, capsys: p
         (["--devices", "12xh100-sxm"], "whole nodes of 8"),
         (["--devices", "2xh100-sx"], "did you mean h100-sxm"),
         (["--model", "llama-3.1-80b"], "did you mean llama-3.1-8b"),
+        (["--devices", "8000000000xh100-sxm"], "give at most 10000 devices"),
+        (["--devices", "\N{FULLWIDTH DIGIT EIGHT}xh100-sxm"], "give a count of at least 1"),
+        (["--router", "no_such_module:Name"], "No module named"),
         (["--workload", "chatt"], "did you mean chat"),
         (["--objective", "latancy"], "did you mean latency"),
         (["--objective", "goodput"], "goodput needs a limit to keep: give --slo"),

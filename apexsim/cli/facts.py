@@ -182,10 +182,13 @@ def graph_tables(name: str, plan: dict[str, Any]) -> list[Table]:
     from apexsim import catalog
     from apexsim.costs.lowering import lower
     from apexsim.io.deployments import DeploymentFile, check_lawful, resolve_deployment
+    from apexsim.specs.base import parse_spec
 
     # Shapes depend on the model and the plan alone: any device will do.
     device = catalog.names("device")[0]
-    deployment = resolve_deployment(DeploymentFile(model=name, device=device, **plan), "show")
+    deployment = resolve_deployment(
+        parse_spec(DeploymentFile, {"model": name, "device": device, **plan}, "show"), "show"
+    )
     check_lawful(deployment, "show")
     lowered = lower(deployment, deployment.pools[0])
     tables = []

@@ -116,6 +116,8 @@ def _usage_line(error: Any) -> str:
 
 def run() -> None:
     """Entry point of the console script."""
+    # Policies and routers named module:Name are looked for here too, last, as with ``python -m``.
+    sys.path.append(os.getcwd())
     sys.exit(main())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -181,9 +182,14 @@ def check_targets(targets: Mapping[str, Path | str | None]) -> None:
     """Refuse an output file that could not be written before any work is done; keys are the flags."""
     from apexsim.atomic import check_writable
 
+    taken: dict[str, str] = {}
     for flag, target in targets.items():
-        if target is not None and str(target) != "-":
-            check_writable(target, where=flag)
+        if target is None or (flag == "--json" and target == "-"):
+            continue
+        check_writable(target, where=flag)
+        first = taken.setdefault(os.path.abspath(target), flag)
+        if first != flag:
+            raise BadInput(f"is the file of {first} too; give each its own", where=flag, got=str(target))
 
 
 def emit_json(data: Mapping[str, Any], target: str) -> None:

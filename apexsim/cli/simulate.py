@@ -20,6 +20,7 @@ from apexsim.cli.options import (
     table_console,
     with_flags,
 )
+from apexsim.errors import BadInput
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,6 +58,8 @@ class OutputFlags:
         check_targets({**targets, "--plot": self.plot})
         if self.plot:
             check_plot_path(self.plot, where="--plot")
+        if self.requests_out and self.requests_out.suffix != ".parquet":
+            raise BadInput("end the name in .parquet", where="--requests-out", got=str(self.requests_out))
 
     def write(self, result: SimulationResult) -> None:
         """Write every file that was asked for."""

@@ -9,6 +9,7 @@ engine_options: {max_num_seqs: 128}
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from apexsim import catalog
 from apexsim.errors import BadInput, nearest
 from apexsim.io.yaml_files import load_spec, write_yaml
 from apexsim.specs.base import Spec, parse_spec
-from apexsim.specs.cluster import Cluster
+from apexsim.specs.cluster import MAX_DEVICES, Cluster
 from apexsim.specs.deployment import Deployment, Plan, Pool
 from apexsim.specs.device import DeviceProfile
 from apexsim.specs.engine import EngineProfile
@@ -45,14 +46,14 @@ class DeploymentFile(Spec):
 
     model: str
     device: str
-    nodes: int | None = Field(None, ge=1)
-    devices_per_node: int | None = Field(None, ge=1)
+    nodes: int | None = Field(None, ge=1, le=MAX_DEVICES)
+    devices_per_node: int | None = Field(None, ge=1, le=MAX_DEVICES)
     engine: str = DEFAULT_ENGINE
     engine_options: dict[str, EngineOption] = Field(default_factory=dict)
     tensor: int = Field(1, ge=1)
     pipeline: int = Field(1, ge=1)
     expert: int = Field(1, ge=1)
-    replicas: int = Field(1, ge=1)
+    replicas: int = Field(1, ge=1, le=MAX_DEVICES)
     router: str = "round_robin"
     weights: str = "bf16"
     moe_weights: str | None = None
@@ -105,8 +106,7 @@ def resolve_deployment(file: DeploymentFile, where: object) -> Deployment:
     """Look every name up; ``BadInput`` at ``where`` on the first that means nothing. Lawfulness is not checked."""
     for key in ("weights", "moe_weights", "kv_cache"):
         _check_known(getattr(file, key), DTYPE_BYTES, where, key)
-    if ":" not in file.router:
-        _check_known(file.router, policy_classes()["router"], where, "router")
+    _check_class(file.router, "router", where)
     _check_catalog("model", file.model, where)
     _check_catalog("device", file.device, where)
     _check_catalog("engine", file.engine, where)
@@ -153,10 +153,9 @@ def with_engine_options(engine: EngineProfile, options: Mapping[str, EngineOptio
         data[sections[key]][key] = value
         if data["long_context"] and key in data["long_context"]:
             data["long_context"][key] = value
-    policy = data["scheduler"]["policy"]
-    if ":" not in policy:
-        _check_known(policy, policy_classes()["batching"], where, "policy")
-    return parse_spec(EngineProfile, data, where)
+    profile = parse_spec(EngineProfile, data, where)
+    _check_class(profile.scheduler.policy, "policy", where)
+    return profile
 
 
 def policy_classes() -> dict[str, dict[str, type]]:
@@ -165,6 +164,25 @@ def policy_classes() -> dict[str, dict[str, type]]:
     from apexsim.serving.routing import ROUTERS
 
     return {"batching": dict(POLICIES), "router": dict(ROUTERS)}
+
+
+# Keys whose value names a class: its kind, and the methods that make it one.
+_CLASSES = {"policy": ("batching", ("fill", "repeats")), "router": ("router", ("choose",))}
+
+
+def _check_class(name: str, key: str, where: object) -> None:
+    """``name`` is one that apexsim knows, or ``module:Name`` of a class that can be imported."""
+    kind, methods = _CLASSES[key]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        _check_known(name, policy_classes()[kind], where, key)
+        return
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # a module of the user's may fail in any way
+        raise BadInput(f"cannot be imported ({error}); give module:Name", where=where, key=key, got=name) from None
+    if not isinstance(found, type) or not all(callable(getattr(found, method, None)) for method in methods):
+        raise BadInput(f"give a class with {' and '.join(methods)}", where=where, key=key, got=name)
 
 
 def _cluster(file: DeploymentFile, device: DeviceProfile, where: object) -> Cluster:

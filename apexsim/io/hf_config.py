@@ -88,7 +88,7 @@ def _read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise BadInput(f"cannot be read: {error.strerror}", where=os.fspath(path)) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"not valid JSON: {error}", where=os.fspath(path)) from None
     if not isinstance(data, dict):
         raise BadInput("give a JSON object: the config.json of a model", where=os.fspath(path))

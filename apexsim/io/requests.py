@@ -13,6 +13,7 @@ Rows are numbered from 1 in every message; a CSV header is not a row. Columns of
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -32,6 +33,7 @@ from apexsim import catalog
 from apexsim.errors import BadInput, nearest
 from apexsim.specs.laws import AllAtOnce, ClosedLoop, Floats, PoissonArrivals, RenewalArrivals
 from apexsim.specs.workload import (
+    MAX_REQUESTS,
     Requests,
     Workload,
     check_count,
@@ -49,6 +51,8 @@ OPTIONAL = (*_COUNTS, *_IDS, _PREFIX)
 
 # pyarrow takes a block size as a 32-bit integer. One block for a whole file: types are then inferred over all rows.
 _MAX_BLOCK_BYTES = 2**31 - 1
+# Enough of a file to tell whether it is text.
+_PEEK_BYTES = 1 << 16
 
 _Wanted = PoissonArrivals | ClosedLoop | AllAtOnce
 
@@ -69,9 +73,9 @@ def resolve_workload(
     stretch (no arrival times, all at once, closed loop) Poisson arrivals are drawn from ``seed``, and a note says so.
     Raises BadInput in one line naming the flag, or the file, column and row.
     """
-    for flag, count, least in (("--requests", requests, 1), ("--seed", seed, 0)):
-        if count is not None:
-            check_count(count, flag, least=least)
+    if requests is not None:
+        check_count(requests, "--requests", most=MAX_REQUESTS)
+    check_count(seed, "--seed", least=0)
     wanted = _wanted_arrivals(rate_per_s, concurrency, all_at_once)
     found = _find(os.fspath(name_or_path), lengths_will_do=wanted is not None)
     if isinstance(found, Workload):
@@ -99,7 +103,7 @@ def _find(text: str, *, lengths_will_do: bool) -> Workload | Requests:
     path = Path(text)
     if text in known or path.suffix in (".yaml", ".yml"):
         return catalog.load("workload", text)
-    if path.suffix in _READERS or os.sep in text or path.exists():
+    if path.suffix in _READERS or os.sep in text or (text and path.exists()):
         return read_requests(path, lengths_will_do=lengths_will_do)
     would_do = f"unknown workload; {nearest(text, known)} The path of a request file ({_formats()}) would do as well"
     raise BadInput(would_do, where="--workload", got=text)
@@ -249,6 +253,7 @@ def _read_parquet(path: Path) -> pa.Table:
 
 
 def _read_csv(path: Path) -> pa.Table:
+    _check_text(path)
     ragged: list[Any] = []
 
     def note(row: Any) -> str:
@@ -269,8 +274,21 @@ def _read_csv(path: Path) -> pa.Table:
 
 
 def _read_jsonl(path: Path) -> pa.Table:
+    beginning = _check_text(path).lstrip()
+    if beginning and not beginning.startswith("{"):  # pyarrow dies of a file of nulls
+        raise BadInput("give one JSON object a line", where=path, got=beginning)
     options = pa_json.ReadOptions(use_threads=False, block_size=_block_bytes(path))
     return pa_json.read_json(path, read_options=options)
+
+
+def _check_text(path: Path) -> str:
+    """The beginning of a text file. Of bytes that are no text pyarrow complains on stderr by itself."""
+    with path.open("rb") as file:
+        beginning = file.read(_PEEK_BYTES)
+    try:
+        return codecs.getincrementaldecoder("utf-8-sig")().decode(beginning)
+    except UnicodeDecodeError:
+        raise BadInput("is not UTF-8 text", where=path) from None
 
 
 def _block_bytes(path: Path) -> int:

@@ -48,9 +48,14 @@ def available_cores() -> int:
 
 
 def executor_named(name: str) -> Executor:
-    """The executor of that name; ``BadInput`` when there is none."""
+    """The executor of that name; ``BadInput`` when there is none, or when it is not installed."""
     if name not in EXECUTORS:
         raise BadInput(f"unknown executor; {nearest(name, EXECUTORS)}", where="--executor", got=name)
+    if name == "ray":
+        try:
+            import ray  # noqa: F401
+        except ImportError:
+            raise BadInput("install it with: pip install 'apexsim[ray]'", where="--executor", got=name) from None
     return EXECUTORS[name]
 
 
@@ -72,10 +77,8 @@ def run_local(function: Callable[[T], R], tasks: Sequence[T], jobs: int) -> Resu
 
 def run_on_ray(function: Callable[[T], R], tasks: Sequence[T], jobs: int) -> Results[R]:
     """On a Ray cluster: the one named by ``RAY_ADDRESS``, else one started here with ``jobs`` cores."""
-    try:
-        import ray
-    except ImportError:
-        raise BadInput("install it with: pip install 'apexsim[ray]'", where="--executor", got="ray") from None
+    import ray
+
     if not ray.is_initialized():
         ray.init(num_cpus=None if os.environ.get("RAY_ADDRESS") else jobs, log_to_driver=False)
 

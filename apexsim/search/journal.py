@@ -56,6 +56,6 @@ def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for line in lines:
         try:
             entry = json.loads(line)
-        except ValueError:  # cut short by a crash, or the empty first line
+            yield entry["identity"], dict(entry["outcome"])
+        except (ValueError, TypeError, KeyError):  # cut short by a crash, the empty first line, or not ours
             continue
-        yield entry["identity"], entry["outcome"]

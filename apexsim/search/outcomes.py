@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from apexsim.errors import InfeasiblePlan
 from apexsim.search.executors import LOST, Executor
@@ -50,7 +50,8 @@ def settle(
     What failed before is tried again.
     """
     known = journal.known if journal else {}
-    outcomes = {key: Outcome(**known[key]) for key in tasks if key in known and known[key]["verdict"] != "failed"}
+    recalled = {key: _recalled(known[key]) for key in tasks if key in known}
+    outcomes = {key: outcome for key, outcome in recalled.items() if outcome and outcome.verdict != "failed"}
     todo = [key for key in tasks if key not in outcomes]
     for number, result in executor(work, [tasks[key] for key in todo], jobs):
         outcomes[todo[number]] = outcome = result or Outcome("failed", LOST)
@@ -59,3 +60,10 @@ def settle(
         if progress:
             progress(len(outcomes), len(tasks))
     return outcomes
+
+
+def _recalled(entry: Mapping[str, Any]) -> Outcome | None:
+    """The outcome that an entry of a journal holds; None where it holds none that this version knows."""
+    if entry.get("verdict") not in get_args(Verdict) or entry.keys() - Outcome.__dataclass_fields__.keys():
+        return None
+    return Outcome(**entry)

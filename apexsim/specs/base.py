@@ -19,6 +19,9 @@ class Spec(BaseModel):
 
 SpecT = TypeVar("SpecT", bound=Spec)
 
+_PLAIN = ("bool", "int", "float", "str")
+_ANY_PLAIN = "give a number, true, false or text"
+
 
 def parse_spec(cls: type[SpecT], data: Mapping[str, Any], where: object) -> SpecT:
     """Build a spec from plain data; a fault becomes ``BadInput`` naming ``where``, the key and what would do."""
@@ -40,8 +43,13 @@ def _first_fault(error: ValidationError, cls: type[Spec], where: object) -> BadI
         return BadInput("is missing and has no default", where=where, key=path)
     if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
         return _wrong_kind(fault, cls, where)
+    if fault["loc"] and fault["loc"][-1] in _PLAIN:  # one of several types that would do: the last part is its name
+        path = path.rpartition(".")[0]
+        finite = "finite_number" in {each["type"] for each in faults}
+        return BadInput("give a finite number" if finite else _ANY_PLAIN, where=where, key=path, got=fault["input"])
     message = str(fault["msg"]).removeprefix("Value error, ")
-    return BadInput(message, where=where, key=path or None, got=fault["input"])
+    # What is wrong with a spec as a whole is said in the message; its keys and values would say nothing.
+    return BadInput(message, where=where, key=path or None, got=fault["input"] if path else ...)
 
 
 def _wrong_kind(fault: ErrorDetails, cls: type[Spec], where: object) -> BadInput:

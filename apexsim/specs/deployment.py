@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from apexsim.specs.base import Spec
-from apexsim.specs.cluster import Cluster
+from apexsim.specs.cluster import MAX_DEVICES, Cluster
 from apexsim.specs.engine import EngineProfile, SchedulerDefaults
 from apexsim.specs.model import ModelSpec
 
@@ -76,7 +76,7 @@ class Pool(Spec):
     name: str = "serve"
     stages: tuple[Stage, ...] = ("prefill", "decode")
     plan: Plan = Plan()
-    replicas: int = Field(1, ge=1)
+    replicas: int = Field(1, ge=1, le=MAX_DEVICES)
 
     @property
     def devices(self) -> int:

@@ -18,6 +18,8 @@ Integers = npt.NDArray[np.int64]
 
 # Counts of tokens are stored and summed as 64-bit integers; a longer prompt than this is a unit mistake.
 MAX_TOKENS = 2**31 - 1
+# Nobody thinks for longer than a day between two questions.
+MAX_TURNAROUND_S = 86_400.0
 
 
 class LengthLaw(Spec, ABC):
@@ -201,7 +203,7 @@ class ClosedLoop(Spec):
 
     kind: Literal["closed_loop"] = "closed_loop"
     concurrency: int = Field(ge=1)
-    turnaround_s: float = Field(0.0, ge=0)
+    turnaround_s: float = Field(0.0, ge=0, le=MAX_TURNAROUND_S)
 
 
 Arrivals = Annotated[

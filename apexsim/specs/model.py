@@ -44,6 +44,10 @@ class KVGroup:
         return 2 * self.layers * heads_here * self.head_dim * dtype_bytes(dtype)
 
 
+# Beyond these stands a unit mistake, and lists and integers of that size.
+MAX_LAYERS, MAX_WINDOW = 10_000, 2**31 - 1
+
+
 class MoESpec(Spec):
     """Mixture of experts. Every token visits ``active`` of ``experts`` experts and all ``shared_experts``.
 
@@ -90,7 +94,7 @@ class ModelSpec(Spec):
 
     name: str
     source: str
-    layers: int = Field(gt=0)
+    layers: int = Field(gt=0, le=MAX_LAYERS)
     hidden: int = Field(gt=0)
     heads: int = Field(gt=0)
     kv_heads: int = Field(gt=0)
@@ -107,7 +111,7 @@ class ModelSpec(Spec):
     qk_norm: Literal["head", "layer"] | None = None
     norm: Literal["rms", "layer"] = "rms"
     positions: Literal["rope", "learned"] = "rope"
-    window: int | None = Field(None, gt=0)
+    window: int | None = Field(None, gt=0, le=MAX_WINDOW)
     window_pattern: tuple[Span, ...] | None = Field(None, min_length=1)
     moe: MoESpec | None = None
     published_params: float | None = Field(None, gt=0)

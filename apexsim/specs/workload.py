@@ -15,6 +15,7 @@ from apexsim.errors import BadInput
 from apexsim.specs.base import Spec
 from apexsim.specs.laws import (
     MAX_TOKENS,
+    MAX_TURNAROUND_S,
     Arrivals,
     ClosedLoop,
     Floats,
@@ -26,6 +27,8 @@ from apexsim.specs.laws import (
 
 # The simulator's clock is a 64-bit count of nanoseconds; stamps in milliseconds or microseconds end here.
 MAX_ARRIVAL_S = 9e9
+# More than a run could hold in memory.
+MAX_REQUESTS = 10**8
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -161,7 +164,7 @@ class Workload(Spec):
     citation: str | None = None
     statistic: str | None = None
     limits: str | None = None
-    requests: int = Field(1024, ge=1)
+    requests: int = Field(1024, ge=1, le=MAX_REQUESTS)
     prompt_tokens: Lengths
     output_tokens: Lengths
     rank_correlation: float = Field(0.0, ge=-1, le=1)
@@ -175,7 +178,7 @@ class Workload(Spec):
         shorter one. Raises BadInput for a count below 1 or a seed that is not a whole number >= 0.
         """
         count = self.requests if requests is None else requests
-        check_count(count, "requests", self.name)
+        check_count(count, "requests", self.name, most=MAX_REQUESTS)
         arrivals, prompts, outputs = _streams(seed, self.name)
         prompt_score = prompts.standard_normal(count)
         shared = score_correlation(self.rank_correlation)
@@ -197,10 +200,12 @@ def _streams(seed: int, where: object) -> list[np.random.Generator]:
     return [np.random.default_rng(stream) for stream in np.random.SeedSequence((seed, 1)).spawn(3)]
 
 
-def check_count(value: object, key: str, where: object = None, *, least: int = 1) -> None:
-    """Refuse anything but a whole number of at least ``least``."""
+def check_count(value: object, key: str, where: object = None, *, least: int = 1, most: int | None = None) -> None:
+    """Refuse anything but a whole number of at least ``least`` and at most ``most``."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise BadInput(f"give a whole number of at least {least}", where=where, key=key, got=value)
+    if most is not None and value > most:
+        raise BadInput(f"give at most {most}", where=where, key=key, got=value)
 
 
 def check_rate(value: float, key: str = "rate_per_s", where: object = None) -> None:
@@ -210,9 +215,9 @@ def check_rate(value: float, key: str = "rate_per_s", where: object = None) -> N
 
 
 def check_turnaround(value: float, where: object) -> None:
-    """Refuse a turnaround that is not a finite number of seconds, 0 or more."""
-    if not _is_number(value) or not 0 <= value < math.inf:
-        raise BadInput("give seconds, 0 or more", where=where, key="turnaround_s", got=value)
+    """Refuse a turnaround that is not a number of seconds from 0 to ``MAX_TURNAROUND_S``."""
+    if not _is_number(value) or not 0 <= value <= MAX_TURNAROUND_S:
+        raise BadInput(f"give seconds, from 0 to {MAX_TURNAROUND_S:g}", where=where, key="turnaround_s", got=value)
 
 
 def checked_counts(values: npt.ArrayLike, column: str, where: object, *, least: int = 1) -> Integers:
