@@ -56,8 +56,9 @@ def simulate(
     memory = plan_memory(deployment, pool)
     cost = build_step_cost(deployment, pool)
     built_s = time.perf_counter()
-    run = Run(deployment, requests, cost=cost, memory=memory, exact_steps=exact_steps, progress=progress)
-    run.go()
+    with _no_cycle_collection():
+        run = Run(deployment, requests, cost=cost, memory=memory, exact_steps=exact_steps, progress=progress)
+        run.go()
     simulated_s = time.perf_counter()
     recorder = run.recorder
     steps, chunks = recorder.steps(), recorder.chunks()
@@ -159,8 +160,7 @@ class Run:
             self.clock.at(0, ARRIVAL, self._start_clients)
         elif self._coming:
             self.clock.at(self._coming[0][0], ARRIVAL, self._arrive)
-        with _no_cycle_collection():
-            self.clock.run()
+        self.clock.run()
         if self._progress:
             self._progress(1.0)
 
@@ -249,19 +249,20 @@ class Door:
     def __init__(self, deployment: Deployment, memory: MemoryPlan) -> None:
         scheduler = deployment.scheduler
         self._context_limit = deployment.context_limit
-        self._prompt_limit = None if scheduler.chunked_prefill else scheduler.max_num_batched_tokens
-        self._memory = memory
+        self._prompt_limit = scheduler.max_num_batched_tokens if not scheduler.chunked_prefill else self._context_limit
+        self._memory_limit = memory.max_tokens
+        self._blocks = memory.blocks
 
     def refuses(self, request: Request) -> str:
         """Why the request cannot be served; empty when it can."""
-        if request.total > self._context_limit:
-            return f"{request.total} tokens of prompt and output exceed the context limit of {self._context_limit}"
-        if self._prompt_limit is not None and request.prompt_tokens > self._prompt_limit:
+        total, prompt = request.total, request.prompt_tokens
+        if total > self._context_limit:
+            return f"{total} tokens of prompt and output exceed the context limit of {self._context_limit}"
+        if self._prompt_limit is not None and prompt > self._prompt_limit:
             limit = f"the budget of {self._prompt_limit} tokens a step"
-            return f"a prompt of {request.prompt_tokens} tokens exceeds {limit}, and prompts are not chunked"
-        needed = self._memory.blocks_for(request.total)
-        if needed > self._memory.blocks:
-            return f"{request.total} tokens need {needed} KV blocks, a replica has {self._memory.blocks}"
+            return f"a prompt of {prompt} tokens exceeds {limit}, and prompts are not chunked"
+        if self._memory_limit is not None and total > self._memory_limit:
+            return f"{total} tokens need more than the {self._blocks} KV blocks that a replica has"
         return ""
 
 
