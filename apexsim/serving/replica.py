@@ -44,9 +44,9 @@ class Replica:
     """Steps under one barrier.
 
     Compositions happen when a batch ends, or when an idle replica wakes, until enough batches are in flight (one a
-    stage, or two under a lookahead) or nothing can be scheduled. A batch enters a stage when the stage before has passed
-    it on and the batch before has left it. With one batch in flight that is synchronous scheduling; with two on one
-    stage, asynchronous: a batch is composed when the one before it starts, from what is known at that time.
+    stage, or two under a lookahead) or nothing can be scheduled. A batch enters a stage when the stage before has
+    passed it on and the batch before has left it. With one batch in flight that is synchronous scheduling; with two
+    on one stage, asynchronous: a batch is composed when the one before it starts, from what is known at that time.
     """
 
     def __init__(
