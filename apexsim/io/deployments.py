@@ -187,6 +187,8 @@ def _check_class(name: str, key: str, where: object) -> None:
 
 def _cluster(file: DeploymentFile, device: DeviceProfile, where: object) -> Cluster:
     used = file.plan.devices * file.replicas
+    if used > MAX_DEVICES:
+        raise BadInput(f"tensor x pipeline x replicas may use up to {MAX_DEVICES} devices", where=where, got=used)
     per_node = file.devices_per_node or (used if used <= DEVICES_PER_NODE and not file.nodes else DEVICES_PER_NODE)
     nodes = file.nodes or -(-used // per_node)
     if nodes * per_node < used:
