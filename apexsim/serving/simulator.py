@@ -46,7 +46,7 @@ def simulate(
     """Serve every request of ``workload`` and return what happened.
 
     ``seed`` draws the requests of a ``Workload``; a run itself has no randomness. ``exact_steps`` simulates each step
-    singly (the slow oracle; the outcome is the same). ``progress`` is called with the share of requests done.
+    singly (the slow oracle: the same request records). ``progress`` is called with the share of requests done.
     Raises ``InfeasiblePlan`` when the plan is not lawful or the model does not fit, ``Unsupported`` where no cost is
     known and ``BadInput`` for an unknown policy or router.
     """
