@@ -47,8 +47,7 @@ def simulate(
 
     ``seed`` draws the requests of a ``Workload``; a run itself has no randomness. ``exact_steps`` simulates each step
     singly (the slow oracle: the same request records). ``progress`` is called with the share of requests done.
-    Raises ``InfeasiblePlan`` when the plan is not lawful or the model does not fit, ``Unsupported`` where no cost is
-    known and ``BadInput`` for an unknown policy or router.
+    Raises ``InfeasiblePlan`` when the plan is not lawful or does not fit, ``Unsupported`` where no cost is known.
     """
     started_s = time.perf_counter()
     requests = workload.sample(seed=seed) if isinstance(workload, Workload) else workload
