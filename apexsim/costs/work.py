@@ -1,0 +1,207 @@
+"""What a run's steps did, operator by operator: seconds, FLOPs and bytes, worked out after the run, vectorised.
+
+The same operators that gave the steps their times are evaluated again: those that cost by tokens once per distinct
+token count, attention step by step. A device that waits for another pipeline stage or has no batch is not working and
+has no entry.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apexsim.costs.forms.hardware import Array
+from apexsim.costs.forms.prefill import causal_pairs
+from apexsim.costs.operators import Attention, Collective, Experts, Gemm, RowOperator
+from apexsim.costs.steps import StepCost
+from apexsim.units import NS_PER_S
+
+Columns = Mapping[str, NDArray[np.int64]]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One operator at several sizes: what one run of it takes and moves on one device, and how often it ran in all.
+
+    ``kind`` is that of a device profile, or ``host`` for time in which devices wait for the host. ``dtype`` is what it
+    computes in; None for what computes nothing (collectives, waiting). ``runs`` counts over all devices. ``outside``
+    marks sizes beyond the measured ones.
+    """
+
+    kind: str
+    dtype: str | None
+    seconds: Array
+    flops: Array
+    bytes_moved: Array
+    runs: Array
+    evidence: str
+    outside: Any = False
+
+
+def work_of(cost: StepCost, steps: Columns, chunks: Columns) -> Iterator[Work]:
+    """Work through a run's rows.
+
+    ``steps``: one row a step, or ``repeats`` decode steps of one batch, with ``decodes``, ``context`` and
+    ``window_context_<window>`` of the first one, ``chunk_tokens``, ``survivors``. ``chunks``: ``step`` (row in
+    ``steps``), ``tokens``, ``history``.
+    """
+    first_s = yield from _rows(cost, steps)
+    chunks_of_step = np.bincount(chunks["step"], minlength=len(first_s))
+    launches = np.where(steps["decodes"] > 0, 0.0, 1.0 / np.maximum(chunks_of_step, 1))[chunks["step"]]
+    for attention in cost.attentions:
+        layers = cost.lowered.layers_of(attention)
+        runs = float(sum(layers) * cost.lowered.tensor)
+        decode_s = yield from _decodes(cost, attention, steps, runs)
+        chunk_s = yield from _chunks(cost, attention, chunks, (launches, runs))
+        first_s += layers[0] * decode_s / np.maximum(steps["repeats"], 1)
+        first_s += layers[0] * np.bincount(chunks["step"], weights=chunk_s, minlength=len(first_s))
+    yield _host(cost, _host_s(cost, steps["decodes"] + chunks_of_step, first_s), steps["repeats"])
+
+
+def _rows(cost: StepCost, steps: Columns) -> Generator[Work, None, Array]:
+    """Every operator that costs by rows; returns their seconds in each step on the first stage."""
+    stages = cost.lowered.stages
+    counts: Counter[RowOperator] = Counter()
+    for stage in stages:
+        for operator, count in [*stage.row_operators(), *((op, 1) for op in stage.head)]:
+            counts[operator] += count
+    first: Counter[RowOperator] = Counter()
+    for operator, count in [*stages[0].row_operators(), *((op, 1) for op in stages[0].head)]:
+        first[operator] += count
+    first_s = np.zeros(len(steps["repeats"]))
+    for rows, of_step in (("tokens", steps["decodes"] + steps["chunk_tokens"]), ("survivors", steps["survivors"])):
+        sizes, where = np.unique(of_step, return_inverse=True)
+        runs = np.bincount(where, weights=steps["repeats"], minlength=len(sizes)) * float(cost.lowered.tensor)
+        for operator in (op for op in counts if op.rows == rows):
+            seconds = np.zeros(len(sizes))
+            seconds[sizes > 0] = cost.tables.rows_s(operator, sizes[sizes > 0])
+            yield from _operator(cost, operator, seconds, (sizes, _floats(runs * counts[operator])))
+            first_s += first[operator] * seconds[where]
+    return first_s
+
+
+def _operator(
+    cost: StepCost, operator: RowOperator, seconds: Array, sized: tuple[NDArray[np.int64], Array]
+) -> Iterator[Work]:
+    """One operator at its distinct sizes; an all-reduce is told apart by the kernel it uses."""
+    costs, (sizes, runs) = cost.tables.costs, sized
+    rows = sizes.astype(np.float64)
+    some = rows > 0
+    for kernel, mask in _kernels(operator, rows):
+        at = some & mask
+        yield Work(
+            kind=kernel.kind,
+            dtype=_dtype_of(kernel),
+            seconds=seconds[at],
+            flops=operator.flops(rows[at]),
+            bytes_moved=operator.bytes_moved(rows[at]),
+            runs=runs[at],
+            evidence=costs.evidence(kernel.kind, kernel.key),
+            outside=costs.extrapolated(kernel.kind, kernel.key, **kernel.sizes(rows[at])),
+        )
+
+
+def _kernels(operator: RowOperator, rows: Array) -> list[tuple[RowOperator, Mask]]:
+    """The fitted operators behind an operator and the sizes at which each answers."""
+    if not isinstance(operator, Collective) or not operator.custom_max_bytes:
+        return [(operator, np.ones(len(rows), dtype=bool))]
+    own = operator.bytes_per_row * rows <= operator.custom_max_bytes
+    return [(operator, own), (operator.library, ~own)]
+
+
+def _dtype_of(operator: RowOperator) -> str | None:
+    if isinstance(operator, Collective):
+        return None
+    if isinstance(operator, Experts):
+        return operator.layer.dtype
+    return operator.dtype if isinstance(operator, Gemm) else "bf16"
+
+
+def _decodes(cost: StepCost, attention: Attention, steps: Columns, runs: float) -> Generator[Work, None, Array]:
+    """Decode attention; returns the seconds of one layer in every row, all its repeats together."""
+    shape, batch, repeats = attention.shape, steps["decodes"], steps["repeats"]
+    attended = steps["context" if shape.window is None else f"window_context_{shape.window}"]
+    growing = attended != batch * (shape.window or 0)
+    mean = attended // np.maximum(batch, 1)
+    seconds = np.zeros(len(batch))
+    order = np.argsort(batch, kind="stable")
+    sizes, starts, counts = np.unique(batch[order], return_index=True, return_counts=True)
+    for size, start, count in zip(sizes.tolist(), starts, counts, strict=True):
+        if size:
+            at = order[start : start + count]
+            ends = mean[at] + np.where(growing[at], repeats[at], 1)
+            table = cost.tables.decode(attention, size)
+            table.between(0, int(ends.max()))
+            prefix = np.array(table.prefix, dtype=np.int64)
+            seconds[at] = (prefix[ends] - prefix[mean[at]]) * np.where(growing[at], 1, repeats[at]) / NS_PER_S
+    pairs = repeats * (attended + growing * batch * (repeats - 1) / 2)
+    moved = attention.bytes_moved(_floats(batch * repeats), _floats(pairs))
+    sizes_now = {"keys": mean, "batch": batch, "heads": shape.heads, "kv_heads": shape.kv_heads}
+    yield from _attention(cost, ("decode_attention", attention), (seconds, pairs, moved, runs), sizes_now)
+    return seconds
+
+
+def _chunks(
+    cost: StepCost, attention: Attention, chunks: Columns, counted: tuple[Array, float]
+) -> Generator[Work, None, Array]:
+    """Chunk attention; returns the seconds of one layer for every chunk.
+
+    ``counted`` is each chunk's part in the launch of its step's kernel (chunks share one, which is part of decode
+    attention where there are decodes), and how often each chunk runs.
+    """
+    shape, tokens, history = attention.shape, chunks["tokens"], chunks["history"]
+    launches, runs = counted
+    fitted = cost.tables.costs.prefill_attention(shape)
+    seconds = fitted.many(tokens, history, launch=False) + launches * fitted.launch_s
+    keys = tokens + (history if shape.window is None else np.minimum(history, shape.window))
+    pairs = causal_pairs(tokens, history, shape.window)
+    moved = attention.bytes_moved(_floats(tokens), _floats(keys))
+    sizes = {"chunk": tokens, "history": history, "heads": shape.heads, "kv_heads": shape.kv_heads}
+    yield from _attention(cost, ("prefill_attention", attention), (seconds, pairs, moved, runs), sizes)
+    return seconds
+
+
+def _attention(
+    cost: StepCost,
+    which: tuple[str, Attention],
+    figures: tuple[Array, Array, Array, float],
+    sizes: Mapping[str, object],
+) -> Iterator[Work]:
+    """``figures``: seconds, query-key pairs and bytes of every run, and how often each ran."""
+    costs, (kind, attention), (seconds, pairs, moved, runs) = cost.tables.costs, which, figures
+    if len(seconds):
+        yield Work(
+            kind=kind,
+            dtype=attention.shape.kv_dtype,
+            seconds=seconds,
+            flops=attention.flops(pairs),
+            bytes_moved=moved,
+            runs=np.full(len(seconds), runs),
+            evidence=costs.evidence(kind, attention.key),
+            outside=costs.extrapolated(kind, attention.key, **sizes),
+        )
+
+
+def _host_s(cost: StepCost, sequences: NDArray[np.int64], first_s: Array) -> Array:
+    """Seconds in which a step's first stage waits for the host, beyond its ``first_s`` of device time."""
+    host = cost.engine.host
+    busy_s = host.step_s + host.per_sequence_s * sequences
+    waits_s = np.maximum(0.0, busy_s - first_s) if host.overlapped else busy_s
+    return np.asarray(waits_s + host.exposed_step_s)
+
+
+def _host(cost: StepCost, host_s: Array, repeats: NDArray[np.int64]) -> Work:
+    nothing = np.zeros_like(host_s)
+    runs = _floats(repeats) * cost.lowered.tensor
+    evidence = "fitted" if cost.engine.evidence == "serving" else "estimated"
+    return Work("host", None, host_s, nothing, nothing, runs, evidence)
+
+
+def _floats(values: Any) -> Array:
+    return np.asarray(values, dtype=np.float64)
