@@ -19,8 +19,6 @@ from apexsim.specs.model import ModelSpec, Span
 
 # Keys that, when set, mean an attention we have no cost and no KV layout for.
 _BLOCKERS = {
-    "kv_lora_rank": "multi-head latent attention (one compressed KV vector a token) is not modelled",
-    "index_topk": "sparse attention (an indexer picks the keys) is not modelled",
     "attention_chunk_size": "chunked local attention (windows that restart, not slide) is not modelled",
     "linear_num_value_heads": "linear attention layers (a fixed state in place of a KV cache) are not modelled",
     "attn_output_gate": "gated attention output is not modelled",
@@ -77,6 +75,8 @@ def import_model(path: str | os.PathLike[str], *, name: str | None = None) -> Mo
         if config.get(key):
             raise config.refuse(key, reason)
     family = _family(config)
+    if config.get("kv_lora_rank") and family.read is not _deepseek:
+        raise config.refuse("kv_lora_rank", "latent attention is known for the DeepSeek-V3 family only")
     fields = {"name": name or _name(Path(path)), "source": _source(outer, config), **_shared_fields(config)}
     fields["tied_embeddings"] = config.get("tie_word_embeddings", outer.get("tie_word_embeddings", family.tied))
     fields |= _window_fields(config, family.windows) | family.read(config)
@@ -115,7 +115,7 @@ def _source(outer: _Config, config: _Config) -> str:
     method = _mapping(config, "quantization_config").get("quant_method")
     if method not in (None, "mxfp4"):
         notes.append(f"published quantised with {method}: set the weight dtype in the deployment")
-    if config.get("use_mtp"):
+    if config.get("use_mtp") or config.get("num_nextn_predict_layers"):
         notes.append("multi-token prediction layers are left out")
     return "; ".join(notes)
 
@@ -258,6 +258,31 @@ def _minimax_m2(config: _Config) -> dict[str, Any]:
     }
 
 
+def _deepseek(config: _Config) -> dict[str, Any]:
+    """DeepSeek-V3 and its kin (Kimi-K2, GLM-5): latent attention, the first layers dense, experts in all others."""
+    _swiglu(config)
+    config.demand("attention_bias", False, "biases in latent attention are not modelled")
+    config.demand("moe_layer_freq", 1, "experts in every layer after the dense ones only")
+    sizes = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    mla: dict[str, Any] = {size: config.whole(size) for size in sizes}
+    if config.get("index_topk"):
+        scorer = {"heads": "index_n_heads", "head_dim": "index_head_dim", "top_k": "index_topk"}
+        mla["indexer"] = {name: config.whole(key) for name, key in scorer.items()}
+    shared, width = config.whole("n_shared_experts", 0), config.whole("moe_intermediate_size")
+    moe = {
+        "experts": config.whole("n_routed_experts"),
+        "active": config.whole("num_experts_per_tok"),
+        "ffn": width,
+        "shared_experts": shared,
+        "shared_ffn": width if shared else None,
+        "dense_layers": config.whole("first_k_dense_replace", 0),
+        "router_bias": config.get("topk_method") == "noaux_tc",
+    }
+    ffn = config.whole("intermediate_size") if moe["dense_layers"] else None
+    query = mla["qk_nope_head_dim"] + mla["qk_rope_head_dim"]
+    return {"ffn": ffn, "kv_heads": 1, "head_dim": query, "mla": mla, "moe": moe}
+
+
 def _opt(config: _Config) -> dict[str, Any]:
     hidden, bias = config.whole("hidden_size"), bool(config.get("enable_bias", True))
     config.demand("activation_function", "relu", "OPT is known with relu only")
@@ -289,6 +314,10 @@ _FAMILIES = {
     "gpt_oss": _Family(_gpt_oss, _every_other),
     "minimax_m2": _Family(_minimax_m2),
     "opt": _Family(_opt, tied=True),
+    "deepseek_v3": _Family(_deepseek),
+    "deepseek_v32": _Family(_deepseek),
+    "kimi_k2": _Family(_deepseek),
+    "glm_moe_dsa": _Family(_deepseek),
 }
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from apexsim.specs.base import Spec
+from apexsim.specs.latent import LatentAttention
 from apexsim.units import dtype_bytes
 
 Span = Literal["window", "full"]
@@ -28,18 +29,24 @@ class LayerKind:
 
 @dataclass(frozen=True, slots=True)
 class KVGroup:
-    """Layers whose KV cache lives alike. A windowed layer needs only its last ``window`` tokens."""
+    """Layers whose KV cache lives alike. A windowed layer needs only its last ``window`` tokens.
+
+    ``latent`` is the elements of one vector a token that stands for all keys and values: every rank keeps the whole.
+    """
 
     layers: int
     kv_heads: int
     head_dim: int
     window: int | None
+    latent: int | None = None
 
     def bytes_per_token(self, dtype: str, tensor: int = 1) -> float:
         """Bytes of keys and values of one token on one rank, all layers of the group.
 
         KV heads are split over ``tensor`` ranks, and repeated where there are more ranks than heads.
         """
+        if self.latent is not None:
+            return self.layers * self.latent * dtype_bytes(dtype)
         heads_here = max(1, self.kv_heads // tensor)
         return 2 * self.layers * heads_here * self.head_dim * dtype_bytes(dtype)
 
@@ -88,8 +95,9 @@ class ModelSpec(Spec):
 
     ``ffn`` is the width of the dense FFN, None where every layer has experts. ``window_pattern`` repeats over the
     layers and says which attend to the last ``window`` tokens only. ``qk_norm`` is over each head (Qwen3) or over
-    all heads of a layer at once (MiniMax-M2). ``ffn_bias`` covers dense and routed experts. ``source`` says where
-    the shape and the published parameter counts come from.
+    all heads of a layer at once (MiniMax-M2). With ``mla`` one latent vector stands for the keys and values of all
+    heads: ``kv_heads`` is 1 and ``head_dim`` that of queries. ``ffn_bias`` covers dense and routed experts. ``source``
+    says where the shape and the published parameter counts come from.
     """
 
     name: str
@@ -113,6 +121,7 @@ class ModelSpec(Spec):
     positions: Literal["rope", "learned"] = "rope"
     window: int | None = Field(None, gt=0, le=MAX_WINDOW)
     window_pattern: tuple[Span, ...] | None = Field(None, min_length=1)
+    mla: LatentAttention | None = None
     moe: MoESpec | None = None
     published_params: float | None = Field(None, gt=0)
     published_active_params: float | None = Field(None, gt=0)
@@ -121,6 +130,10 @@ class ModelSpec(Spec):
     def _consistent(self) -> ModelSpec:
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads ({self.kv_heads}) must divide heads ({self.heads})")
+        if self.mla and (self.kv_heads, self.head_dim) != (1, self.mla.qk_head_dim):
+            raise ValueError(f"with mla give kv_heads 1 and head_dim {self.mla.qk_head_dim} (that of queries)")
+        if self.mla and self.window is not None:
+            raise ValueError("latent attention with a sliding window is not modelled")
         if (self.window is None) != (self.window_pattern is None):
             raise ValueError("give window and window_pattern together, or neither")
         if self.window_pattern is not None and "window" not in self.window_pattern:
@@ -166,13 +179,16 @@ class ModelSpec(Spec):
         for kind in self.kinds_of(layers):
             counts[kind.window] += kind.count
         ordered = sorted(counts.items(), key=lambda item: item[0] or 0)
-        return tuple(KVGroup(count, self.kv_heads, self.head_dim, window) for window, count in ordered)
+        latent = self.mla.cached if self.mla else None
+        return tuple(KVGroup(count, self.kv_heads, self.head_dim, window, latent) for window, count in ordered)
 
     # Parameters of one layer: matrices, which weight dtypes apply to, apart from the small rest, which stays bf16
 
     @property
     def attention_params(self) -> int:
         """Elements of the Q, K, V and output matrices of one layer."""
+        if self.mla:
+            return self.mla.params(self.hidden, self.heads)
         return 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
 
     def _ffn_params(self, width: int) -> int:
@@ -204,6 +220,8 @@ class ModelSpec(Spec):
         return self.hidden * (1 if self.norm == "rms" else 2)
 
     def _attention_small(self) -> int:
+        if self.mla:
+            return self.mla.small_params
         qk_width = {None: 0, "head": 2, "layer": self.heads + self.kv_heads}[self.qk_norm] * self.head_dim
         qkv = (self.heads + 2 * self.kv_heads) * self.head_dim * self.qkv_bias
         return qk_width + qkv + self.hidden * self.o_bias + self.heads * self.attention_sinks
@@ -277,9 +295,13 @@ class ModelSpec(Spec):
         for kind in self.layer_kinds:
             experts = active * self.expert_params + self.shared_params + self.router_params
             matrices = self.attention_params + (experts if kind.moe else self.dense_ffn_params)
-            attended = context if kind.window is None else min(context, kind.window)
-            flops += kind.count * (2.0 * matrices + 4.0 * self.heads * self.head_dim * attended)
+            flops += kind.count * (2.0 * matrices + self._attention_flops(context, kind.window))
         return flops
+
+    def _attention_flops(self, context: float, window: int | None) -> float:
+        if self.mla:
+            return self.mla.flops_per_query(self.heads, context)
+        return 4.0 * self.heads * self.head_dim * (context if window is None else min(context, window))
 
     def sharded_widths(self, moe_tensor: int, tensor: int) -> list[tuple[str, int, int]]:
         """(what, width, degree) of every FFN that tensor parallelism cuts: the degree must divide the width."""
