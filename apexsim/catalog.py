@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -59,6 +60,7 @@ def load(kind: Literal["workload"], name: str | os.PathLike[str]) -> Workload: .
 def load(kind: Kind, name: str | os.PathLike[str]) -> Spec:
     """A shipped spec by name, or the spec in a YAML file by path (with a separator, or ending in .yaml or .yml).
 
+    An engine may be named by its version (``vllm@0.11.1``), or alone (``vllm``): then its newest profile answers.
     Raises BadInput for an unknown name, with the nearest known ones, and for whatever is wrong in the file.
     """
     path = locate(kind, name)
@@ -71,13 +73,16 @@ def _parsed(cls: type[Spec], path: Path, modified_ns: int | None) -> Spec:
     return load_spec(cls, path)
 
 
-def locate(kind: Kind, name: str | os.PathLike[str]) -> Path:
-    """The file behind a name or path; BadInput with the nearest names where a name is unknown."""
+def locate(kind: Kind, name: str | os.PathLike[str], where: object = None) -> Path:
+    """The file behind a name or path; BadInput at ``where`` with the nearest names where a name is unknown."""
     text = os.fspath(name)
     if os.sep in text or text.endswith((".yaml", ".yml")):
         return Path(text)
-    if text not in names(kind):
-        raise BadInput(f"unknown {kind}; {nearest(text, names(kind))}", where=kind, got=text)
+    known = names(kind)
+    if kind == "engine" and text not in known:
+        text = _profile_of(text, where) or text
+    if text not in known:
+        raise BadInput(f"unknown {kind}; {nearest(text, known)}", where=where or kind, got=text)
     return data_root() / FOLDERS[kind] / f"{text}.yaml"
 
 
@@ -96,11 +101,10 @@ def engine_for(engine: str, version: str = "") -> EngineChoice:
     A version that says nothing (empty, nightly, dev), or is newer than every listed one, takes the engine's newest
     profile: ``mapped`` is then False and ``note`` says so. Raises BadInput for an unknown engine or an older version.
     """
-    profiles = [load("engine", name) for name in names("engine")]
-    known = {profile.engine for profile in profiles}
-    if engine not in known:
+    listed = _listed(engine)
+    if not listed:
+        known = {profile.engine for profile in _profiles()}
         raise BadInput(f"unknown engine; {nearest(engine, known)}", where="engine", got=engine)
-    listed = {prefix: p.name for p in profiles if p.engine == engine for prefix in p.versions}
     matches = [prefix for prefix in listed if _begins(version, prefix)]
     if matches:
         best = max(matches, key=len)
@@ -109,7 +113,39 @@ def engine_for(engine: str, version: str = "") -> EngineChoice:
     if not _release(version) or _release(version) > _release(newest):
         note = f"{engine} {version or 'of unknown version'} is not listed: its newest profile ({newest}) answers"
         return EngineChoice(listed[newest], False, note)
-    raise BadInput(f"no profile lists it; known: {', '.join(sorted(listed, key=_release))}", where=engine, got=version)
+    raise BadInput(f"no profile lists it; known: {_versions(listed)}", where=engine, got=version)
+
+
+def _profile_of(text: str, where: object) -> str | None:
+    """The profile of ``engine@version`` or of an engine's newest version; None where ``text`` is neither.
+
+    A number beyond the listed ones is refused: who wants the newest profile for it says so by the engine's name alone.
+    """
+    engine, at, version = text.partition("@")
+    listed = _listed(engine)
+    if not at and not listed:
+        return None
+    try:
+        choice = engine_for(engine, version)
+    except BadInput as error:
+        raise BadInput(str(error), where=where or "engine") from None
+    if not choice.mapped and _release(version):
+        would_do = f"no profile lists it; known: {_versions(listed)}; {engine} alone takes the newest"
+        raise BadInput(would_do, where=where or "engine", got=text)
+    return choice.profile
+
+
+def _profiles() -> list[EngineProfile]:
+    return [load("engine", name) for name in names("engine")]
+
+
+def _listed(engine: str) -> dict[str, str]:
+    """Version prefixes of an engine and the profile of each; empty for an unknown engine."""
+    return {prefix: profile.name for profile in _profiles() if profile.engine == engine for prefix in profile.versions}
+
+
+def _versions(listed: Iterable[str]) -> str:
+    return ", ".join(sorted(listed, key=_release))
 
 
 def _begins(version: str, prefix: str) -> bool:

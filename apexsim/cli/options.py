@@ -44,7 +44,8 @@ class DeploymentFlags:
         str | None, typer.Option(help="Device name (apexsim list devices) or YAML.", rich_help_panel=_DEPLOYMENT)
     ] = None
     engine: Annotated[
-        str | None, typer.Option(help="Engine profile; vllm-v1-async when not given.", rich_help_panel=_DEPLOYMENT)
+        str | None,
+        typer.Option(help="As vllm@0.19.0, or profile; else vllm-v1-async.", rich_help_panel=_DEPLOYMENT),
     ] = None
     tensor: Annotated[int | None, typer.Option(help="Tensor-parallel degree.", rich_help_panel=_DEPLOYMENT)] = None
     pipeline: Annotated[int | None, typer.Option(help="Pipeline stages.", rich_help_panel=_DEPLOYMENT)] = None
@@ -59,7 +60,9 @@ class DeploymentFlags:
     moe_weights: Annotated[str | None, typer.Option(help="Dtype of expert weights.", rich_help_panel=_DEPLOYMENT)] = (
         None
     )
-    kv_cache: Annotated[str | None, typer.Option(help="Dtype of the KV cache.", rich_help_panel=_DEPLOYMENT)] = None
+    kv_cache: Annotated[
+        str | None, typer.Option(help="Dtype of the KV cache; the engine's own.", rich_help_panel=_DEPLOYMENT)
+    ] = None
     nodes: Annotated[int | None, typer.Option(help="Nodes of the cluster.", rich_help_panel=_DEPLOYMENT)] = None
     devices_per_node: Annotated[int | None, typer.Option(help="Devices a node.", rich_help_panel=_DEPLOYMENT)] = None
     engine_option: Annotated[
@@ -89,15 +92,10 @@ class WorkloadFlags:
 
     def read(self) -> Requests:
         """The requests these flags describe."""
-        from apexsim.io.requests import resolve_workload
+        from apexsim.io.search_files import Traffic
 
-        return resolve_workload(
-            self.workload,
-            rate_per_s=self.rate_per_s,
-            concurrency=self.concurrency,
-            requests=self.requests,
-            seed=self.seed,
-        )
+        given = {key: value for key, value in vars(self).items() if key != "slo"}
+        return Traffic.model_construct(**given).read()  # unchecked here: reading them names the flags
 
     def read_slo(self) -> SLO | None:
         """The limits, None when none is given."""

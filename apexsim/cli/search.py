@@ -52,7 +52,7 @@ class SearchFlags:
     allow_idle: Annotated[
         bool | None, typer.Option("--allow-idle", help="Plans that use fewer devices too.", rich_help_panel=_QUESTION)
     ] = None
-    engine: Annotated[str | None, typer.Option(help="Engine profile.", rich_help_panel=_QUESTION)] = None
+    engine: Annotated[str | None, typer.Option(help="As vllm@0.19.0, or profile.", rich_help_panel=_QUESTION)] = None
     engine_option: Annotated[
         list[str] | None, typer.Option(help="Engine field, key=value (repeatable).", rich_help_panel=_QUESTION)
     ] = None

@@ -2,6 +2,7 @@
 
 model: llama-3.1-70b        # catalog name, or the path of a model YAML
 device: h100-sxm
+engine: vllm@0.19.0         # a version, or a profile: vllm-v1-async
 tensor: 4
 replicas: 2
 engine_options: {max_num_seqs: 128}
@@ -41,7 +42,8 @@ class DeploymentFile(Spec):
 
     ``nodes`` and ``devices_per_node`` describe the cluster; devices that the replicas do not use stand idle, and their
     power and price count. With neither given the cluster is one node of exactly the devices used, or, above
-    8 devices, as many whole nodes of 8 as hold them. ``engine_options`` are fields of the engine profile.
+    8 devices, as many whole nodes of 8 as hold them. ``engine`` is a profile, ``vllm@0.19.0``, or ``vllm`` for the
+    newest; ``engine_options`` are fields of the profile. Without ``kv_cache`` the engine's own default holds.
     """
 
     model: str
@@ -57,7 +59,7 @@ class DeploymentFile(Spec):
     router: str = "round_robin"
     weights: str = "bf16"
     moe_weights: str | None = None
-    kv_cache: str = "bf16"
+    kv_cache: str | None = None
 
     @property
     def plan(self) -> Plan:
@@ -113,7 +115,7 @@ def resolve_deployment(file: DeploymentFile, where: object) -> Deployment:
     engine: EngineProfile = catalog.load("engine", file.engine)
     model: ModelSpec = catalog.load("model", file.model)
     device: DeviceProfile = catalog.load("device", file.device)
-    return Deployment(
+    deployment = Deployment(
         model=model,
         cluster=_cluster(file, device, where),
         engine=with_engine_options(engine, file.engine_options, where),
@@ -121,8 +123,10 @@ def resolve_deployment(file: DeploymentFile, where: object) -> Deployment:
         router=file.router,
         weights=file.weights,
         moe_weights=file.moe_weights,
-        kv_cache=file.kv_cache,
     )
+    weights = (deployment.weights, deployment.expert_dtype)
+    kv_cache = file.kv_cache or engine.kv_dtype_for(weights, device.datasheet)
+    return deployment.model_copy(update={"kv_cache": kv_cache})
 
 
 def check_lawful(deployment: Deployment, where: object) -> None:
@@ -143,7 +147,7 @@ def check_lawful(deployment: Deployment, where: object) -> None:
 def with_engine_options(engine: EngineProfile, options: Mapping[str, EngineOption], where: object) -> EngineProfile:
     """The profile with fields of its host, scheduler, memory and communication sections replaced by name.
 
-    An option given by hand also holds where the engine would change it by itself for long contexts.
+    An option given by hand also holds where the engine would change it by itself.
     """
     data = engine.model_dump()
     sections = {key: section for section in _OPTION_SECTIONS for key in data[section]}
@@ -151,8 +155,8 @@ def with_engine_options(engine: EngineProfile, options: Mapping[str, EngineOptio
         if key not in sections:
             raise BadInput(f"unknown engine option; {nearest(key, sections)}", where=where, got=key)
         data[sections[key]][key] = value
-        if data["long_context"] and key in data["long_context"]:
-            data["long_context"][key] = value
+        for change in data["changes"]:
+            change.pop(key, None)
     profile = parse_spec(EngineProfile, data, where)
     _check_class(profile.scheduler.policy, "policy", where)
     return profile
@@ -206,9 +210,7 @@ def _fits(plan: Plan, tensor: int, model: ModelSpec, cluster: Cluster) -> bool:
 def _check_catalog(kind: catalog.Kind, name: str, where: object) -> None:
     """Unknown names are told with the file and key they stand in; a path is for ``catalog.load`` to judge."""
     if "/" not in name and not name.endswith((".yaml", ".yml")):
-        known = catalog.names(kind)
-        if name not in known:
-            raise BadInput(f"unknown {kind}; {nearest(name, known)}", where=where, key=kind, got=name)
+        catalog.locate(kind, name, where=f"{where}: {kind}")
 
 
 def _check_known(name: str | None, known: Mapping[str, object] | tuple[str, ...], where: object, key: str) -> None:

@@ -73,7 +73,7 @@ class SearchFile(Traffic):
     router: str = "round_robin"
     weights: str = "bf16"
     moe_weights: str | None = None
-    kv_cache: str = "bf16"
+    kv_cache: str | None = None
 
 
 def read_search(path: Path | str) -> SearchFile:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from apexsim.specs.base import Spec
 from apexsim.specs.cluster import MAX_DEVICES, Cluster
-from apexsim.specs.engine import EngineProfile, SchedulerDefaults
+from apexsim.specs.engine import EngineProfile, SchedulerDefaults, token_budget
 from apexsim.specs.model import ModelSpec
 
 Stage = Literal["encode", "prefill", "decode"]
@@ -109,7 +109,21 @@ class Deployment(Spec):
     @property
     def scheduler(self) -> SchedulerDefaults:
         """The engine's scheduler settings for this context limit, every one resolved."""
-        return self.engine.scheduler_for(self.context_limit)
+        device = self.cluster.device
+        return self.engine.scheduler_for(self.context_limit, device.name, device.datasheet)
+
+    def for_load(self, longest_prompt: int, concurrency: int | None) -> Deployment:
+        """This deployment with its token budget set by its rule, if it has one, for prompts up to ``longest_prompt``.
+
+        As many sequences are counted as run together: ``concurrency``, or all seats where the load has no bound.
+        """
+        scheduler = self.scheduler
+        if scheduler.token_budget_rule is None:
+            return self
+        seats = scheduler.max_num_seqs
+        sequences = seats if concurrency is None else min(seats, concurrency)
+        budget = token_budget(scheduler.token_budget_rule, prompt_tokens=longest_prompt, sequences=sequences)
+        return self.model_copy(update={"engine": self.engine.with_token_budget(budget)})
 
     @model_validator(mode="after")
     def _one_pool_serves_all(self) -> Deployment:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from apexsim.specs.base import Spec
+from apexsim.specs.device import Datasheet
 
 # A host that takes a minute over one thing is a unit mistake.
 MAX_HOST_S = 60.0
@@ -19,6 +21,11 @@ class HostTerms(Spec):
     prepares a step while the device runs the one before (``overlapped``) pays only what exceeds the device time.
     ``exposed_step_s`` is what no overlap hides. ``frontend_per_request_s`` is a serial queue before the scheduler
     (tokenise, admit); ``response_s`` is the way of a token from the device to the client.
+
+    ``per_layer_s`` is paid in every step by every layer, on top of its kernels, where they are launched one by one
+    (``cuda_graphs`` off); None where no run has told it. ``moe_request_s`` is what a request to a model with experts
+    waits besides, before the queue and beside others: runs of such models on SGLang and TensorRT-LLM start that much
+    later at every prompt length, which is neither a step's time nor a queue's.
     """
 
     step_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
@@ -26,7 +33,36 @@ class HostTerms(Spec):
     exposed_step_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
     frontend_per_request_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
     response_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
+    per_layer_s: float | None = Field(None, ge=0, le=MAX_HOST_S)
+    moe_request_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
     overlapped: bool = False
+    cuda_graphs: bool = True
+
+    @model_validator(mode="after")
+    def _launches_are_known(self) -> HostTerms:
+        if not self.cuda_graphs and self.per_layer_s is None:
+            raise ValueError("cuda_graphs off needs per_layer_s, the seconds to launch the kernels of a layer")
+        return self
+
+    def serial_s(self, layers: int) -> float:
+        """Seconds that a step of ``layers`` layers takes on top of its kernels, whatever overlaps."""
+        launches_s = 0.0 if self.cuda_graphs else layers * (self.per_layer_s or 0.0)
+        return self.exposed_step_s + launches_s
+
+
+TokenBudgetRule = Literal["one_prompt", "two_prompts"]
+
+
+def token_budget(rule: TokenBudgetRule, *, prompt_tokens: int, sequences: int) -> int:
+    """Tokens a step may compute as benchmark recipes for TensorRT-LLM set it from their load.
+
+    ``one_prompt`` is a prompt and a token for everybody else, rounded up to 64 (the recipe of InferenceX:
+    ceil((sequences + prompt + 64) / 64) x 64); ``two_prompts`` is two prompts and a token for everybody (fits what
+    NVIDIA published of 1.0.0rc3).
+    """
+    if rule == "two_prompts":
+        return 2 * prompt_tokens + sequences
+    return -(-(sequences + prompt_tokens + 64) // 64) * 64
 
 
 class SchedulerDefaults(Spec):
@@ -35,13 +71,15 @@ class SchedulerDefaults(Spec):
     ``admission`` says which KV blocks a request must find free to start: those of its prompt (``prompt``: vLLM V1
     takes only the first chunk's but asks for all), or of its whole life, which it then holds (``full``: never
     preempted, as TensorRT-LLM's GUARANTEED_NO_EVICT). ``max_num_batched_tokens``
-    of None means as many as the context limit (vLLM V0 without chunks). ``lookahead_steps`` 1 composes a step while
+    of None means as many as the context limit (vLLM V0 without chunks); a ``token_budget_rule`` sets it from the load
+    instead (see ``token_budget``). ``lookahead_steps`` 1 composes a step while
     the one before runs; on one stage only, since a pipeline's other batches hide the host anyway. ``pipeline_split``
     spreads decodes over the batches of a pipeline or lets each take all it can.
     """
 
     policy: str
     max_num_batched_tokens: int | None = Field(8192, gt=0)
+    token_budget_rule: TokenBudgetRule | None = None
     max_num_seqs: int = Field(256, gt=0)
     block_size: int = Field(16, gt=0)
     chunked_prefill: bool = True
@@ -57,13 +95,47 @@ class SchedulerDefaults(Spec):
         return self.max_num_batched_tokens
 
 
-class LongContextDefaults(Spec):
-    """Scheduler fields that an engine changes by itself when the context limit exceeds ``above_tokens``."""
+class Circumstance(Spec):
+    """When an engine changes its defaults by itself: everything given must hold."""
 
-    above_tokens: int = Field(gt=0)
-    policy: str
-    max_num_batched_tokens: int = Field(gt=0)
-    chunked_prefill: bool
+    context_above_tokens: int | None = Field(None, ge=0)
+    memory_below_bytes: int | None = Field(None, gt=0)
+    devices: tuple[str, ...] | None = None
+
+    def holds(self, context_limit: int, device: str, sheet: Datasheet) -> bool:
+        """Whether this is so for a context limit (tokens) on this device."""
+        above, below, devices = self.context_above_tokens, self.memory_below_bytes, self.devices
+        return (
+            (above is None or context_limit > above)
+            and (below is None or sheet.memory_bytes < below)
+            and (devices is None or device in devices)
+        )
+
+
+class SchedulerChange(Spec):
+    """Scheduler fields that an engine sets by itself under a circumstance; None leaves the default."""
+
+    when: Circumstance
+    policy: str | None = None
+    max_num_batched_tokens: int | None = Field(None, gt=0)
+    max_num_seqs: int | None = Field(None, gt=0)
+    chunked_prefill: bool | None = None
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """The fields it sets."""
+        return self.model_dump(exclude={"when"}, exclude_none=True)
+
+
+class KvCacheRule(Spec):
+    """KV dtype that an engine takes by itself for checkpoints with weights or experts in one of ``weights``.
+
+    ``device_computes`` restricts it to devices that compute in a dtype (nvfp4: Blackwell).
+    """
+
+    dtype: str
+    weights: tuple[str, ...]
+    device_computes: str | None = None
 
 
 class MemoryDefaults(Spec):
@@ -86,24 +158,45 @@ class CommunicationDefaults(Spec):
 
 
 class EngineProfile(Spec):
-    """One engine family. ``versions`` are the prefixes it answers for; ``evidence`` says where its terms come from."""
+    """One engine family. ``versions`` are the prefixes it answers for; ``evidence`` says where its terms come from.
+
+    Of ``changes``, later ones outweigh earlier ones; of ``kv_cache``, the first rule that holds counts.
+    """
 
     name: str
     engine: str
     versions: tuple[str, ...]
     host: HostTerms
     scheduler: SchedulerDefaults
-    long_context: LongContextDefaults | None = None
+    changes: tuple[SchedulerChange, ...] = ()
     memory: MemoryDefaults
+    kv_cache: tuple[KvCacheRule, ...] = ()
     communication: CommunicationDefaults
     evidence: Literal["serving", "prior"]
     source: str
 
-    def scheduler_for(self, context_limit: int) -> SchedulerDefaults:
-        """The scheduler's settings for this context limit in tokens, every one of them resolved."""
+    def scheduler_for(self, context_limit: int, device: str, sheet: Datasheet) -> SchedulerDefaults:
+        """The scheduler's settings for this context limit in tokens on this device, every one of them resolved."""
         changed: dict[str, object] = {"max_model_len": context_limit}
-        if self.long_context and context_limit > self.long_context.above_tokens:
-            changed |= self.long_context.model_dump(exclude={"above_tokens"})
+        for change in self.changes:
+            if change.when.holds(context_limit, device, sheet):
+                changed |= change.settings
         settled = self.scheduler.model_copy(update=changed)
         budget = settled.max_num_batched_tokens or context_limit
         return settled.model_copy(update={"max_num_batched_tokens": budget})
+
+    def with_token_budget(self, tokens: int) -> EngineProfile:
+        """The same engine with this token budget, whatever the circumstances."""
+        scheduler = {"max_num_batched_tokens": tokens, "token_budget_rule": None}
+        changes = [change.model_copy(update={"max_num_batched_tokens": None}) for change in self.changes]
+        return self.model_copy(
+            update={"scheduler": self.scheduler.model_copy(update=scheduler), "changes": tuple(changes)}
+        )
+
+    def kv_dtype_for(self, weights: Iterable[str], sheet: Datasheet) -> str:
+        """KV dtype of a checkpoint with weights of these dtypes, where nobody asks for another."""
+        for rule in self.kv_cache:
+            computes = rule.device_computes is None or rule.device_computes in sheet.flops_per_s
+            if computes and not set(rule.weights).isdisjoint(weights):
+                return rule.dtype
+        return "bf16"
