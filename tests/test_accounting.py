@@ -83,6 +83,20 @@ def test_device_seconds_are_the_steps_own_times(plan: Plan, host: HostTerms) -> 
     assert sum(accounted(cost, STEPS).seconds.values()) == pytest.approx(spent, rel=1e-4)
 
 
+@pytest.mark.parametrize("plan", [Plan(), Plan(pipeline=2)])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_run_that_crosses_the_host_floor_waits_as_long_as_its_steps(plan: Plan, share: float) -> None:
+    def waited_s(cost: StepCost, steps: list[tuple[BatchStats, int]]) -> float:
+        return sum(seconds for (kind, _), seconds in accounted(cost, steps).seconds.items() if kind == "host")
+
+    run, no_host = decode(64, 500), cost_of("llama-3.1-8b", plan, HostTerms())
+    first_s, last_s = (no_host.stage_ns(run.grown(step))[0] * 1e-9 for step in (0, 1999))
+    cost = cost_of("llama-3.1-8b", plan, HostTerms(step_s=first_s + share * (last_s - first_s), overlapped=True))
+    singly = waited_s(cost, [(run.grown(step), 1) for step in range(2000)])
+    assert singly > 0
+    assert waited_s(cost, [(run, 2000)]) == pytest.approx(singly, rel=1e-3)
+
+
 @pytest.mark.parametrize("step", [MIXED, MANY, CROWDED, ALONE])
 def test_seconds_of_one_step_with_chunks(step: BatchStats) -> None:
     cost = cost_of("llama-3.1-8b")

@@ -112,7 +112,7 @@ class StepCost:
         self._overlapped = host.overlapped
         self._host_step = to_ns(host.step_s)
         self._host_sequence = to_ns(host.per_sequence_s)
-        self._exposed = to_ns(host.exposed_step_s)
+        self._exposed = to_ns(host.serial_s(len(lowered.stages[0].layers)))
 
     def stage_ns(self, stats: BatchStats) -> tuple[int, ...]:
         """Nanoseconds of a step on each pipeline stage.

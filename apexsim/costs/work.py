@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from apexsim.costs.forms.hardware import Array
 from apexsim.costs.forms.prefill import causal_pairs
 from apexsim.costs.operators import Attention, Collective, Experts, Gemm, RowOperator
-from apexsim.costs.steps import StepCost
+from apexsim.costs.steps import BatchStats, StepCost
 from apexsim.units import NS_PER_S
 
 Columns = Mapping[str, NDArray[np.int64]]
@@ -61,7 +61,7 @@ def work_of(cost: StepCost, steps: Columns, chunks: Columns) -> Iterator[Work]:
         chunk_s = yield from _chunks(cost, attention, chunks, (launches, runs))
         first_s += layers[0] * decode_s / np.maximum(steps["repeats"], 1)
         first_s += layers[0] * np.bincount(chunks["step"], weights=chunk_s, minlength=len(first_s))
-    yield _host(cost, _host_s(cost, steps["decodes"] + chunks_of_step, first_s), steps["repeats"])
+    yield _host(cost, _host_s(cost, steps, steps["decodes"] + chunks_of_step, first_s), steps["repeats"])
 
 
 def _rows(cost: StepCost, steps: Columns) -> Generator[Work, None, Array]:
@@ -188,12 +188,39 @@ def _attention(
         )
 
 
-def _host_s(cost: StepCost, sequences: NDArray[np.int64], first_s: Array) -> Array:
+def _host_s(cost: StepCost, steps: Columns, sequences: NDArray[np.int64], first_s: Array) -> Array:
     """Seconds in which a step's first stage waits for the host, beyond its ``first_s`` of device time."""
     host = cost.engine.host
+    serial_s = host.serial_s(len(cost.lowered.stages[0].layers))
     busy_s = host.step_s + host.per_sequence_s * sequences
-    waits_s = np.maximum(0.0, busy_s - first_s) if host.overlapped else busy_s
-    return np.asarray(waits_s + host.exposed_step_s)
+    if not host.overlapped:
+        return np.asarray(busy_s + serial_s)
+    waits_s = np.maximum(0.0, busy_s - first_s)
+    for row in np.flatnonzero(_may_cross(steps, busy_s, first_s)):
+        repeats = int(steps["repeats"][row])
+        run = cost.decode_run(_stats(cost, steps, int(row)))
+        if run is not None:
+            spent_ns = sum(stages[0] for stages in run.stages_ns(0, repeats))
+            waits_s[row] = max(0.0, spent_ns / NS_PER_S / repeats - serial_s - first_s[row])
+    return np.asarray(waits_s + serial_s)
+
+
+def _may_cross(steps: Columns, busy_s: Array, first_s: Array) -> Mask:
+    """Rows of repeated steps of which some may take the device longer than the host and others not.
+
+    A step's device time grows from the first to the last by no larger a share than the context does.
+    """
+    repeats = steps["repeats"]
+    share = repeats * steps["decodes"] / np.maximum(steps["context"], 1)
+    return np.asarray((repeats > 1) & (np.abs(busy_s - first_s) <= first_s * share))
+
+
+def _stats(cost: StepCost, steps: Columns, row: int) -> BatchStats:
+    """The first step of a row of decode steps."""
+    windows = sorted({each.shape.window for each in cost.attentions if each.shape.window is not None})
+    decodes = int(steps["decodes"][row])
+    attended = tuple(int(steps[f"window_context_{window}"][row]) for window in windows)
+    return BatchStats(decodes, int(steps["context"][row]), attended, (), decodes)
 
 
 def _host(cost: StepCost, host_s: Array, repeats: NDArray[np.int64]) -> Work:
