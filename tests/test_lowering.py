@@ -49,7 +49,9 @@ def flops_of_tokens(low: Lowered, tokens: float, pairs: dict[int | None, float],
     for stage in low.stages:
         total += sum(count * float(op.flops(tokens * ONE)[0]) for op, count in stage.row_operators())
         total += sum(float(op.flops(survivors * ONE)[0]) for op in stage.head)
-        total += sum(n * float(b.attention.flops(pairs[b.window] * ONE)[0]) for b, n in stage.blocks)
+        total += sum(
+            n * float(b.attention.flops(pairs[b.kind.window] * ONE)[0]) for b, n in stage.blocks if b.attention
+        )
     return total
 
 
@@ -131,8 +133,8 @@ def test_pipeline_stages_hold_their_ends_and_hand_over() -> None:
 
 def test_windowed_and_full_blocks_are_counted_by_stage() -> None:
     low = lowered("gpt-oss-120b", Plan(pipeline=5))
-    assert [block.window for block in low.blocks] == [128, None]
-    counts = [{block.window: count for block, count in stage.blocks} for stage in low.stages]
+    assert [block.kind.window for block in low.blocks] == [128, None]
+    counts = [{block.kind.window: count for block, count in stage.blocks} for stage in low.stages]
     assert counts == [{128: 4, None: 4}, {128: 4, None: 3}, {None: 4, 128: 3}, {128: 4, None: 3}, {None: 4, 128: 3}]
 
 

@@ -144,7 +144,7 @@ def test_windowed_layers_hold_no_more_than_their_window() -> None:
 
 def test_unequal_groups_are_weighted() -> None:
     base = catalog.load("model", "gpt-oss-20b")
-    model = base.model_copy(update={"window_pattern": ("window", "window", "full"), "published_params": None})
+    model = base.model_copy(update={"layer_pattern": ("window", "window", "full"), "published_params": None})
     plan = planned(model)
     assert plan.groups == ((1, None), (2, 128))
     assert plan.blocks_for(4096) == 256 + 2 * 9

@@ -202,8 +202,8 @@ def test_small_parameters_one_by_one() -> None:
     assert small(positions="learned").params == plain + 102 * 8
 
 
-def test_a_window_pattern_repeats_and_is_cut_at_the_last_layer() -> None:
-    spec = small(layers=8, window=5, window_pattern=["window", "window", "full"])
+def test_a_layer_pattern_repeats_and_is_cut_at_the_last_layer() -> None:
+    spec = small(layers=8, window=5, layer_pattern=["window", "window", "full"])
     assert [kind.count for kind in spec.layer_kinds] == [6, 2]
     assert spec.kv_groups == (KVGroup(2, 2, 2, None), KVGroup(6, 2, 2, 5))
     assert spec.kv_groups_of(range(2, 3)) == (KVGroup(1, 2, 2, None),)
@@ -225,9 +225,8 @@ def test_the_parts_of_a_layer_add_up_to_the_model(name: str) -> None:
     spec = model(name)
     total = spec.embedding_params + spec.head_params + spec.norm_params
     for kind in spec.layer_kinds:
-        experts = spec.moe.experts * spec.expert_params if spec.moe else 0
-        ffn = experts + spec.shared_params if kind.moe else spec.dense_ffn_params
-        total += kind.count * (spec.attention_params + ffn + spec.small_params(kind.moe))
+        experts = spec.moe.experts * spec.expert_params if spec.moe and kind.moe else 0
+        total += kind.count * (spec.dense_params(kind) + experts + spec.small_params(kind))
     assert total == spec.params
 
 
@@ -235,9 +234,9 @@ def test_the_parts_of_a_layer_add_up_to_the_model(name: str) -> None:
     ("changes", "said"),
     [
         ({"kv_heads": 3}, "kv_heads (3) must divide heads (4)"),
-        ({"window": 5}, "give window and window_pattern together"),
-        ({"window": 5, "window_pattern": ["full"]}, "no windowed layer"),
-        ({"window_pattern": ["window"]}, "give window and window_pattern together"),
+        ({"window": 5}, "give window and a layer_pattern with window layers"),
+        ({"window": 5, "layer_pattern": ["full"]}, "give window and a layer_pattern with window layers"),
+        ({"layer_pattern": ["window"]}, "give window and a layer_pattern with window layers"),
         ({"ffn": None}, "the width of the 2 dense layers: give it"),
         ({"moe": {"experts": 4, "active": 2, "ffn": 6}}, "the width of the 0 dense layers: leave it out"),
         ({"moe": {"experts": 4, "active": 5, "ffn": 6}, "ffn": None}, "active (5) must not exceed experts (4)"),
@@ -390,7 +389,7 @@ def test_sliding_windows_are_read_from_every_spelling(
     tmp_path: Path, change: dict[str, Any], pattern: tuple[str, ...] | None
 ) -> None:
     spec = import_model(write(tmp_path, LLAMA | change))
-    assert spec.window_pattern == pattern
+    assert spec.layer_pattern == pattern
     assert spec.window == (256 if pattern else None)
 
 

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from apexsim.specs.base import Spec
+
 if TYPE_CHECKING:
     from rich.table import Table
 
     from apexsim.specs.device import DeviceProfile
-    from apexsim.specs.model import ModelSpec
+    from apexsim.specs.model import LayerKind, ModelSpec
 
 Row = tuple[str, ...]
 
@@ -194,10 +196,16 @@ def graph_tables(name: str, plan: dict[str, Any]) -> list[Table]:
     tables = []
     for block in lowered.blocks:
         layers = sum(count for stage in lowered.stages for found, count in stage.blocks if found is block)
-        attends = f"window of {block.window}" if block.window else "full attention"
-        title = f"{layers} layers: {attends}, {'experts' if block.moe else 'dense'}"
+        title = f"{layers} layers: {', '.join(_parts(block.kind))}"
         tables.append(_table(("operator", "kind", "shape of one rank", "feeds"), _graph_rows(block.graph), title))
     return tables
+
+
+def _parts(kind: LayerKind) -> list[str]:
+    """What a kind of layer is made of."""
+    mixers = {"attention": f"window of {kind.window}" if kind.window else "full attention", "recurrent": "recurrent"}
+    ffn = ["experts" if kind.moe else "dense"] if kind.ffn else []
+    return [*([mixers[kind.mixer]] if kind.mixer else []), *ffn]
 
 
 def _graph_rows(graph: Any) -> list[Row]:
@@ -212,8 +220,9 @@ def _shape(operator: Any) -> list[str]:
     """Sizes of an operator, those of a shape inside it among them."""
     said = []
     for key, value in asdict(operator).items():
-        if isinstance(value, tuple):
-            said += [f"{inner} {size}" for inner, size in value._asdict().items()]  # type: ignore[attr-defined]
+        if isinstance(value, tuple | Spec):
+            inside = value.model_dump() if isinstance(value, Spec) else value._asdict()  # type: ignore[attr-defined]
+            said += [f"{inner} {size}" for inner, size in inside.items() if size is not None]
         elif key not in ("name", "kind"):
             said.append(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}")
     return said

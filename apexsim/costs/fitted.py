@@ -17,6 +17,7 @@ from apexsim.costs.forms import gemm, moe, small
 from apexsim.costs.forms.hardware import COMPUTE_DTYPE, Array, Hardware
 from apexsim.costs.forms.prefill import Heads
 from apexsim.costs.forms.residual import LogGrid
+from apexsim.costs.stand_ins import stand_in
 from apexsim.errors import Unsupported
 from apexsim.specs.device import DeviceProfile, Evidence, FittedOperator
 from apexsim.units import dtype_bytes
@@ -57,8 +58,8 @@ class MoeLayer(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Key of the fitted operator: block-scaled experts use another kernel when they are spread over devices."""
-        return f"{self.dtype}_ep" if self.dtype == "fp8_block" and self.ep > 1 else self.dtype
+        """Key of the fitted operator that answers for it."""
+        return self.dtype
 
 
 class OperatorCosts:
@@ -73,17 +74,23 @@ class OperatorCosts:
         knots, factors = profile.sustained.tokens, profile.sustained.factors
         self._clock = (np.log(knots), np.array(factors)) if sustained else (np.zeros(1), np.ones(1))
         self._grids: dict[tuple[str, str], LogGrid | None] = {}
+        self._stand_ins: dict[tuple[str, str], FittedOperator | None] = {}
         self._tables: dict[tuple[str, str], CollectiveTable] = {}
         self.prefill_attention = lru_cache(maxsize=256)(self._prefill_attention)
         self._decode_cost = lru_cache(maxsize=4096)(self._decode_curve)
 
     def operator(self, kind: str, key: str) -> FittedOperator:
-        """The fitted operator; raises Unsupported, naming what the profile has, when there is none."""
+        """The fitted operator, or an estimate in its place; raises Unsupported, naming what there is."""
         known = self.profile.operators.get(kind, {})
-        if key not in known:
+        if key in known:
+            return known[key]
+        if (kind, key) not in self._stand_ins:
+            self._stand_ins[kind, key] = stand_in(self.profile, kind, key)
+        found = self._stand_ins[kind, key]
+        if found is None:
             have = ", ".join(sorted(known)) or "none"
             raise Unsupported(f"{self.profile.name} has no {kind} cost for {key}; it has: {have}")
-        return known[key]
+        return found
 
     def evidence(self, kind: str, key: str) -> Evidence:
         """Whether the operator was fitted on this device or estimated from elsewhere."""

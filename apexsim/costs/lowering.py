@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from apexsim.costs.fitted import AttentionShape, MoeLayer
+from apexsim.costs.mixing import Mixing
 from apexsim.costs.operators import (
     ACTIVATION_BYTES,
     Attention,
@@ -23,26 +24,26 @@ from apexsim.costs.operators import (
     RowOperator,
     Sampling,
 )
+from apexsim.costs.recurrent import StateUpdate
 from apexsim.errors import InfeasiblePlan
 from apexsim.specs.deployment import Deployment, Pool
 
 if TYPE_CHECKING:
     from apexsim.specs.model import LayerKind, MoESpec
 
-Operator = RowOperator | Attention
+Operator = RowOperator | Mixing
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One transformer block of a kind, as one rank runs it.
+    """One layer of a kind, as one rank runs it. ``attention`` is what mixes its tokens; None where nothing does.
 
     ``graph`` is a networkx DiGraph whose nodes are operator names carrying an ``operator``; edges are data flow.
     """
 
-    window: int | None
-    moe: bool
+    kind: LayerKind
     graph: Any
-    attention: Attention
+    attention: Mixing | None
     rows: tuple[RowOperator, ...]
 
 
@@ -70,12 +71,12 @@ class Lowered:
     stages: tuple[StageLayers, ...]
 
     @property
-    def attentions(self) -> tuple[Attention, ...]:
-        """Kinds of attention of the model: full first, then by window."""
-        found = {block.attention for block in self.blocks}
-        return tuple(sorted(found, key=lambda attention: attention.shape.window or 0))
+    def attentions(self) -> tuple[Mixing, ...]:
+        """Kinds of attention of the model, recurrent states among them: full first, then by window."""
+        found = {block.attention for block in self.blocks if block.attention is not None}
+        return tuple(sorted(found, key=lambda attention: attention.window or 0))
 
-    def layers_of(self, attention: Attention) -> tuple[int, ...]:
+    def layers_of(self, attention: Mixing) -> tuple[int, ...]:
         """Layers that run this kind of attention, stage by stage."""
         return tuple(sum(n for block, n in stage.blocks if block.attention == attention) for stage in self.stages)
 
@@ -87,10 +88,10 @@ def lower(deployment: Deployment, pool: Pool) -> Lowered:
         raise InfeasiblePlan(reasons)
     if pool.devices > cluster.devices:
         raise InfeasiblePlan([f"the replicas use {pool.devices} devices, the cluster has {cluster.devices}"])
-    blocks = {(kind.window, kind.moe): _block(deployment, pool, kind) for kind in model.layer_kinds}
+    blocks = {kind.one: _block(deployment, pool, kind.one) for kind in model.layer_kinds}
     stages = []
     for index, layers in enumerate(split_layers(model.layers, plan.pipeline)):
-        counted = tuple((blocks[kind.window, kind.moe], kind.count) for kind in model.kinds_of(layers))
+        counted = tuple((blocks[kind.one], kind.count) for kind in model.kinds_of(layers))
         last = index == plan.pipeline - 1
         once = (*(_entry(deployment, pool) if index == 0 else ()), *_exit(deployment, last))
         stages.append(StageLayers(layers, counted, once, _head(deployment, pool) if last else ()))
@@ -140,14 +141,15 @@ def _all_reduce(deployment: Deployment, pool: Pool, name: str) -> tuple[RowOpera
 
 
 def _block(deployment: Deployment, pool: Pool, kind: LayerKind) -> Block:
-    """One block: a chain of operators; the residual stream joins its two norms, and experts fork from it."""
+    """One layer: a chain of operators; the residual stream joins its norms, and experts fork from it."""
     import networkx as nx
 
-    attention, before, after = _attention_part(deployment, pool, kind)
-    ffn = _moe_part(deployment, pool) if kind.moe else _dense_part(deployment, pool)
+    attention, before, after = _mixer_part(deployment, pool, kind)
+    norm = [_norm(deployment, "ffn_norm")] if kind.ffn else []
+    flat: list[Operator] = [*before, *([attention] if attention else []), *after, *norm]
     graph = nx.DiGraph(window=kind.window, moe=kind.moe)
-    flat: list[Operator] = [*before, attention, *after]
     _chain(graph, flat)
+    ffn = _ffn_part(deployment, pool, kind)
     for branch in ffn:
         _chain(graph, [flat[-1], *branch])
     ends = [branch[-1].name for branch in ffn]
@@ -156,9 +158,10 @@ def _block(deployment: Deployment, pool: Pool, kind: LayerKind) -> Block:
         graph.add_node(operator.name, operator=operator)
         graph.add_edges_from((end, operator.name) for end in ends)
         ends = [operator.name]
-    graph.add_edge(before[0].name, after[-1].name, residual=True)
-    rows = [*before, *after, *(op for branch in ffn for op in branch), *closing]
-    return Block(kind.window, kind.moe, graph, attention, tuple(rows))
+    if before and norm:
+        graph.add_edge(before[0].name, norm[0].name, residual=True)
+    rows = [*before, *after, *norm, *(op for branch in ffn for op in branch), *closing]
+    return Block(kind, graph, attention, tuple(rows))
 
 
 def _chain(graph: Any, operators: list[Operator]) -> None:
@@ -167,28 +170,58 @@ def _chain(graph: Any, operators: list[Operator]) -> None:
     graph.add_edges_from((a.name, b.name) for a, b in pairwise(operators))
 
 
-def _attention_part(
-    deployment: Deployment, pool: Pool, kind: LayerKind
-) -> tuple[Attention, list[RowOperator], list[RowOperator]]:
-    """Attention with what comes before it and after it, up to the norm before the FFN.
+def _norm(deployment: Deployment, name: str) -> Elementwise:
+    """A fused residual-add and norm: reads and writes both the hidden state and the residual."""
+    return Elementwise(name, 4 * ACTIVATION_BYTES * deployment.model.hidden)
 
-    A fused residual-add and norm reads and writes both the hidden state and the residual.
-    """
+
+def _post_norm(deployment: Deployment, name: str) -> tuple[RowOperator, ...]:
+    """A norm over the output of attention or FFN alone, where the model has one."""
+    model = deployment.model
+    return (Elementwise(name, 2 * ACTIVATION_BYTES * model.hidden),) if model.post_norms else ()
+
+
+Mixed = tuple[Mixing | None, list[RowOperator], list[RowOperator]]
+
+
+def _mixer_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixed:
+    """What mixes tokens, with what comes before it and after it; nothing in a layer that is an FFN alone."""
+    if kind.mixer is None:
+        return None, [], []
+    part = _recurrent_part if kind.mixer == "recurrent" else _attention_part
+    attention, before, after = part(deployment, pool, kind)
+    after += _all_reduce(deployment, pool, "attention_all_reduce")
+    after += _post_norm(deployment, "attention_post_norm")
+    return attention, [_norm(deployment, "attention_norm"), *before], after
+
+
+def _attention_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixed:
+    """QKV (an output gate with the queries), QK norm, rotation; the gate and the output projection."""
     model, tensor = deployment.model, pool.plan.tensor
     heads, kv_heads = model.heads // tensor, max(1, model.kv_heads // tensor)
-    width, dtype = ACTIVATION_BYTES * model.hidden, deployment.weights
-    rotated = 2 * ACTIVATION_BYTES * (heads + kv_heads) * model.head_dim
-    before: list[RowOperator] = [Elementwise("attention_norm", 4 * width)]
-    before.append(Gemm("qkv", (heads + 2 * kv_heads) * model.head_dim, model.hidden, dtype))
+    dtype, gates = deployment.weights, heads if model.output_gate else 0
+    qk_bytes = 2 * ACTIVATION_BYTES * (heads + kv_heads)
+    before: list[RowOperator] = [Gemm("qkv", (heads + gates + 2 * kv_heads) * model.head_dim, model.hidden, dtype)]
     if model.qk_norm:
-        before.append(Elementwise("qk_norm", rotated))
-    if model.positions == "rope":
-        before.append(Elementwise("rope", rotated))
+        before.append(Elementwise("qk_norm", qk_bytes * model.head_dim))
+    if model.rotates(kind):
+        before.append(Elementwise("rope", qk_bytes * (model.rotary_dim or model.head_dim)))
     after: list[RowOperator] = [Gemm("o", model.hidden, heads * model.head_dim, dtype)]
-    after += _all_reduce(deployment, pool, "attention_all_reduce")
-    after.append(Elementwise("ffn_norm", 4 * width))
+    if gates:
+        after.insert(0, Elementwise("output_gate", 3 * ACTIVATION_BYTES * heads * model.head_dim))
     shape = AttentionShape(heads, kv_heads, model.head_dim, kind.window, deployment.kv_cache)
     return Attention("attention", shape), before, after
+
+
+def _recurrent_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixed:
+    """Input projection; convolution and state; the gated norm and the output projection."""
+    model, tensor, layer = deployment.model, pool.plan.tensor, deployment.model.recurrent
+    assert layer is not None, "a recurrent layer belongs to a model that says of which kind"
+    inner = layer.inner(tensor)
+    before: list[RowOperator] = [Gemm("state_in", layer.projected(tensor), model.hidden, deployment.weights)]
+    gated = Elementwise("state_norm", 3 * ACTIVATION_BYTES * inner)
+    after: list[RowOperator] = [gated, Gemm("state_out", model.hidden, inner, deployment.weights)]
+    return StateUpdate("state", layer, tensor), before, after
 
 
 def _ffn(deployment: Deployment, width: int, prefix: str = "") -> list[RowOperator]:
@@ -202,7 +235,12 @@ def _ffn(deployment: Deployment, width: int, prefix: str = "") -> list[RowOperat
     ]
 
 
-def _dense_part(deployment: Deployment, pool: Pool) -> list[list[RowOperator]]:
+def _ffn_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> list[list[RowOperator]]:
+    """Branches of the FFN that run beside each other."""
+    if not kind.ffn:
+        return []
+    if kind.moe:
+        return _moe_part(deployment, pool)
     return [_ffn(deployment, (deployment.model.ffn or 0) // pool.plan.tensor)]
 
 
@@ -231,16 +269,22 @@ def _moe_part(deployment: Deployment, pool: Pool) -> list[list[RowOperator]]:
         routed.append(Collective("combine", "all_to_all", plan.expert, sent))
     if not moe.shared_width:
         return [routed]
-    return [routed, _ffn(deployment, moe.shared_width // plan.tensor, "shared_")]
+    shared = _ffn(deployment, moe.shared_width // plan.tensor, "shared_")
+    if moe.shared_gate:
+        shared.append(Gemm("shared_gate", 1, model.hidden, "bf16"))
+    return [routed, shared]
 
 
 def _closing(deployment: Deployment, pool: Pool, kind: LayerKind, branches: int) -> list[RowOperator]:
     """What joins the FFN's branches and its ranks."""
     width = ACTIVATION_BYTES * deployment.model.hidden
     joined: list[RowOperator] = [Elementwise("add_shared", 3 * width)] if branches > 1 else []
+    post = _post_norm(deployment, "ffn_post_norm")
+    if not branches:
+        return []
     if kind.moe and _dispatches(deployment, pool):
-        return [*joined, Collective("ffn_all_gather", "all_gather", pool.plan.tensor, width)]
-    return [*joined, *_all_reduce(deployment, pool, "ffn_all_reduce")]
+        return [*joined, Collective("ffn_all_gather", "all_gather", pool.plan.tensor, width), *post]
+    return [*joined, *_all_reduce(deployment, pool, "ffn_all_reduce"), *post]
 
 
 def _dispatches(deployment: Deployment, pool: Pool) -> bool:

@@ -22,7 +22,8 @@ class MemoryPlan:
     A block keeps ``block_size`` tokens for one unit of layers. ``groups`` are (units, window): layers that attend to
     everything take ``units`` blocks for every ``block_size`` tokens of a sequence; windowed ones stop growing once they
     hold the window and one block more (the one being filled while the oldest still counts). With one kind of layers
-    there is one unit, and a block is a block.
+    there is one unit, and a block is a block. ``fixed_blocks`` is what the recurrent layers' state of a sequence takes,
+    however long it is.
     """
 
     weights_bytes: float
@@ -33,22 +34,25 @@ class MemoryPlan:
     block_size: int
     blocks: int
     groups: tuple[tuple[int, int | None], ...] = ((1, None),)
+    fixed_blocks: int = 0
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that a sequence of ``tokens`` cached tokens holds."""
         size = self.block_size
         wanted = -(-tokens // size)
+        if not wanted:
+            return 0
         if len(self.groups) == 1 and self.groups[0][1] is None:
-            return wanted
-        total = 0
+            return wanted + self.fixed_blocks
+        total = self.fixed_blocks
         for units, window in self.groups:
             total += units * (wanted if window is None else min(wanted, -(-window // size) + 1))
         return total
 
     @property
     def steady(self) -> bool:
-        """Whether every ``block_size`` tokens of a sequence take as many blocks: no sliding windows."""
-        return all(window is None for _, window in self.groups)
+        """Whether every ``block_size`` tokens of a sequence take as many blocks: no sliding windows, no states."""
+        return not self.fixed_blocks and all(window is None for _, window in self.groups)
 
     @property
     def max_tokens(self) -> int | None:
@@ -83,9 +87,11 @@ def _stage_plan(deployment: Deployment, pool: Pool, lowered: Lowered, stage: int
     if kv_bytes <= 0:
         parts = {"weights": weights, "activations": activations, "engine reserve": reserve, "collective buffers": nccl}
         raise InfeasiblePlan([_shortage(parts, offered, offer) + where])
-    groups, block_bytes = _kv_blocks(deployment, pool, lowered.stages[stage].layers)
+    layout = _kv_blocks(deployment, pool, lowered)
+    block_bytes = layout.block_bytes[stage]
     size = deployment.scheduler.block_size
-    plan = MemoryPlan(weights, activations, reserve, nccl, kv_bytes, size, int(kv_bytes // block_bytes), groups)
+    blocks = int(kv_bytes // block_bytes)
+    plan = MemoryPlan(weights, activations, reserve, nccl, kv_bytes, size, blocks, layout.groups, layout.fixed)
     if plan.blocks < plan.blocks_for(size):
         left = f"{format_bytes(kv_bytes)} left of the {format_bytes(offered)} a device offers ({offer})"
         raise InfeasiblePlan([f"{left} hold {plan.blocks} KV blocks of {format_bytes(block_bytes)}: too few{where}"])
@@ -121,7 +127,7 @@ def weights_bytes(deployment: Deployment, pool: Pool, lowered: Lowered, stage: i
 
 def _block_bytes(deployment: Deployment, block: Block) -> float:
     model = deployment.model
-    small = model.small_params(block.moe) - (model.router_params if block.moe else 0)
+    small = model.small_params(block.kind) - (model.router_params if block.kind.moe else 0)
     return sum(op.weight_bytes for op in block.rows) + small * ACTIVATION_BYTES
 
 
@@ -142,8 +148,7 @@ def activation_bytes(deployment: Deployment, lowered: Lowered, stage: int) -> fl
 
 def _widest(block: Block) -> int:
     """Elements per token of the widest tensors of a block that live together."""
-    shape = block.attention.shape
-    widths = [2 * (shape.heads + shape.kv_heads) * shape.head_dim]
+    widths = [block.attention.widest if block.attention else 0]
     for op in block.rows:
         if isinstance(op, Elementwise) and op.name.endswith("activation"):
             widths.append(round(op.bytes_per_row / ACTIVATION_BYTES))
@@ -160,15 +165,37 @@ def _nccl_bytes(by_group: dict[int, int], devices: int) -> int:
     return by_group[max(smaller)] if smaller else 0
 
 
-def _kv_blocks(deployment: Deployment, pool: Pool, layers: range) -> tuple[tuple[tuple[int, int | None], ...], float]:
-    """Units and windows of the model's KV groups, and the bytes a block takes on this stage's devices.
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """``groups`` and ``fixed`` blocks of a sequence (see ``MemoryPlan``), and the bytes of a block on every stage."""
+
+    groups: tuple[tuple[int, int | None], ...]
+    fixed: int
+    block_bytes: tuple[float, ...]
+
+
+def _kv_blocks(deployment: Deployment, pool: Pool, lowered: Lowered) -> _Layout:
+    """How sequences take blocks, and what a block takes of each stage's devices.
 
     A unit is the largest number of layers that divides every group. Where a stage holds an uneven share of the groups,
-    its fullest group sets the bytes.
+    its fullest group sets the bytes. States are counted in whole blocks, as many as the stage with most of them needs.
     """
     model, tensor = deployment.model, pool.plan.tensor
     unit = math.gcd(*(group.layers for group in model.kv_groups))
     units = {group.window: group.layers // unit for group in model.kv_groups}
-    here = model.kv_groups_of(layers)
-    token_bytes = max(group.bytes_per_token(deployment.kv_cache, tensor) / units[group.window] for group in here)
-    return tuple((count, window) for window, count in units.items()), token_bytes * deployment.scheduler.block_size
+    groups = tuple((count, window) for window, count in units.items())
+    stages = [stage.layers for stage in lowered.stages]
+    cached = [_block_bytes_of(deployment, units, (layers, tensor)) for layers in stages]
+    states = [model.state_bytes_of(layers, tensor) for layers in stages]
+    fixed = max(math.ceil(state / block) for state, block in zip(states, cached, strict=True) if block)
+    # A stage that caches nothing at all has room for any number of blocks: one byte each.
+    sizes = tuple(max(c, s / max(fixed, 1), 1.0) for c, s in zip(cached, states, strict=True))
+    return _Layout(groups, fixed, sizes)
+
+
+def _block_bytes_of(deployment: Deployment, units: dict[int | None, int], where: tuple[range, int]) -> float:
+    """Bytes of keys and values of a block on a rank of the given layers; 0 where none of them is attention."""
+    layers, tensor = where
+    here = deployment.model.kv_groups_of(layers)
+    each = [group.bytes_per_token(deployment.kv_cache, tensor) / units[group.window] for group in here]
+    return max(each, default=0.0) * deployment.scheduler.block_size

@@ -14,8 +14,10 @@ from typing import Literal
 
 import numpy as np
 
+from apexsim.costs.attention import PrefillCost
 from apexsim.costs.fitted import AttentionShape, MoeLayer, OperatorCosts
 from apexsim.costs.forms.hardware import Array
+from apexsim.costs.forms.prefill import causal_pairs
 from apexsim.units import dtype_bytes
 
 Sizes = Mapping[str, Array | int]
@@ -195,16 +197,48 @@ class Attention:
 
     name: str
     shape: AttentionShape
-    kind = "attention"
     weight_bytes = 0.0
+    kind = "attention"
+    kinds = ("decode_attention", "prefill_attention")
 
     @property
     def key(self) -> str:
         return self.shape.key
 
+    @property
+    def dtype(self) -> str:
+        """What it computes in, as far as power goes."""
+        return self.shape.kv_dtype
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that it attends to at most; None = all."""
+        return self.shape.window
+
     def decode_s(self, costs: OperatorCosts, batch: int, mean_context: Array) -> Array:
         """``batch`` sequences of one query token each, attending to ``mean_context`` tokens on average."""
         return costs.decode_attention_s(batch, mean_context, self.shape)
+
+    def chunk_cost(self, costs: OperatorCosts) -> PrefillCost:
+        """Cost of chunks of a prompt."""
+        return costs.prefill_attention(self.shape)
+
+    def decode_work(self, queries: Array, pairs: Array) -> tuple[Array, Array]:
+        """FLOPs and bytes of ``queries`` single tokens that attend to ``pairs`` keys in all."""
+        return self.flops(pairs), self.bytes_moved(queries, pairs)
+
+    def chunk_work(self, tokens: Array, history: Array) -> tuple[Array, Array]:
+        """FLOPs and bytes of chunks of ``tokens`` behind ``history``."""
+        keys = tokens + (history if self.window is None else np.minimum(history, self.window))
+        return self.flops(causal_pairs(tokens, history, self.window)), self.bytes_moved(tokens, keys)
+
+    @property
+    def widest(self) -> int:
+        """Elements of a token's queries, keys, values and output."""
+        return 2 * (self.shape.heads + self.shape.kv_heads) * self.shape.head_dim
+
+    def sizes(self) -> Mapping[str, int]:
+        return {"heads": self.shape.heads, "kv_heads": self.shape.kv_heads}
 
     def flops(self, attended: Array) -> Array:
         """Scores and weighted sum over ``attended`` query-key pairs."""

@@ -98,7 +98,7 @@ class StepCost:
         self.stages = len(lowered.stages)
         self.max_context = max_context
         self.attentions = lowered.attentions
-        self._windows = tuple(a.shape.window for a in self.attentions if a.shape.window is not None)
+        self._windows = tuple(a.window for a in self.attentions if a.window is not None)
         self._full = len(self._windows) < len(self.attentions)
         self._layers = tuple(lowered.layers_of(attention) for attention in self.attentions)
         self._plain = self.stages == 1 and self._full and not self._windows
@@ -368,6 +368,5 @@ def build_step_cost(deployment: Deployment, pool: Pool) -> StepCost:
 def fitted_operators(lowered: Lowered) -> set[tuple[str, str]]:
     """(kind, key) of every fitted operator that steps will ask a device profile for."""
     rows = [op for stage in lowered.stages for op in (*(op for op, _ in stage.row_operators()), *stage.head)]
-    attentions = [block.attention for block in lowered.blocks]
     wanted = {(op.kind, op.key) for op in [*rows, *(op.library for op in rows if isinstance(op, Collective))]}
-    return wanted | {(kind, a.key) for a in attentions for kind in ("prefill_attention", "decode_attention")}
+    return wanted | {(kind, a.key) for a in lowered.attentions for kind in a.kinds}

@@ -16,10 +16,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from apexsim.costs.attention import PrefillCost
 from apexsim.costs.fitted import OperatorCosts
 from apexsim.costs.forms.hardware import Array
-from apexsim.costs.operators import Attention, RowOperator
+from apexsim.costs.mixing import ChunkCost, Mixing
+from apexsim.costs.operators import RowOperator
 from apexsim.specs.device import DeviceProfile
 from apexsim.units import NS_PER_S, to_ns
 
@@ -85,7 +85,7 @@ class ChunkTable(dict[tuple[int, int], int]):
     Without the launch of the kernel: a step pays ``launch_ns`` once, or not at all (see ``StepCost``).
     """
 
-    def __init__(self, cost: PrefillCost) -> None:
+    def __init__(self, cost: ChunkCost) -> None:
         super().__init__()
         self._cost = cost
         self.launch_ns = to_ns(cost.launch_s)
@@ -127,8 +127,8 @@ class OperatorTables:
     def __init__(self, costs: OperatorCosts) -> None:
         self.costs = costs
         self._rows: dict[tuple[RowOperator, int], Array] = {}
-        self._decode: dict[tuple[Attention, int], PrefixTable] = {}
-        self._chunks: dict[Attention, ChunkTable] = {}
+        self._decode: dict[tuple[Mixing, int], PrefixTable] = {}
+        self._chunks: dict[Mixing, ChunkTable] = {}
 
     def block_s(self, operator: RowOperator, block: int) -> Array:
         """Seconds at row counts 64 block + 1 ... 64 block + 64."""
@@ -145,7 +145,7 @@ class OperatorTables:
         known = np.array([self.block_s(operator, int(block)) for block in blocks]).reshape(-1, BLOCK)
         return np.asarray(known[where, (rows - 1) % BLOCK])
 
-    def decode(self, attention: Attention, batch: int) -> PrefixTable:
+    def decode(self, attention: Mixing, batch: int) -> PrefixTable:
         """Decode attention of one layer for ``batch`` sequences, over their mean context."""
         key = (attention, batch)
         found = self._decode.get(key)
@@ -155,11 +155,11 @@ class OperatorTables:
             self._decode[key] = found
         return found
 
-    def chunks(self, attention: Attention) -> ChunkTable:
+    def chunks(self, attention: Mixing) -> ChunkTable:
         """Chunk attention of one layer."""
         found = self._chunks.get(attention)
         if found is None:
-            found = self._chunks[attention] = ChunkTable(self.costs.prefill_attention(attention.shape))
+            found = self._chunks[attention] = ChunkTable(attention.chunk_cost(self.costs))
         return found
 
     def trim(self) -> None:

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apexsim.costs.forms.hardware import Array
-from apexsim.costs.forms.prefill import causal_pairs
-from apexsim.costs.operators import Attention, Collective, Experts, Gemm, RowOperator
+from apexsim.costs.mixing import Mixing
+from apexsim.costs.operators import Collective, Experts, Gemm, RowOperator
 from apexsim.costs.steps import BatchStats, StepCost
 from apexsim.units import NS_PER_S
 
@@ -123,11 +123,11 @@ def _dtype_of(operator: RowOperator) -> str | None:
     return operator.dtype if isinstance(operator, Gemm) else "bf16"
 
 
-def _decodes(cost: StepCost, attention: Attention, steps: Columns, runs: float) -> Generator[Work, None, Array]:
+def _decodes(cost: StepCost, attention: Mixing, steps: Columns, runs: float) -> Generator[Work, None, Array]:
     """Decode attention; returns the seconds of one layer in every row, all its repeats together."""
-    shape, batch, repeats = attention.shape, steps["decodes"], steps["repeats"]
-    attended = steps["context" if shape.window is None else f"window_context_{shape.window}"]
-    growing = attended != batch * (shape.window or 0)
+    window, batch, repeats = attention.window, steps["decodes"], steps["repeats"]
+    attended = steps["context" if window is None else f"window_context_{window}"]
+    growing = attended != batch * (window or 0)
     mean = attended // np.maximum(batch, 1)
     seconds = np.zeros(len(batch))
     order = np.argsort(batch, kind="stable")
@@ -141,50 +141,48 @@ def _decodes(cost: StepCost, attention: Attention, steps: Columns, runs: float) 
             prefix = np.array(table.prefix, dtype=np.int64)
             seconds[at] = (prefix[ends] - prefix[mean[at]]) * np.where(growing[at], 1, repeats[at]) / NS_PER_S
     pairs = repeats * (attended + growing * batch * (repeats - 1) / 2)
-    moved = attention.bytes_moved(_floats(batch * repeats), _floats(pairs))
-    sizes_now = {"keys": mean, "batch": batch, "heads": shape.heads, "kv_heads": shape.kv_heads}
-    yield from _attention(cost, ("decode_attention", attention), (seconds, pairs, moved, runs), sizes_now)
+    done = attention.decode_work(_floats(batch * repeats), _floats(pairs))
+    sizes_now = {"keys": mean, "batch": batch}
+    yield from _attention(cost, (attention.kinds[0], attention), (seconds, *done, runs), sizes_now)
     return seconds
 
 
 def _chunks(
-    cost: StepCost, attention: Attention, chunks: Columns, counted: tuple[Array, float]
+    cost: StepCost, attention: Mixing, chunks: Columns, counted: tuple[Array, float]
 ) -> Generator[Work, None, Array]:
     """Chunk attention; returns the seconds of one layer for every chunk.
 
     ``counted`` is each chunk's part in the launch of its step's kernel (chunks share one, which is part of decode
     attention where there are decodes), and how often each chunk runs.
     """
-    shape, tokens, history = attention.shape, chunks["tokens"], chunks["history"]
+    tokens, history = chunks["tokens"], chunks["history"]
     launches, runs = counted
-    fitted = cost.tables.costs.prefill_attention(shape)
+    fitted = attention.chunk_cost(cost.tables.costs)
     seconds = fitted.many(tokens, history, launch=False) + launches * fitted.launch_s
-    keys = tokens + (history if shape.window is None else np.minimum(history, shape.window))
-    pairs = causal_pairs(tokens, history, shape.window)
-    moved = attention.bytes_moved(_floats(tokens), _floats(keys))
-    sizes = {"chunk": tokens, "history": history, "heads": shape.heads, "kv_heads": shape.kv_heads}
-    yield from _attention(cost, ("prefill_attention", attention), (seconds, pairs, moved, runs), sizes)
+    done = attention.chunk_work(_floats(tokens), _floats(history))
+    sizes = {"chunk": tokens, "history": history}
+    yield from _attention(cost, (attention.kinds[1], attention), (seconds, *done, runs), sizes)
     return seconds
 
 
 def _attention(
     cost: StepCost,
-    which: tuple[str, Attention],
+    which: tuple[str, Mixing],
     figures: tuple[Array, Array, Array, float],
     sizes: Mapping[str, object],
 ) -> Iterator[Work]:
-    """``figures``: seconds, query-key pairs and bytes of every run, and how often each ran."""
-    costs, (kind, attention), (seconds, pairs, moved, runs) = cost.tables.costs, which, figures
+    """``figures``: seconds, FLOPs and bytes of every run, and how often each ran."""
+    costs, (kind, attention), (seconds, flops, moved, runs) = cost.tables.costs, which, figures
     if len(seconds):
         yield Work(
             kind=kind,
-            dtype=attention.shape.kv_dtype,
+            dtype=attention.dtype,
             seconds=seconds,
-            flops=attention.flops(pairs),
+            flops=flops,
             bytes_moved=moved,
             runs=np.full(len(seconds), runs),
             evidence=costs.evidence(kind, attention.key),
-            outside=costs.extrapolated(kind, attention.key, **sizes),
+            outside=costs.extrapolated(kind, attention.key, **sizes, **attention.sizes()),
         )
 
 
@@ -217,7 +215,7 @@ def _may_cross(steps: Columns, busy_s: Array, first_s: Array) -> Mask:
 
 def _stats(cost: StepCost, steps: Columns, row: int) -> BatchStats:
     """The first step of a row of decode steps."""
-    windows = sorted({each.shape.window for each in cost.attentions if each.shape.window is not None})
+    windows = sorted({mixing.window for mixing in cost.attentions if mixing.window is not None})
     decodes = int(steps["decodes"][row])
     attended = tuple(int(steps[f"window_context_{window}"][row]) for window in windows)
     return BatchStats(decodes, int(steps["context"][row]), attended, (), decodes)

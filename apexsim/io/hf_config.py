@@ -15,7 +15,7 @@ from typing import Any
 
 from apexsim.errors import BadInput, Unsupported, nearest
 from apexsim.specs.base import parse_spec
-from apexsim.specs.model import ModelSpec, Span
+from apexsim.specs.model import LayerType, ModelSpec
 
 # Keys that, when set, mean an attention we have no cost and no KV layout for.
 _BLOCKERS = {
@@ -171,10 +171,10 @@ def _window_fields(config: _Config, default: Callable[[_Config], list[bool]]) ->
         raise BadInput("give one entry a layer", where=config.where, key=config.prefix + "layer_types", got=len(slides))
     if not any(slides):
         return {}
-    return {"window": config.whole("sliding_window"), "window_pattern": _shortest_pattern(slides)}
+    return {"window": config.whole("sliding_window"), "layer_pattern": _shortest_pattern(slides)}
 
 
-def _shortest_pattern(slides: list[bool]) -> tuple[Span, ...]:
+def _shortest_pattern(slides: list[bool]) -> tuple[LayerType, ...]:
     """The shortest run that, repeated over the layers, gives them all."""
     period = next(p for p in range(1, len(slides) + 1) if all(s == slides[i % p] for i, s in enumerate(slides)))
     return tuple("window" if slide else "full" for slide in slides[:period])

@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from apexsim.specs.base import Spec
 from apexsim.specs.latent import LatentAttention
+from apexsim.specs.recurrent import Recurrent
 from apexsim.units import dtype_bytes
 
-Span = Literal["window", "full"]
+LayerType = Literal["window", "full", "recurrent", "ffn"]
+Mixer = Literal["attention", "recurrent"]
 
 # OPT's table of learned positions starts at row 2 (its tokens count from the padding index).
 LEARNED_POSITION_OFFSET = 2
 
+# To a step, a recurrent layer is attention over a window of one token: what it reads never grows with the context.
+RECURRENT_WINDOW = 1
+
 
 @dataclass(frozen=True, slots=True)
 class LayerKind:
-    """``count`` layers that are alike: ``window`` tokens of attention (None = all), experts or a dense FFN."""
+    """``count`` layers that are alike.
+
+    ``mixer`` mixes tokens: attention over the last ``window`` tokens (None = all), a recurrent state (``window`` 1), or
+    nothing (None) in layers that are an FFN alone. ``moe``: experts in place of a dense FFN. ``ffn`` False: no FFN.
+    """
 
     count: int
     window: int | None
     moe: bool
+    mixer: Mixer | None = "attention"
+    ffn: bool = True
+
+    @property
+    def one(self) -> LayerKind:
+        """One layer of the kind: equal for equal kinds."""
+        return replace(self, count=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +74,11 @@ MAX_LAYERS, MAX_WINDOW = 10_000, 2**31 - 1
 class MoESpec(Spec):
     """Mixture of experts. Every token visits ``active`` of ``experts`` experts and all ``shared_experts``.
 
-    ``ffn`` is the width of one routed expert, ``shared_ffn`` that of one shared expert; the first ``dense_layers``
-    layers have a dense FFN instead. ``dtype`` is set where the weights were published in that dtype only (MXFP4).
-    ``routing`` is how uneven the router's choices are: the expert of rank r is chosen with weight r^-1.01 or r^-1.2, or
-    all alike.
+    ``ffn`` is the width of one routed expert, ``shared_ffn`` that of one shared expert; ``shared_gate`` weighs the
+    shared experts by a scalar of the token. The first ``dense_layers`` layers have a dense FFN instead; of the others
+    every ``every``-th has experts (Llama-4-Maverick: 2). ``dtype`` is set where the weights were published in that
+    dtype only (MXFP4). ``routing`` is how uneven the router's choices are: the expert of rank r is chosen with weight
+    r^-1.01 or r^-1.2, or all alike.
     """
 
     experts: int = Field(ge=2)
@@ -69,7 +86,9 @@ class MoESpec(Spec):
     ffn: int = Field(gt=0)
     shared_experts: int = Field(0, ge=0)
     shared_ffn: int | None = Field(None, gt=0)
+    shared_gate: bool = False
     dense_layers: int = Field(0, ge=0)
+    every: int = Field(1, ge=1)
     router_bias: bool = False
     dtype: str | None = None
     routing: Literal["balanced", "power_law_1.01", "power_law_1.2"] = "power_law_1.01"
@@ -78,6 +97,10 @@ class MoESpec(Spec):
     def shared_width(self) -> int:
         """Summed width of the shared experts, which run as one FFN; 0 without any."""
         return self.shared_experts * (self.shared_ffn or 0)
+
+    def at(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has experts."""
+        return layer >= self.dense_layers and (layer + 1) % self.every == 0
 
     @model_validator(mode="after")
     def _consistent(self) -> MoESpec:
@@ -93,11 +116,16 @@ class MoESpec(Spec):
 class ModelSpec(Spec):
     """A decoder-only transformer.
 
-    ``ffn`` is the width of the dense FFN, None where every layer has experts. ``window_pattern`` repeats over the
-    layers and says which attend to the last ``window`` tokens only. ``qk_norm`` is over each head (Qwen3) or over
-    all heads of a layer at once (MiniMax-M2). With ``mla`` one latent vector stands for the keys and values of all
-    heads: ``kv_heads`` is 1 and ``head_dim`` that of queries. ``ffn_bias`` covers dense and routed experts. ``source``
-    says where the shape and the published parameter counts come from.
+    ``ffn`` is the width of the dense FFN, None where every layer has experts. ``layer_pattern`` repeats over the
+    layers: attention to all tokens (``full``) or to the last ``window`` only, or a ``recurrent`` state; each with an
+    FFN behind it, unless the pattern names layers that are an ``ffn`` alone (Nemotron-H): then no other has one.
+    Attention in chunks of ``window`` tokens (Llama-4) counts as a window, which is the most a chunk attends to.
+    ``qk_norm`` is over each head (Qwen3), over all heads of a layer at once (MiniMax-M2) or ``plain``, without weights
+    (Llama-4). ``output_gate`` is a gate on the attention output, projected with the queries. ``post_norms`` are norms
+    after attention and FFN besides those before them. ``rotary_dim`` elements of a head are rotated, all if None;
+    positions ``rope_windowed``: in windowed layers only. With ``mla`` one latent vector stands for the keys and values
+    of all heads: ``kv_heads`` is 1 and ``head_dim`` that of queries. ``ffn_bias`` covers dense and routed experts.
+    ``source`` says where the shape and the published parameter counts come from.
     """
 
     name: str
@@ -116,11 +144,15 @@ class ModelSpec(Spec):
     o_bias: bool = False
     ffn_bias: bool = False
     attention_sinks: bool = False
-    qk_norm: Literal["head", "layer"] | None = None
+    qk_norm: Literal["head", "layer", "plain"] | None = None
+    output_gate: bool = False
     norm: Literal["rms", "layer"] = "rms"
-    positions: Literal["rope", "learned"] = "rope"
-    window: int | None = Field(None, gt=0, le=MAX_WINDOW)
-    window_pattern: tuple[Span, ...] | None = Field(None, min_length=1)
+    post_norms: bool = False
+    positions: Literal["rope", "rope_windowed", "learned", "none"] = "rope"
+    rotary_dim: int | None = Field(None, gt=0)
+    window: int | None = Field(None, gt=RECURRENT_WINDOW, le=MAX_WINDOW)
+    layer_pattern: tuple[LayerType, ...] | None = Field(None, min_length=1)
+    recurrent: Recurrent | None = None
     mla: LatentAttention | None = None
     moe: MoESpec | None = None
     published_params: float | None = Field(None, gt=0)
@@ -134,62 +166,96 @@ class ModelSpec(Spec):
             raise ValueError(f"with mla give kv_heads 1 and head_dim {self.mla.qk_head_dim} (that of queries)")
         if self.mla and self.window is not None:
             raise ValueError("latent attention with a sliding window is not modelled")
-        if (self.window is None) != (self.window_pattern is None):
-            raise ValueError("give window and window_pattern together, or neither")
-        if self.window_pattern is not None and "window" not in self.window_pattern:
-            raise ValueError("window_pattern has no windowed layer; leave window and window_pattern out")
-        dense = self.layers if self.moe is None else self.moe.dense_layers
-        if dense > self.layers or (self.moe is not None and dense == self.layers):
-            raise ValueError(f"moe.dense_layers ({dense}) must leave layers with experts")
+        for what, given in (("window", self.window), ("recurrent", self.recurrent)):
+            if (given is not None) != (what in (self.layer_pattern or ())):
+                raise ValueError(f"give {what} and a layer_pattern with {what} layers together, or neither")
+        if not self.kv_groups:
+            raise ValueError("layer_pattern has no layer of attention")
+        self._check_ffns()
+        return self
+
+    def _check_ffns(self) -> None:
+        kinds = self.layer_kinds
+        if self.moe is not None and not any(kind.moe for kind in kinds):
+            raise ValueError(f"moe.dense_layers ({self.moe.dense_layers}) must leave layers with experts")
+        dense = sum(kind.count for kind in kinds if kind.ffn and not kind.moe)
         if (dense > 0) != (self.ffn is not None):
             raise ValueError(
                 f"ffn is the width of the {dense} dense layers: " + ("give it" if dense else "leave it out")
             )
-        return self
 
     # Layers
 
-    def _kind(self, layer: int) -> tuple[int | None, bool]:
-        windowed = self.window_pattern is not None and self.window_pattern[layer % len(self.window_pattern)] == "window"
-        return (self.window if windowed else None, self.moe is not None and layer >= self.moe.dense_layers)
+    def _kind(self, layer: int) -> LayerKind:
+        pattern = self.layer_pattern or ("full",)
+        part = pattern[layer % len(pattern)]
+        window = {"window": self.window, "recurrent": RECURRENT_WINDOW}.get(part)
+        mixers: dict[LayerType, Mixer | None] = {"recurrent": "recurrent", "ffn": None}
+        ffn = part == "ffn" or "ffn" not in pattern
+        moe = ffn and self.moe is not None and self.moe.at(layer)
+        return LayerKind(1, window, moe, mixers.get(part, "attention"), ffn)
 
     def kinds_of(self, layers: range) -> tuple[LayerKind, ...]:
         """Kinds among the given layers (a pipeline stage's), in order of first appearance."""
         counts = Counter(self._kind(layer) for layer in layers)
-        return tuple(LayerKind(count, window, moe) for (window, moe), count in counts.items())
+        return tuple(replace(kind, count=count) for kind, count in counts.items())
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """Kinds of all layers; their counts sum to ``layers``."""
         return self.kinds_of(range(self.layers))
 
+    def rotates(self, kind: LayerKind) -> bool:
+        """Whether attention of this kind rotates queries and keys by their position."""
+        return self.positions == "rope" or (self.positions == "rope_windowed" and kind.window is not None)
+
     @property
     def windows(self) -> tuple[int, ...]:
-        """Distinct attention windows, ascending; empty where every layer attends to everything."""
+        """Distinct windows, ascending, a recurrent layer's of one token too; empty where all attend to everything."""
         return tuple(sorted({kind.window for kind in self.layer_kinds if kind.window is not None}))
 
     @property
     def kv_groups(self) -> tuple[KVGroup, ...]:
-        """Layers grouped by window: full attention first, then windows ascending."""
+        """Layers of attention grouped by window: full attention first, then windows ascending."""
         return self.kv_groups_of(range(self.layers))
 
     def kv_groups_of(self, layers: range) -> tuple[KVGroup, ...]:
         """KV groups of the given layers (a pipeline stage's)."""
         counts: Counter[int | None] = Counter()
         for kind in self.kinds_of(layers):
-            counts[kind.window] += kind.count
-        ordered = sorted(counts.items(), key=lambda item: item[0] or 0)
+            counts[kind.window] += kind.count if kind.mixer == "attention" else 0
+        ordered = sorted(((window, n) for window, n in counts.items() if n), key=lambda item: item[0] or 0)
         latent = self.mla.cached if self.mla else None
         return tuple(KVGroup(count, self.kv_heads, self.head_dim, window, latent) for window, count in ordered)
+
+    def state_bytes_of(self, layers: range, tensor: int = 1) -> float:
+        """Bytes that the recurrent layers among these keep of a sequence on one rank, however long it is."""
+        if self.recurrent is None:
+            return 0.0
+        count = sum(kind.count for kind in self.kinds_of(layers) if kind.mixer == "recurrent")
+        return count * self.recurrent.state_bytes(tensor)
 
     # Parameters of one layer: matrices, which weight dtypes apply to, apart from the small rest, which stays bf16
 
     @property
     def attention_params(self) -> int:
-        """Elements of the Q, K, V and output matrices of one layer."""
+        """Elements of the Q, K, V and output matrices of one layer of attention, an output gate's included."""
         if self.mla:
             return self.mla.params(self.hidden, self.heads)
-        return 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        gate = self.hidden * self.head_dim * self.heads * self.output_gate
+        return 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads) + gate
+
+    def mixer_params(self, kind: LayerKind) -> int:
+        """Elements of the matrices of attention, or of what stands in its place, of one layer."""
+        if kind.mixer == "recurrent" and self.recurrent:
+            return self.recurrent.params(self.hidden)
+        return self.attention_params if kind.mixer else 0
+
+    def dense_params(self, kind: LayerKind) -> int:
+        """Elements of the matrices of one layer, routed experts apart."""
+        if not kind.ffn:
+            return self.mixer_params(kind)
+        return self.mixer_params(kind) + (self.shared_params if kind.moe else self.dense_ffn_params)
 
     def _ffn_params(self, width: int) -> int:
         return (3 if self.gated else 2) * self.hidden * width
@@ -211,8 +277,8 @@ class ModelSpec(Spec):
 
     @property
     def router_params(self) -> int:
-        """Elements of the router of one layer with experts; 0 without experts."""
-        return self.hidden * self.moe.experts if self.moe else 0
+        """Elements of the router (and of the gate of shared experts) of one layer with experts; 0 without experts."""
+        return self.hidden * (self.moe.experts + self.moe.shared_gate) if self.moe else 0
 
     @property
     def norm_params(self) -> int:
@@ -222,23 +288,25 @@ class ModelSpec(Spec):
     def _attention_small(self) -> int:
         if self.mla:
             return self.mla.small_params
-        qk_width = {None: 0, "head": 2, "layer": self.heads + self.kv_heads}[self.qk_norm] * self.head_dim
+        qk_width = {None: 0, "plain": 0, "head": 2, "layer": self.heads + self.kv_heads}[self.qk_norm] * self.head_dim
         qkv = (self.heads + 2 * self.kv_heads) * self.head_dim * self.qkv_bias
         return qk_width + qkv + self.hidden * self.o_bias + self.heads * self.attention_sinks
 
     def _ffn_small(self, moe: bool, experts: int) -> int:
-        router = self.moe.experts * self.moe.router_bias if self.moe and moe else 0
+        router = self.moe.experts * self.moe.router_bias + self.router_params if self.moe and moe else 0
         width = self.moe.ffn if self.moe and moe else (self.ffn or 0)
         bias = width * (2 if self.gated else 1) + self.hidden
         return router + self.ffn_bias * bias * (experts if moe else 1)
 
-    def small_params(self, moe: bool) -> int:
+    def small_params(self, kind: LayerKind) -> int:
         """Elements of one layer that no weight dtype applies to: norms, biases, attention sinks, the router."""
-        return self._small(moe, self.moe.experts if self.moe else 0)
+        return self._small(kind, self.moe.experts if self.moe else 0)
 
-    def _small(self, moe: bool, experts: int) -> int:
-        router = self.router_params if moe else 0
-        return 2 * self.norm_params + self._attention_small() + self._ffn_small(moe, experts) + router
+    def _small(self, kind: LayerKind, experts: int) -> int:
+        norms = ((kind.mixer is not None) + kind.ffn) * (2 if self.post_norms else 1) * self.norm_params
+        recurrent = self.recurrent.small_params if self.recurrent and kind.mixer == "recurrent" else 0
+        attention = self._attention_small() if kind.mixer == "attention" else 0
+        return norms + recurrent + attention + (self._ffn_small(kind.moe, experts) if kind.ffn else 0)
 
     # Parameters of the whole model
 
@@ -256,8 +324,8 @@ class ModelSpec(Spec):
     def _count(self, experts: int) -> int:
         total = self.embedding_params + self.head_params + self.norm_params
         for kind in self.layer_kinds:
-            ffn = experts * self.expert_params + self.shared_params if kind.moe else self.dense_ffn_params
-            total += kind.count * (self.attention_params + ffn + self._small(kind.moe, experts))
+            routed = experts * self.expert_params if kind.moe else 0
+            total += kind.count * (self.dense_params(kind) + routed + self._small(kind, experts))
         return total
 
     @property
@@ -277,7 +345,7 @@ class ModelSpec(Spec):
         """
         dense = routed = 0
         for kind in self.layer_kinds:
-            dense += kind.count * (self.attention_params + (self.shared_params if kind.moe else self.dense_ffn_params))
+            dense += kind.count * self.dense_params(kind)
             routed += kind.count * (self.moe.experts * self.expert_params if self.moe and kind.moe else 0)
         rest = self.params - dense - routed
         return dense * dtype_bytes(weights) + routed * dtype_bytes(moe_weights) + rest * dtype_bytes("bf16")
@@ -293,19 +361,22 @@ class ModelSpec(Spec):
         flops = 2.0 * self.vocab * self.hidden
         active = self.moe.active if self.moe else 0
         for kind in self.layer_kinds:
-            experts = active * self.expert_params + self.shared_params + self.router_params
-            matrices = self.attention_params + (experts if kind.moe else self.dense_ffn_params)
-            flops += kind.count * (2.0 * matrices + self._attention_flops(context, kind.window))
+            experts = active * self.expert_params + self.router_params if kind.moe else 0
+            flops += kind.count * (2.0 * (self.dense_params(kind) + experts) + self._mixer_flops(context, kind))
         return flops
 
-    def _attention_flops(self, context: float, window: int | None) -> float:
+    def _mixer_flops(self, context: float, kind: LayerKind) -> float:
+        if self.recurrent and kind.mixer == "recurrent":
+            return self.recurrent.flops_per_token()
         if self.mla:
             return self.mla.flops_per_query(self.heads, context)
-        return 4.0 * self.heads * self.head_dim * (context if window is None else min(context, window))
+        attended = context if kind.window is None else min(context, kind.window)
+        return 4.0 * self.heads * self.head_dim * attended * (kind.mixer is not None)
 
     def sharded_widths(self, moe_tensor: int, tensor: int) -> list[tuple[str, int, int]]:
-        """(what, width, degree) of every FFN that tensor parallelism cuts: the degree must divide the width."""
+        """(what, width, degree) of all but attention that tensor parallelism cuts: the degree must divide the width."""
         widths = [("FFN width", self.ffn or 0, tensor)]
+        widths.append(("recurrent heads", self.recurrent.heads if self.recurrent else 0, tensor))
         if self.moe:
             widths += [("expert width", self.moe.ffn, moe_tensor), ("shared width", self.moe.shared_width, tensor)]
         return [item for item in widths if item[1]]
