@@ -14,12 +14,16 @@ from apexsim.metrics import binned_level, ratio
 from apexsim.units import NS_PER_S
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from apexsim.results import SimulationResult
 
 FORMATS = (".png", ".pdf", ".svg")
 _BINS = 300
 # Okabe and Ito (2008): eight colours that everyone can tell apart.
 _BLUE, _ORANGE, _GREEN, _RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+_KIND_COLOURS = (_BLUE, _ORANGE, _GREEN, _RED, "#CC79A7")
+_VALIDATED = ("ttft_mean_s", "tpot_mean_s", "itl_mean_s", "itl_p50_s", "power_w", "energy_per_output_token_j")
 _STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 9,
@@ -59,6 +63,42 @@ def plot_simulation(result: SimulationResult, path: Path | str) -> None:
         figure.suptitle(describe(result), fontsize=9)
         dated = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
         figure.savefig(scratch, metadata=dated.get(Path(path).suffix.lower()))
+
+
+def plot_validation(table: pd.DataFrame, path: Path | str) -> None:
+    """Draw replayed runs: for each measured figure, predicted over measured and the shares of errors, by model kind.
+
+    ``table`` has the columns of ``validation.scores.with_parts``; excluded rows are left out.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    check_plot_path(path, where=path)
+    drawn = [name for name in _VALIDATED if (table[f"predicted_{name}"] * table[name] > 0).any()]
+    with mpl.rc_context(_STYLE), atomic_path(path) as scratch:
+        figure = Figure(figsize=(2.6 * max(1, len(drawn)), 5.0), dpi=200, layout="constrained")
+        panels = figure.subplots(2, max(1, len(drawn)), squeeze=False)
+        for (parity, errors), name in zip(panels.T, drawn, strict=False):
+            _draw_parity(parity, errors, table[table["part"] != "excluded"], name)
+        dated = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
+        figure.savefig(scratch, metadata=dated.get(Path(path).suffix.lower()))
+
+
+def _draw_parity(parity: Any, errors: Any, table: pd.DataFrame, name: str) -> None:
+    """Predicted over measured on log scales, and below it the distribution of relative errors."""
+    rows = table[(table[f"predicted_{name}"] > 0) & (table[name] > 0)]
+    for colour, (kind, group) in zip(_KIND_COLOURS, rows.groupby("model_kind"), strict=False):
+        predicted, measured = group[f"predicted_{name}"], group[name]
+        parity.scatter(measured, predicted, s=4, lw=0, alpha=0.5, color=colour, label=f"{kind} ({len(group)})")
+        percent = np.sort(100 * (predicted / measured - 1))
+        errors.step(percent, np.arange(1, len(percent) + 1) / len(percent), where="post", color=colour, lw=1.2)
+    if len(rows):
+        ends = [rows[[name, f"predicted_{name}"]].min().min(), rows[[name, f"predicted_{name}"]].max().max()]
+        parity.plot(ends, ends, color="black", lw=0.7)
+    parity.set(xscale="log", yscale="log", title=name, xlabel="measured", ylabel="predicted")
+    parity.legend(loc="upper left")
+    errors.axvline(0, color="black", lw=0.7)
+    errors.set(xlim=(-100, 100), ylim=(0, 1), xlabel="error (%)", ylabel="share of runs")
 
 
 def describe(result: SimulationResult) -> str:

@@ -79,6 +79,11 @@ class Usage:
         return math.fsum(spent for by_evidence in self.seconds.values() for spent in by_evidence.values())
 
     @property
+    def estimated_share(self) -> float:
+        """Share of the working time whose cost was not fitted for what it was used for."""
+        return math.fsum(share for by in self.shares.values() for how, share in by.items() if how != "fitted")
+
+    @property
     def shares(self) -> dict[str, dict[str, float]]:
         """``seconds`` as shares of all working time."""
         total = self.working_s

@@ -24,7 +24,7 @@ FLOORS = (
     {"results", "summary"},
     {"serving"},
     {"search"},
-    {"io", "catalog", "fitting", "planning", "plots", "sweep", "testing", "cli"},  # the edges
+    {"io", "catalog", "fitting", "validation", "planning", "plots", "sweep", "testing", "cli"},  # the edges
 )
 # Edges that only these may import; ``planning`` comes with ``import apexsim``.
 CALLERS = {"cli": set(), "testing": set(), "fitting": {"cli"}, "plots": {"cli"}, "planning": {"cli", "__init__"}}

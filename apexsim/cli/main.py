@@ -22,6 +22,7 @@ COMMANDS = {
     "simulate": "apexsim.cli.simulate:simulate",
     "search": "apexsim.cli.search:search",
     "sweep": "apexsim.cli.sweep:sweep",
+    "validate": "apexsim.cli.validate:validate",
     "list": "apexsim.cli.inspect:list_names",
     "show": "apexsim.cli.inspect:show",
     "import-model": "apexsim.cli.inspect:import_model",

@@ -1,0 +1,1 @@
+"""Measured serving runs beside simulated ones: read, replay, score."""

@@ -1,0 +1,145 @@
+"""A measured run as something to simulate: the one place where a row becomes a deployment.
+
+What a row does not say takes the default of the engine profile that answers for its version, and is listed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from apexsim import catalog
+from apexsim.errors import BadInput, InfeasiblePlan, Unsupported
+from apexsim.io.deployments import DeploymentFile, resolve_deployment
+from apexsim.specs.base import parse_spec
+from apexsim.specs.deployment import Deployment
+from apexsim.specs.model import ModelSpec
+from apexsim.validation.runs import RunRow
+
+_OPTION_COLUMNS = (
+    "max_num_seqs", "max_num_batched_tokens", "chunked_prefill", "block_size", "gpu_memory_utilization",
+)  # fmt: skip
+
+# Flags of servers that an engine option stands for: pattern -> options, given the match.
+_FLAGS: dict[str, Callable[[re.Match[str]], dict[str, Any]]] = {
+    r"--max-model-len (\d+)": lambda match: {"max_model_len": int(match[1])},
+    r"--max-num-batched-tokens (\d+)": lambda match: {"max_num_batched_tokens": int(match[1])},
+    r"--gpu-memory-utilization (0?\.\d+)": lambda match: {"gpu_memory_utilization": float(match[1])},
+    r"--disable-custom-all-reduce": lambda _: {"custom_all_reduce": False},
+    r"--async-scheduling true": lambda _: {"lookahead_steps": 1, "overlapped": True},
+}
+# Flags that change nothing here, or that a column says already.
+_SAID_ELSEWHERE = (
+    r"--enable-expert-parallel true", r"--enable-ep-moe", r"--ep \d+", r"--dtype \S+", r"--kv-cache-dtype \S+",
+    r"--quantization fp8 \(online dynamic W8A8\)", r"--data-parallel-size \d+", r"--enable-metrics",
+    r"--tokenizer_mode \S+",
+)  # fmt: skip
+
+# Checkpoints whose "fp8" is scaled by blocks of 128 x 128 (quantization_config of their config.json on Hugging Face).
+_BLOCK_SCALED = ("deepseek-", "minimax-")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a run is simulated as. ``notes`` say what the row left open and what stood in for it."""
+
+    deployment: Deployment
+    notes: tuple[str, ...]
+
+
+def case_of(row: RunRow) -> Case:
+    """The deployment of a row. What it raises is the row's status, not a fault of its file.
+
+    ``BadInput``: a model, device, engine or dtype that is not known. ``InfeasiblePlan``: a plan that cannot be laid
+    out. ``Unsupported``: something that no deployment can say.
+    """
+    choice = catalog.engine_for(row.engine, row.engine_version)
+    options, notes = _engine_options(row)
+    for column in ("expert", "tensor"):
+        if getattr(row, column) in (None, 0):
+            notes.append(f"{column} not known: 1")
+    weights, experts = _dtypes(row)
+    choices: dict[str, Any] = {
+        "model": row.model,
+        "device": row.device,
+        "engine": choice.profile,
+        "engine_options": options,
+        "tensor": row.tensor or 1,
+        "pipeline": row.pipeline or 1,
+        "expert": row.expert or 1,
+        "replicas": row.replicas or 1,
+        "weights": weights,
+        "moe_weights": experts,
+    }
+    if row.kv_dtype:
+        choices["kv_cache"] = row.kv_dtype
+    else:
+        notes.append("kv_dtype not known: the engine's default")
+    deployment = resolve_deployment(parse_spec(DeploymentFile, choices, "run"), "run")
+    _check_plan(row, deployment)
+    notes += [choice.note] * (not choice.mapped)
+    return Case(deployment, tuple(notes))
+
+
+def model_kind(model: ModelSpec) -> str:
+    """The class a model is scored in: dense or moe."""
+    return "moe" if model.moe else "dense"
+
+
+def version_known(row: RunRow) -> bool:
+    """Whether an engine profile names the version of a run, rather than standing in for it."""
+    try:
+        return catalog.engine_for(row.engine, row.engine_version).mapped
+    except BadInput:
+        return False
+
+
+def kind_of(name: str) -> str:
+    """The class of a model by name; ``unknown`` where the catalog does not have it."""
+    return model_kind(catalog.load("model", name)) if name in catalog.names("model") else "unknown"
+
+
+def _check_plan(row: RunRow, deployment: Deployment) -> None:
+    """Refuse what a plan cannot say, and degrees that cannot be laid out or contradict each other."""
+    plan = deployment.pools[0].plan
+    if row.attention_data not in (None, 1):
+        raise Unsupported(f"attention in {row.attention_data} data-parallel ranks is not simulated")
+    reasons = list(plan.lawful(deployment.model, deployment.cluster))
+    if deployment.model.moe and row.moe_tensor not in (None, plan.moe_tensor):
+        degrees = f"tensor {plan.tensor} and expert {plan.expert} give {plan.moe_tensor}"
+        reasons.append(f"moe_tensor is {row.moe_tensor}; {degrees}")
+    if reasons:
+        raise InfeasiblePlan(reasons)
+
+
+def _dtypes(row: RunRow) -> tuple[str, str | None]:
+    """Dtypes of the weights and of the experts (None: as the model has them).
+
+    A row whose weights are MXFP4 is a model with MXFP4 experts and bf16 elsewhere.
+    """
+    weights, experts = row.weight_dtype or "bf16", row.moe_dtype
+    if weights == "mxfp4":
+        return "bf16", experts or "mxfp4"
+    if weights == "fp8" and row.model.startswith(_BLOCK_SCALED):
+        return "fp8_block", experts
+    return weights, experts
+
+
+def _engine_options(row: RunRow) -> tuple[dict[str, Any], list[str]]:
+    """Engine options that the row states, in columns or flags (columns outweigh), and what was not understood."""
+    options: dict[str, Any] = {}
+    left = re.sub(r"\s+#.*|^[\w>=.\s]*(\(docker [^)]*\))?;", "", row.flags)
+    for pattern, read in _FLAGS.items():
+        if match := re.search(pattern, left):
+            options |= read(match)
+            left = left.replace(match[0], "")
+    for pattern in _SAID_ELSEWHERE:
+        left = re.sub(pattern, "", left)
+    options |= {name: getattr(row, name) for name in _OPTION_COLUMNS if getattr(row, name) is not None}
+    unknown = " ".join(left.replace(";", " ").split())
+    notes = [f"flags without effect here: {unknown}"] if unknown else []
+    if row.prefix_caching:
+        notes.append("prefix caching is not simulated")
+    return options, notes

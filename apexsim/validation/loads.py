@@ -1,0 +1,87 @@
+"""The requests of a measured run, as it was loaded: a trace, a closed loop, or a server kept full."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from apexsim.io.requests import read_requests
+from apexsim.specs.workload import Requests
+from apexsim.validation.runs import MeasuredRun, RunRow
+
+# A closed loop whose number of requests is not known runs so many for every one in flight (InferenceX's own rule).
+REQUESTS_PER_CLIENT = 10
+# Requests of a full server that end after its ramp: enough for a mean batch, context and step time.
+STEADY_REQUESTS = 256
+# Prompts of the ML.ENERGY tasks are unpublished; these are the means that the reference data suggest.
+_PROMPT_TOKENS = {"gpqa": 250, "lm-arena-chat": 120, "sourcegraph-fim": 800}
+_DEFAULT_PROMPT_TOKENS = 250
+
+Integers = npt.NDArray[np.int64]
+
+
+def requests_of(run: MeasuredRun, *, longest: int, seed: int) -> tuple[Requests, list[str]]:
+    """The requests of a run, and what was assumed about them.
+
+    Lengths are drawn from ``seed`` and the run's name; what a run's file does not hold exactly is cut to ``longest``
+    tokens of prompt and output.
+    """
+    row = run.row
+    if row.workload == "trace":
+        return read_requests(run.beside / str(row.requests_file)), []
+    random = np.random.default_rng([seed, zlib.crc32(row.run_id.encode())])
+    return _closed_loop(row, random) if row.workload == "closed_loop" else _saturated(row, longest, random)
+
+
+def _closed_loop(row: RunRow, random: np.random.Generator) -> tuple[Requests, list[str]]:
+    """``concurrency`` clients, all starting at once, until ``num_requests`` have run.
+
+    Lengths are uniform in [``length_range_ratio``, 1] x the nominal ones; fixed where the ratio is 1 or not known.
+    """
+    assert row.concurrency is not None, "the reader asks for it"
+    assert row.prompt_tokens is not None, "the reader asks for it"
+    assert row.output_tokens is not None, "the reader asks for it"
+    notes = []
+    count, ratio = row.num_requests, row.length_range_ratio
+    if count is None:
+        count = REQUESTS_PER_CLIENT * row.concurrency
+        notes.append(f"num_requests not known: {REQUESTS_PER_CLIENT} for every request in flight")
+    if ratio is None:
+        notes.append("length_range_ratio not known: fixed lengths")
+    lengths = [_uniform(nominal, ratio or 1.0, count, random) for nominal in (row.prompt_tokens, row.output_tokens)]
+    return _closed(row, lengths, row.concurrency), notes
+
+
+def _uniform(nominal: float, ratio: float, count: int, random: np.random.Generator) -> Integers:
+    most = max(1, round(nominal))
+    return random.integers(max(1, int(nominal * ratio)), most, size=count, endpoint=True)
+
+
+def _saturated(row: RunRow, longest: int, random: np.random.Generator) -> tuple[Requests, list[str]]:
+    """A server that always has ``max_num_seqs`` requests, from the middle of its life on.
+
+    Output lengths are exponential (the law that ServeGen, arXiv:2505.09999, finds for outputs) with the row's mean,
+    prompts fixed. So the first requests are found at an age that is exponential too, with as much still to come: each
+    brings its age as prompt, and the run is steady once they are all computed.
+    """
+    assert row.max_num_seqs is not None, "the reader asks for it"
+    assert row.output_tokens is not None, "the reader asks for it"
+    full = row.max_num_seqs
+    prompt = row.prompt_tokens or _PROMPT_TOKENS.get(row.task, _DEFAULT_PROMPT_TOKENS)
+    notes = ["output lengths of full servers are taken as exponential"]
+    if row.prompt_tokens is None:
+        notes.append(f"prompt lengths not known: {prompt} tokens ({row.task or 'no task named'})")
+    outputs = np.maximum(1, np.rint(random.exponential(row.output_tokens, full + STEADY_REQUESTS))).astype(np.int64)
+    prompts = np.full(len(outputs), prompt, dtype=np.int64)
+    prompts[:full] += np.rint(random.exponential(row.output_tokens, full)).astype(np.int64)
+    prompts = np.minimum(prompts, max(1, longest - 1))
+    outputs = np.minimum(outputs, np.maximum(1, longest - prompts))
+    return _closed(row, [prompts, outputs], full), notes
+
+
+def _closed(row: RunRow, lengths: Sequence[Integers], concurrency: int) -> Requests:
+    prompts, outputs = lengths
+    return Requests(name=row.run_id, prompt_tokens=prompts, output_tokens=outputs, concurrency=concurrency)
