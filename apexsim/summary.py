@@ -21,6 +21,9 @@ def summarise(result: SimulationResult) -> dict[str, Any]:
 
     ``itl_s`` counts every token once, whatever its request. Preemptions and cache hits are of the whole run;
     ``provenance`` says of each operator which share of the devices' working time rests on which evidence.
+    ``timing`` is in wall-clock seconds: ``wall_s`` all of the run, ``build_s`` of it for drawing requests, planning
+    memory and filling the tables of costs (of whole prompts; what else a step asks for is added when it does),
+    ``simulate_s`` for the clock from the first event to the last, ``account_s`` for columns, joules and operators.
     """
     columns, finished = result.request_columns, result.finished
     latencies = {key: distribution(columns[key][finished]) for key in ("ttft_s", "tpot_s", "e2e_s", "queue_s")}

@@ -8,7 +8,7 @@ once, when its table is filled, so single steps and runs of steps add up the sam
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -113,6 +113,13 @@ class StepCost:
         self._host_step = to_ns(host.step_s)
         self._host_sequence = to_ns(host.per_sequence_s)
         self._exposed = to_ns(host.serial_s(len(lowered.stages[0].layers)))
+
+    def expect(self, prompts: Iterable[int]) -> None:
+        """Work out beforehand what prompts of these lengths cost, each computed in one step behind no history."""
+        for tokens in prompts:
+            self._dense[tokens]
+            for known in self._chunks:
+                known[tokens, 0]
 
     def stage_ns(self, stats: BatchStats) -> tuple[int, ...]:
         """Nanoseconds of a step on each pipeline stage.
@@ -356,13 +363,18 @@ class PlainRun(DecodeRun):
         return id(self._table), self._constant, self._layers
 
 
-def build_step_cost(deployment: Deployment, pool: Pool) -> StepCost:
-    """The cost of a pool's steps; raises InfeasiblePlan for an unlawful plan, Unsupported where a cost is not known."""
+def build_step_cost(deployment: Deployment, pool: Pool, *, prompts: Sequence[int] | NDArray[np.int64] = ()) -> StepCost:
+    """The cost of a pool's steps; what whole ``prompts`` of these lengths cost is worked out here already.
+
+    Raises InfeasiblePlan for an unlawful plan, Unsupported where a cost is not known.
+    """
     lowered, tables = lower(deployment, pool), tables_for(deployment.cluster.device)
     for kind, key in fitted_operators(lowered):
         tables.costs.operator(kind, key)
     tables.trim()
-    return StepCost(lowered, tables, deployment.engine, max_context=deployment.model.max_context)
+    cost = StepCost(lowered, tables, deployment.engine, max_context=deployment.model.max_context)
+    cost.expect(np.unique(np.minimum(prompts, deployment.scheduler.token_budget)).tolist())
+    return cost
 
 
 def fitted_operators(lowered: Lowered) -> set[tuple[str, str]]:

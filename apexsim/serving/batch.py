@@ -75,10 +75,7 @@ def compose(
 
 def march_on(members: Sequence[Request], windows: Sequence[int], cohort: Cohort) -> Batch:
     """The decode step of a whole cohort."""
-    size, step, late = cohort.size, cohort.step, cohort.late
-    cohort.late = []
-    for request in late:
-        request.pending += 1
+    size, step, late = cohort.size, cohort.step, cohort.take_late()
     leaving = cohort.march(1)
     attended = tuple([cohort.attended(members, window) for window in windows])
     stats = BatchStats(size, cohort.context, attended, (), size)

@@ -41,6 +41,16 @@ class Clock(simpy.Environment):
         """The time, in nanoseconds."""
         return int(self._now)
 
+    def reaches(self, time_ns: int, rank: int) -> bool:
+        """Move on to ``time_ns`` unless something else happens before (or then, at a lower rank). True if it does not.
+
+        What an event would do at that time can then be done at once, which spares the event.
+        """
+        if self._queue and self._queue[0][:2] < (time_ns, rank):
+            return False
+        self._now = time_ns
+        return True
+
     def at(self, time_ns: int, rank: int, action: Action) -> Alarm:
         """Call ``action`` at ``time_ns``; among equal times lower ranks go first, then the order of asking."""
         alarm = Alarm(self, action)

@@ -59,6 +59,13 @@ class Cohort:
         """Steps until a member samples its last token."""
         return self._leavers[0][0] - self.step
 
+    def lone_leaver(self, steps: int) -> Request | None:
+        """The one who samples its last token at step ``steps`` from now, if nobody else does then or one step later."""
+        due = self.step + steps
+        if len(self._leavers) < 2 or self._leavers[0][0] != due:
+            return None
+        return None if min(self._leavers[1:3])[0] <= due + 1 else self._leavers[0][2]
+
     def march(self, steps: int) -> list[Request]:
         """Compose ``steps`` steps; returns the members whose last token the last of them samples, who leave."""
         self._growth.march(self.step, steps)
@@ -68,6 +75,13 @@ class Cohort:
         while self._leavers and self._leavers[0][0] == self.step:
             leaving.append(heappop(self._leavers)[2])
         return leaving
+
+    def take_late(self) -> list[Request]:
+        """The late members, as the step is composed whose token they get singly."""
+        late, self.late = self.late, []
+        for request in late:
+            request.pending += 1
+        return late
 
     def leave(self, requests: Iterable[Request]) -> None:
         """Let members go whose last token is being sampled."""

@@ -50,6 +50,8 @@ class SteadyGrowth:
 
     def missing(self, step: int, steps: int) -> int:
         size, crossing = self._size, self._crossing
+        if steps == 1:
+            return self._each * crossing[step % size]
         first, rest = step % size, steps % size
         crossings = steps // size * self._members + sum(crossing[first : first + rest])
         if first + rest > size:

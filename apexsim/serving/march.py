@@ -51,18 +51,35 @@ class March(Stretch):
     batches in flight those who stay are composed once more before the leavers' step ends.
     """
 
-    def __init__(self, outset: Outset, cost: StepTimes, run: RunTimes, stats: BatchStats, silent: int) -> None:
-        self.silent = silent
+    def __init__(self, outset: Outset, cost: StepTimes, run: RunTimes, stats: BatchStats) -> None:
         self._owed = outset.owed
+        self._ahead = 0
         self._known = [batch.end_ns for batch in outset.in_flight]
         self._first = len(self._known)
         self._from_ns = self._known[-1] if self._known else outset.start_ns
-        self._labels = outset.labels
+        self._labels = self._first_labels = outset.labels
         self._cohort = outset.cohort
         self._cost = cost
         self._run = run
         self._stats = stats
-        self.next_end_ns = self.end_ns(silent + 1)
+
+    def plan(self, in_flight: Sequence[Batch], blocks: BlockManager) -> bool:
+        """Look as far ahead as possible. False when that is nowhere."""
+        cohort, owed, limit = self._cohort, self._owed, self._run.limit - self._ahead
+        to_leave = cohort.steps_to_leave
+        if self._stats.window_contexts or to_leave > limit:
+            silent = min(to_leave, limit) - owed
+        else:
+            silent = min(self._first + self._ahead + to_leave - 1, limit - owed)
+        for position, batch in enumerate(in_flight):
+            if batch.leaving and position < silent:
+                silent = position
+        if cohort.missing(silent + owed) > blocks.free:
+            silent = bisect_right(range(1, silent + owed + 1), blocks.free, key=cohort.missing) - owed
+        if silent + owed <= 0:
+            return False
+        self.silent, self.next_end_ns = silent, self.end_ns(silent + 1)
+        return True
 
     def end_ns(self, count: int) -> int:
         if count <= self._first:
@@ -90,27 +107,25 @@ class March(Stretch):
     def conclude(
         self, in_flight: deque[Batch], stage_free: list[int], recorder: Recorder, blocks: BlockManager
     ) -> StepEnd:
-        cohort, first, held, compositions = self._cohort, self._first, blocks.held, self.silent + self._owed
+        cohort, ahead, held, compositions = self._cohort, self._ahead, blocks.held, self.silent + self._owed
         left: Sequence[Request] = ()
-        for _ in range(min(self.silent + 1, first)):
+        for _ in range(min(self.silent + 1, self._first)):
             ended = in_flight.popleft()
             recorder.ended(ended, cohort, held)
             left = ended.leaving
         if not compositions:
             return StepEnd(self.next_end_ns, left)
-        late, cohort.late = cohort.late, []
-        for request in late:
-            request.pending += 1
-        step, marches, through = cohort.step, min(compositions, cohort.steps_to_leave), self.silent + 1 - first
+        late, step, through = cohort.take_late(), cohort.step - ahead, self.silent + 1 - self._first
+        marches = min(compositions, cohort.steps_to_leave)
         leaving = composed = cohort.march(marches)
         time_ns = self._from_ns
         if through > 0:
             time_ns = self._record(through, step, late, recorder, (held, blocks.held))
-        for count in range(max(1, through + 1), marches + 1):
-            times_ns = time_ns, self.end_ns(first + count)
+        for count in range(max(1, through + 1), ahead + marches + 1):
+            times_ns = time_ns, self.end_ns(self._first + count)
             in_flight.append(self._batch(count, step, late, times_ns))
             time_ns = times_ns[1]
-        if through == marches:
+        if through == ahead + marches:
             left = leaving
         else:
             in_flight[-1].leaving = leaving
@@ -122,24 +137,76 @@ class March(Stretch):
         stage_free[0] = in_flight[-1].end_ns if in_flight else time_ns
         return StepEnd(self.next_end_ns, left, composed)
 
+    def part(self, in_flight: deque[Batch], recorder: Recorder, blocks: BlockManager) -> Request | None:
+        """Let the next end pass if all it brings is that one member leaves and the others go on; returns who left.
+
+        None where more than that happens: ``conclude`` is for everything. Afterwards this is the march of those who
+        stay, from that end on; with two batches in flight their first step has been composed ``ahead``. It waits to
+        ``go_on`` once the blocks of the leaver are free.
+        """
+        cohort, ahead, held = self._cohort, self._ahead, blocks.held
+        through = self.silent + 1 - self._first
+        steps = through - ahead
+        leaver = cohort.lone_leaver(steps)
+        if leaver is None or self._stats.window_contexts or cohort.missing(steps + 2) > blocks.free:
+            return None
+        stayers = self._stats_without(leaver, steps)
+        run = self._cost.decode_run(stayers)
+        if run is None:
+            return None
+        while in_flight:
+            recorder.ended(in_flight.popleft(), cohort, held)
+        late, step = cohort.take_late(), cohort.step - ahead
+        leaving = cohort.march(steps)
+        self._from_ns = self._record(through, step, late, recorder, (held, blocks.held))
+        cohort.leave(leaving)
+        self._ahead = self.silent + self._owed - steps
+        if self._ahead:
+            cohort.march(1)
+        recorder.peak(blocks.held)
+        self._stats, self._run = stayers, run
+        return leaver
+
+    def go_on(self, blocks: BlockManager, labels: tuple[int, int, int]) -> None:
+        """Plan the march of those who stay."""
+        self._first_labels = self._labels if self._ahead else labels
+        self._labels, self._first, self._owed = labels, 0, 1
+        self.plan((), blocks)
+
+    def _stats_without(self, leaver: Request, steps: int) -> BatchStats:
+        """The step after the one, ``steps`` from now, with which ``leaver`` leaves."""
+        size, context = self._cohort.size, self._cohort.context
+        stay, context = size - 1, context + steps * size - (leaver.total - 1)
+        return BatchStats(stay, context + stay, (), (), stay)
+
     def _batch(self, count: int, step: int, late: list[Request], times_ns: tuple[int, int]) -> Batch:
         """C(count); ``step`` is the cohort's count before C(1), in which ``late`` members have a token singly."""
         stats = self._stats.grown(count - 1) if count > 1 else self._stats
         samples = late if count == 1 else ()
-        marching = stats.decodes - len(samples)
-        return Batch(stats, samples, marching, (), (), step + count - 1, True, *times_ns, self._labels)
+        start_ns, end_ns = times_ns
+        return Batch(
+            stats=stats,
+            samples=samples,
+            marching=stats.decodes - len(samples),
+            step=step + count - 1,
+            start_ns=start_ns,
+            end_ns=end_ns,
+            labels=self._first_labels if count == 1 else self._labels,
+        )
 
     def _record(self, through: int, step: int, late: list[Request], recorder: Recorder, held: tuple[int, int]) -> int:
         """C(1) to C(through) have ended; returns when.
 
         The first gap depends on what was before, the others are the steps' durations.
         """
-        cohort, first = self._cohort, self._first
-        first_ns, last_ns = self.end_ns(first + 1), self.next_end_ns
+        cohort = self._cohort
+        first_ns, last_ns = self.end_ns(self._first + 1), self.next_end_ns
+        if through == self._ahead:  # no composition since: what was taken since belongs to later steps
+            held = held[0], held[0]
         recorder.tokens(late, first_ns)
         recorder.gap(first_ns - cohort.last_end_ns, cohort.size - len(late))
         recorder.run(self._run, through, cohort.size)
-        recorder.step(self._stats, self._labels, (self._from_ns, last_ns), through, held)
+        recorder.step(self._stats, self._first_labels, (self._from_ns, last_ns), through, held)
         cohort.last_step, cohort.last_end_ns = step + through - 1, last_ns
         return last_ns
 
@@ -157,19 +224,10 @@ def plan_march(outset: Outset, cost: StepTimes, blocks: BlockManager, attended: 
     A step end matters, and is not silent, when somebody leaves with it. ``attended`` are the contexts of C(1) within
     each window of the model.
     """
-    cohort, in_flight, owed = outset.cohort, outset.in_flight, outset.owed
+    cohort = outset.cohort
     stats = BatchStats(cohort.size, cohort.context + cohort.size, attended, (), cohort.size)
     run = cost.decode_run(stats)
     if run is None:
         return None
-    to_leave, limit = cohort.steps_to_leave, run.limit
-    if attended or to_leave > limit:
-        silent = min(to_leave, limit) - owed
-    else:
-        silent = min(len(in_flight) + to_leave - 1, limit - owed)
-    for position, batch in enumerate(in_flight):
-        if batch.leaving and position < silent:
-            silent = position
-    if cohort.missing(silent + owed) > blocks.free:
-        silent = bisect_right(range(1, silent + owed + 1), blocks.free, key=cohort.missing) - owed
-    return March(outset, cost, run, stats, silent) if silent + owed > 0 else None
+    march = March(outset, cost, run, stats)
+    return march if march.plan(outset.in_flight, blocks) else None

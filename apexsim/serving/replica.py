@@ -15,7 +15,7 @@ from apexsim.serving.batching import BatchPolicy, Ledger
 from apexsim.serving.clock import ARRIVAL, Alarm, Clock
 from apexsim.serving.cohort import Cohort
 from apexsim.serving.kv_cache import BlockManager
-from apexsim.serving.march import Outset, plan_march
+from apexsim.serving.march import March, Outset, plan_march
 from apexsim.serving.recording import Recorder
 from apexsim.serving.request import Request
 from apexsim.serving.rotation import plan_rotation
@@ -112,10 +112,21 @@ class Replica:
 
     def _wake(self, _: Event) -> None:
         self._fill_pipeline()
-        self._arm()
+        self._set_alarm(self._plan_next())
 
     def _end_step(self, _: Event) -> None:
-        """The oldest batch ends: its tokens exist, its last requests leave, and room is filled again."""
+        """The next end of a step that matters, and those after it as long as nothing else comes in between."""
+        while True:
+            if not self._part():
+                self._end_batch()
+                self._fill_pipeline()
+            end_ns = self._plan_next()
+            if end_ns is None or not self._clock.reaches(end_ns, 1 + self.index):
+                self._set_alarm(end_ns)
+                return
+
+    def _end_batch(self) -> None:
+        """The oldest batch ends: its tokens exist, its last requests leave."""
         stretch, self._stretch = self._stretch, None
         if stretch is None:
             batch = self._in_flight.popleft()
@@ -126,8 +137,20 @@ class Replica:
             self._see_off(composed)
         for request in left:
             self._leave(request, end_ns)
-        self._fill_pipeline()
-        self._arm()
+
+    def _part(self) -> bool:
+        """If all that happens is that one request leaves a march, let the others march on."""
+        march = self._stretch
+        if self.waiting or not isinstance(march, March):
+            return False
+        leaver = march.part(self._in_flight, self._recorder, self._blocks)
+        if leaver is None:
+            return False
+        self._ledger = None
+        self._see_off((leaver,))
+        self._leave(leaver, self._clock.now_ns)
+        march.go_on(self._blocks, self._labels())
+        return True
 
     def _leave(self, request: Request, end_ns: int) -> None:
         request.last_token_ns = end_ns
@@ -260,15 +283,16 @@ class Replica:
 
     # -- taking many steps at once ----------------------------------------------------------------------------
 
-    def _arm(self) -> None:
-        """Set the alarm for the next end of a step that can change anything."""
-        self._alarm = None
+    def _plan_next(self) -> int | None:
+        """When the next step ends that can change anything; None when none is in flight."""
         if self._stretch is None and self._in_flight and not self._set.exact_steps:
             self._stretch = self._plan()
         if self._stretch is not None:
-            self._alarm = self._clock.at(self._stretch.next_end_ns, 1 + self.index, self._end_step)
-        elif self._in_flight:
-            self._alarm = self._clock.at(self._in_flight[0].end_ns, 1 + self.index, self._end_step)
+            return self._stretch.next_end_ns
+        return self._in_flight[0].end_ns if self._in_flight else None
+
+    def _set_alarm(self, end_ns: int | None) -> None:
+        self._alarm = None if end_ns is None else self._clock.at(end_ns, 1 + self.index, self._end_step)
 
     def _plan(self) -> Stretch | None:
         if self._ledger is not None and not self._set.policy.repeats(self._ledger, self.waiting):
@@ -297,4 +321,4 @@ class Replica:
         if stretch.cut(self._clock.now_ns):
             assert self._alarm is not None
             self._alarm.silence()
-            self._alarm = self._clock.at(stretch.next_end_ns, 1 + self.index, self._end_step)
+            self._set_alarm(stretch.next_end_ns)

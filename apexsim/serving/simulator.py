@@ -53,7 +53,7 @@ def simulate(
     requests = workload.sample(seed=seed) if isinstance(workload, Workload) else workload
     pool = deployment.pools[0]
     memory = plan_memory(deployment, pool)
-    cost = build_step_cost(deployment, pool)
+    cost = build_step_cost(deployment, pool, prompts=requests.prompt_tokens)
     built_s = time.perf_counter()
     with _no_cycle_collection():
         run = Run(deployment, requests, cost=cost, memory=memory, exact_steps=exact_steps, progress=progress)
@@ -77,7 +77,7 @@ def simulate(
 
 
 def _timing(started_s: float, built_s: float, simulated_s: float) -> dict[str, float]:
-    """Wall-clock seconds of a run and of its parts, up to now."""
+    """Wall-clock seconds of a run and of its parts, up to now: see ``summarise``."""
     now_s = time.perf_counter()
     return {
         "wall_s": now_s - started_s,
