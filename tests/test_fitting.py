@@ -118,11 +118,13 @@ def test_every_device_has_facts_that_agree_with_its_profile():
 
 
 def test_half_the_experts_of_group_limited_routing_are_read(data):
-    kernel = next(k for k in moe.kernels_of("h100_sxm") if k.key == "fp8_block")
-    table = data / "kernels" / "datacenter" / "h100_sxm" / kernel.table
-    problem = moe.problem(table, kernel, Hardware.of(facts.devices()["h100-sxm"].datasheet, "fp8_block"))
-    rows = problem.frame[(problem.frame["hidden"] == 7168) & (problem.frame["experts"] == 256)]
+    kernel = next(k for k in moe.kernels_of("h100_sxm") if k.dtype == "fp8_block")
+    hw = Hardware.of(facts.devices()["h100-sxm"].datasheet, "fp8_block")
+    problem = moe.problem(data / "kernels" / "datacenter", kernel, hw)
+    grouped = (problem.frame["hidden"] == 7168) & (problem.frame["experts"] == 256)
+    rows = problem.frame[grouped & (problem.frame["routing"] == "balanced")]
     assert rows["touched"].max() == 128
+    assert (rows.loc[rows["ep"] == 8, "spread"] == 4).all()
     assert problem.frame["touched"].max() > 128
 
 

@@ -1,7 +1,8 @@
-"""Fit of fused expert layers, one per dtype (and kernel, where the engine picks it by expert parallelism)."""
+"""Fit of fused expert layers, one per dtype."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,65 +13,101 @@ from apexsim.costs.fitted import ROUTING_ALPHA
 from apexsim.costs.forms import moe
 from apexsim.costs.forms.hardware import Array, Coefficients, Hardware
 from apexsim.fitting.cleaning import clean, faster_than, thin_shards
+from apexsim.fitting.facts import Facts, devices
 from apexsim.fitting.problems import Problem, random_fifth
 from apexsim.fitting.served import expert_shapes
 from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
-from apexsim.specs.device import Evidence
 from apexsim.units import dtype_bytes
 
 NUMBERS = ["tokens", "hidden", "inter", "topk", "experts", "tp", "ep", "latency_us"]
 KNOTS = {
     "routing": (1.0, 2.0),
     "sparsity": (4.0, 32.0),
-    "ep": (1.0, 8.0, 64.0),
+    "ep": (1.0, 2.0, 8.0, 64.0),
     "matrix": (2.5e5, 2e6, 1e7, 1e8),
     "tokens": (1.0, 8.0, 32.0, 128.0, 512.0, 1536.0, 4096.0, 16384.0),
 }
 # The A100 kernels are tuned for some widths of some models only and twice as slow beside them; only finer knots see
-# that. The gpt-oss kernel has two models of one width.
-OWN_KNOTS: dict[tuple[str, str], dict[str, tuple[float, ...]]] = {
-    ("a100_sxm", "bf16"): {
-        "sparsity": (4.0, 8.0, 16.0, 32.0),
-        "ep": (1.0, 2.0, 8.0, 64.0),
-        "matrix": (2.5e5, 1e6, 2e6, 4e6, 7e6, 1.3e7, 3e7, 5e7, 1e8),
-    },
-    **{
-        (folder, "mxfp4"): {"sparsity": (8.0, 32.0), "ep": (1.0, 2.0, 8.0, 64.0), "matrix": (2.5e5, 1e6, 8.3e6)}
-        for folder in ("h100_sxm", "h200_sxm")
-    },
+# that. The gpt-oss kernels have two models of one width.
+A100_KNOTS = {
+    "sparsity": (4.0, 8.0, 16.0, 32.0),
+    "matrix": (2.5e5, 1e6, 2e6, 4e6, 7e6, 1.3e7, 3e7, 5e7, 1e8),
 }
-# Shapes of plain (not gated) experts in the tables: two matrices instead of three.
+GPT_OSS_KNOTS = {"sparsity": (8.0, 32.0), "matrix": (2.5e5, 1e6, 8.3e6)}
+# Shapes of plain (not gated) experts: two matrices instead of three. The tables of before vLLM 0.24, whose kernels go
+# by this name, ran them with three: times per byte are those of their gated neighbours only so.
 PLAIN = {(2688, 1856), (2048, 5120), (1024, 2688)}
-# Group-limited routing of these shapes reaches 4 of 8 groups in the synthetic rows on one device: half the experts.
+ALWAYS_GATED = "fused_moe"
+# (hidden, experts) of DeepSeek, whose router first picks 4 of 8 groups of experts.
 GROUPED = (7168, 256)
 
 
 class Kernel(NamedTuple):
-    """One operator of the profile: its key, dtype, table, what its kernels are called there, whose table it is."""
+    """One operator of the profile: its dtype, the table with its rows, what dtype and kernels are called there.
 
-    key: str
+    ``folder`` holds the table, of this device or of its nearest kin. ``gpt_oss`` adds the rows of gpt-oss on one
+    device from the only table that has them, counted ``GPT_OSS_WEIGHT`` times: there are 27 beside thousands.
+    """
+
     dtype: str
     table: str
+    label: str
     name: str
     folder: str
+    knots: dict[str, tuple[float, ...]] = KNOTS
+    gpt_oss: bool = False
+
+
+GPT_OSS_TABLE = ("b200_sxm", "moe__power_trtllm.parquet")
+GPT_OSS_WEIGHT = 20.0
+BLACKWELL = ("b200_sxm", "b300_sxm", "gb200", "gb300")
+HOPPER = ("h100_sxm", "h200_sxm")
 
 
 def kernels_of(folder: str) -> tuple[Kernel, ...]:
-    """Expert kernels to fit for the device whose tables lie in ``folder``.
+    """Expert kernels to fit for the device whose tables lie in ``folder``: those that vLLM picks there."""
 
-    Block-scaled experts run Triton on one rank and CUTLASS over several. The fp8 rows of the newest tables come from a
-    CUTLASS kernel that was not tuned (several times slower than reading its weights, faster at powers of two only);
-    the Triton kernel of the older H200 table is what serving runs, and the H100, the same die, takes it by its peaks.
+    def own(dtype: str, name: str, *, label: str | None = None, **more: object) -> Kernel:
+        return Kernel(dtype, "moe.parquet", label or dtype, name, folder)._replace(**more)
+
+    if folder == "a100_sxm":
+        return _a100()
+    int4 = own("int4_wo", "marlin")
+    if folder in BLACKWELL:
+        dense = [own(dtype, "flashinfer_trtllm") for dtype in ("bf16", "fp8")]
+        grouped = [own(dtype, "monolithic") for dtype in ("fp8_block", "nvfp4")]
+        mxfp4 = own("mxfp4", "mxfp4_mxfp8", label="w4a8_mxfp4_mxfp8", gpt_oss=True)
+        return (*dense, *grouped, int4, mxfp4)
+    mxfp4 = own("mxfp4", "gptoss", label="w4a16_mxfp4", knots=KNOTS | GPT_OSS_KNOTS)
+    if folder in HOPPER:
+        return (own("bf16", "triton"), _hopper_fp8(), own("fp8_block", "fp8moe"), int4, mxfp4)
+    if folder == "l40s":
+        return (*(own(dtype, "triton") for dtype in ("bf16", "fp8", "fp8_block")), int4, mxfp4)
+    return (*(own(dtype, "cutlass") for dtype in ("bf16", "fp8", "nvfp4")), int4, mxfp4)
+
+
+def _a100() -> tuple[Kernel, ...]:
+    """From the table of SGLang, which runs the Triton kernel of vLLM: that of vLLM has no balanced rows."""
+    bf16 = Kernel("bf16", "moe__sglang.parquet", "bf16", "fused_moe_triton", "a100_sxm", KNOTS | A100_KNOTS)
+    return (bf16, bf16._replace(dtype="int4_wo", label="int4_wo", name="marlin", knots=KNOTS))
+
+
+def _hopper_fp8() -> Kernel:
+    """Experts with one scale a tensor.
+
+    The rows of the newest tables come from a CUTLASS kernel that was not tuned (several times slower than reading its
+    weights, faster at powers of two only); the Triton kernel of the older H200 table is what serving runs, and the
+    H100, the same die, takes it by its peaks.
     """
-    if folder.startswith("a100"):
-        return (Kernel("bf16", "bf16", "moe.parquet", "vllm_fused_moe", folder),)
-    return (
-        Kernel("bf16", "bf16", "moe.parquet", "triton", folder),
-        Kernel("fp8", "fp8", "moe__power.parquet", "vllm_fused_moe", "h200_sxm"),
-        Kernel("fp8_block", "fp8_block", "moe.parquet", "triton", folder),
-        Kernel("fp8_block_ep", "fp8_block", "moe.parquet", "cutlass", folder),
-        Kernel("mxfp4", "mxfp4", "moe.parquet", "gptoss", folder),
-    )
+    return Kernel("fp8", "moe__power.parquet", "fp8", "fused_moe", "h200_sxm")
+
+
+def problems(device: Facts, kernels: Path) -> Iterator[Problem]:
+    """The fits of a device, from the tables under ``kernels``."""
+    for kernel in kernels_of(device.folder):
+        sheet = next(known.datasheet for known in devices().values() if known.folder == kernel.folder)
+        hw = Hardware.of(sheet, kernel.dtype)
+        yield problem(kernels / "datacenter", kernel, hw, own=kernel.folder == device.folder)
 
 
 class _Experts(NamedTuple):
@@ -80,11 +117,11 @@ class _Experts(NamedTuple):
     hw: Hardware
 
     def shape(self, rows: pd.DataFrame) -> moe.MoeShape:
-        columns = ("tokens", "hidden", "shard", "topk", "experts", "ep", "matrices", "touched", "power_law")
+        columns = ("tokens", "hidden", "shard", "topk", "reachable", "spread", "matrices", "touched", "power_law")
         return moe.MoeShape(*(rows[column].to_numpy(dtype=float) for column in columns))
 
     def predict(self, rows: pd.DataFrame, c: Coefficients) -> Array:
-        return moe.moe_s(self.shape(rows), self.weight_bytes, c, self.hw)
+        return moe.moe_s(self.shape(rows), self.weight_bytes, c, self.hw, cold=False)
 
     def compute_floor(self, rows: pd.DataFrame) -> Array:
         """FLOPs of an average device at the peak."""
@@ -95,21 +132,20 @@ class _Experts(NamedTuple):
         return moe.residual_coordinates(self.shape(rows))
 
 
-def problem(table: Path, kernel: Kernel, hw: Hardware, evidence: Evidence = "fitted") -> Problem:
-    """The fit of one expert kernel; the mxfp4 of our dtypes is ``w4a16_mxfp4`` in the tables."""
+def problem(tables: Path, kernel: Kernel, hw: Hardware, *, own: bool = True) -> Problem:
+    """The fit of one expert kernel from the folders of devices in ``tables``."""
     form = _Experts(dtype_bytes(kernel.dtype), hw)
-    frame, dropped = clean(
-        _rows(table, kernel.dtype, kernel.name), [thin_shards("shard"), faster_than(form.compute_floor)]
-    )
+    table = tables / kernel.folder / kernel.table
+    frame, dropped = clean(_rows(tables, kernel), [thin_shards("shard"), faster_than(form.compute_floor)])
     model = list(zip(frame["hidden"], frame["inter"], frame["topk"], frame["experts"], strict=True))
     served = np.array([tuple(int(x) for x in sizes) in expert_shapes() for sizes in model])
     everything = np.ones(len(frame), bool)
     return Problem(
         kind="moe",
-        key=kernel.key,
+        key=kernel.dtype,
         form="moe",
         source=f"{kernel.folder}/{table.name} ({table_version(table)}), kernels *{kernel.name}*",
-        evidence=evidence,
+        evidence="fitted" if own else "estimated",
         frame=frame,
         dropped=dropped,
         predict=form.predict,
@@ -122,34 +158,54 @@ def problem(table: Path, kernel: Kernel, hw: Hardware, evidence: Evidence = "fit
             "largest": ((frame["tokens"] > 4096).to_numpy(), {"largest": everything}),
             "served_shapes": (served, {"served_shapes": everything}),
         },
-        weight=everything.astype(float),
+        weight=frame["weight"].to_numpy(),
     )
 
 
-def _rows(table: Path, dtype: str, kernels: str) -> pd.DataFrame:
-    frame = read_table(table, NUMBERS, ["dtype", "routing", "kernel_source"])
-    label = "w4a16_mxfp4" if dtype == "mxfp4" else dtype
-    keep = (frame["dtype"] == label) & frame["kernel_source"].str.contains(kernels, regex=False)
-    frame = frame[keep].reset_index(drop=True)
-    frame["seconds"] = frame["latency_us"] * SECONDS_PER_US
-    frame["shard"] = frame["inter"] / frame["tp"]
-    plain = [pair in PLAIN for pair in zip(frame["hidden"], frame["inter"], strict=True)]
+def _rows(tables: Path, kernel: Kernel) -> pd.DataFrame:
+    """Rows of a kernel with what the form wants to know of them."""
+    frame = _rows_of(tables / kernel.folder / kernel.table, kernel.label, kernel.name)
+    if kernel.gpt_oss:
+        more = _rows_of(tables.joinpath(*GPT_OSS_TABLE), kernel.label, "")
+        more = more[(more["hidden"] == 2880) & (more["ep"] == 1)].assign(weight=GPT_OSS_WEIGHT)
+        frame = pd.concat([frame, more], ignore_index=True)
+    plain = np.array([pair in PLAIN for pair in zip(frame["hidden"], frame["inter"], strict=True)])
+    plain &= ~frame["kernel_source"].str.contains(ALWAYS_GATED, regex=False).to_numpy()
     frame["matrices"] = np.where(plain, 2.0, 3.0)
     frame["power_law"] = (frame["routing"] != "balanced").astype(float)
     frame["touched"] = _touched(frame)
-    grouped = (frame["hidden"] == GROUPED[0]) & (frame["experts"] == GROUPED[1]) & (frame["ep"] == 1)
-    frame.loc[grouped, "touched"] = np.minimum(frame.loc[grouped, "touched"], GROUPED[1] / 2)
+    return _group_limited(frame)
+
+
+def _rows_of(table: Path, label: str, kernels: str) -> pd.DataFrame:
+    frame = read_table(table, NUMBERS, ["dtype", "routing", "kernel_source"])
+    keep = (frame["dtype"] == label) & frame["kernel_source"].str.contains(kernels, regex=False)
+    frame = frame[keep].reset_index(drop=True)
+    frame["seconds"] = frame["latency_us"] * SECONDS_PER_US
+    return frame.assign(shard=frame["inter"] / frame["tp"], reachable=frame["experts"], spread=frame["ep"], weight=1.0)
+
+
+def _group_limited(frame: pd.DataFrame) -> pd.DataFrame:
+    """Say which experts balanced rows of DeepSeek reach: 4 of 8 groups, the same ones for all synthetic tokens.
+
+    Those are half of the experts, on half of the devices: on two devices the rows take as long as on one (B200,
+    fp8_block: 0.83 ms for 32 tokens). Power-law rows reach them all. In serving tokens differ and all are reached.
+    """
+    grouped = (frame["hidden"] == GROUPED[0]) & (frame["experts"] == GROUPED[1]) & (frame["power_law"] == 0)
+    half = GROUPED[1] / 2
+    frame.loc[grouped, "touched"] = np.minimum(frame.loc[grouped, "touched"], half)
+    frame.loc[grouped, "reachable"] = half
+    frame.loc[grouped, "spread"] = np.maximum(1.0, frame.loc[grouped, "ep"] / 2)
     return frame
 
 
 def _touched(frame: pd.DataFrame) -> Array:
     """Distinct experts that the tokens of every row reach."""
     out = np.empty(len(frame))
-    settings = list(zip(frame["experts"], frame["topk"], frame["routing"], strict=True))
-    for experts, topk, routing in set(settings):
-        at = np.array([setting == (experts, topk, routing) for setting in settings])
-        tokens = frame["tokens"].to_numpy()[at]
-        out[at] = moe.touched_experts(tokens, int(experts), int(topk), ROUTING_ALPHA[routing])
+    for setting, rows in frame.groupby(["experts", "topk", "routing"]).groups.items():
+        experts, topk, routing = setting
+        tokens = frame["tokens"].to_numpy()[rows]
+        out[rows] = moe.touched_experts(tokens, int(experts), int(topk), ROUTING_ALPHA[routing])
     return out
 
 
@@ -157,5 +213,4 @@ def _knots(frame: pd.DataFrame, kernel: Kernel) -> dict[str, tuple[float, ...]]:
     """The knots of a kernel, without those of coordinates that its rows never vary."""
     varies = {"ep": frame["ep"].nunique() > 1, "routing": frame["power_law"].nunique() > 1}
     varies["sparsity"] = (frame["experts"] / frame["topk"]).nunique() > 1
-    knots = KNOTS | OWN_KNOTS.get((kernel.folder, kernel.key), {})
-    return {name: points if varies.get(name, True) else points[:1] for name, points in knots.items()}
+    return {name: points if varies.get(name, True) else points[:1] for name, points in kernel.knots.items()}

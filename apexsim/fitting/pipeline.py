@@ -13,7 +13,7 @@ from apexsim.fitting import attention, estimates, facts, gemm, history, links, m
 from apexsim.fitting.facts import Facts
 from apexsim.fitting.problems import Problem, solve
 from apexsim.fitting.tables import data_root
-from apexsim.specs.device import Datasheet, DeviceProfile, FittedOperator, Provenance
+from apexsim.specs.device import DeviceProfile, FittedOperator, Provenance
 
 FIT_DATE = "2026-11-21"
 HEAD_DIMS = (64, 128)
@@ -64,15 +64,7 @@ def _problems(device: Facts, kernels: Path) -> Iterator[Problem]:
             judged = (kv_dtype, head_dim) == ("bf16", 128)
             yield replace(prompts, checks={"chunk_with_history_on_rtx_pro_6000": check} if judged else {})
             yield attention.decode_problem(folder / "generation_attention.parquet", kv_dtype, head_dim, hw)
-    for kernel in moe.kernels_of(device.folder):
-        own = kernel.folder == device.folder
-        path = kernels / "datacenter" / kernel.folder / kernel.table
-        hw = Hardware.of(_sheet_of(kernel.folder), kernel.dtype)
-        yield moe.problem(path, kernel, hw, "fitted" if own else "estimated")
-
-
-def _sheet_of(folder: str) -> Datasheet:
-    return next(known.datasheet for known in facts.devices().values() if known.folder == folder)
+    yield from moe.problems(device, kernels)
 
 
 def _tables(device: Facts, kernels: Path) -> links.Operators:

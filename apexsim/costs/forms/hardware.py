@@ -14,7 +14,15 @@ Array = npt.NDArray[np.float64]
 Coefficients = Mapping[str, float]
 
 # Tensor-core rate that each dtype computes at: weight-only formats compute in bf16.
-COMPUTE_DTYPE = {"bf16": "bf16", "fp8": "fp8", "fp8_block": "fp8", "mxfp4": "bf16"}
+COMPUTE_DTYPE = {
+    "bf16": "bf16",
+    "fp8": "fp8",
+    "fp8_block": "fp8",
+    "nvfp4": "nvfp4",
+    "mxfp4": "bf16",
+    "int4_wo": "bf16",
+    "int8_wo": "bf16",
+}
 
 
 class Hardware(NamedTuple):
