@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from apexsim.costs.fitted import AttentionShape, MoeLayer
 from apexsim.costs.mixing import Mixing
+from apexsim.costs.mla import LatentMixing, projections
 from apexsim.costs.operators import (
     ACTIVATION_BYTES,
     Attention,
@@ -188,7 +189,8 @@ def _mixer_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixed:
     """What mixes tokens, with what comes before it and after it; nothing in a layer that is an FFN alone."""
     if kind.mixer is None:
         return None, [], []
-    part = _recurrent_part if kind.mixer == "recurrent" else _attention_part
+    part = _latent_part if deployment.model.mla else _attention_part
+    part = _recurrent_part if kind.mixer == "recurrent" else part
     attention, before, after = part(deployment, pool, kind)
     after += _all_reduce(deployment, pool, "attention_all_reduce")
     after += _post_norm(deployment, "attention_post_norm")
@@ -211,6 +213,14 @@ def _attention_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixe
         after.insert(0, Elementwise("output_gate", 3 * ACTIVATION_BYTES * heads * model.head_dim))
     shape = AttentionShape(heads, kv_heads, model.head_dim, kind.window, deployment.kv_cache)
     return Attention("attention", shape), before, after
+
+
+def _latent_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixed:
+    """Latent attention, its heads split over ranks; down-projections and latent vectors whole on every rank."""
+    model, heads = deployment.model, deployment.model.heads // pool.plan.tensor
+    assert model.mla is not None, "the caller has seen it"
+    before, after = projections(model.mla, model.hidden, heads, deployment.weights)
+    return LatentMixing("attention", model.mla, model.hidden, heads, deployment.kv_cache), before, after
 
 
 def _recurrent_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixed:

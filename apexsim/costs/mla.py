@@ -20,6 +20,7 @@ from apexsim.costs.forms.hardware import COMPUTE_DTYPE, Array, Hardware
 from apexsim.costs.forms.prefill import Heads, causal_pairs
 from apexsim.costs.forms.residual import LogGrid
 from apexsim.costs.operators import ACTIVATION_BYTES, Elementwise, Gemm, RowOperator
+from apexsim.costs.stand_ins import SPARSE
 from apexsim.specs.device import FittedOperator
 from apexsim.specs.latent import LatentAttention
 from apexsim.units import dtype_bytes
@@ -71,7 +72,8 @@ class LatentMixing:
 
     @property
     def key(self) -> str:
-        return self.kv_dtype
+        """Key of the fitted operators. Nobody measured sparse attention: its costs are estimates made from dense."""
+        return self.kv_dtype + (SPARSE if self.shape.indexer else "")
 
     @property
     def dtype(self) -> str:

@@ -8,6 +8,9 @@ import re
 from apexsim.specs.device import DeviceProfile, FittedOperator
 
 _ATTENTION = ("prefill_attention", "decode_attention")
+_LATENT = ("mla_decode", "mla_prefill")
+# Ends the keys of latent attention over picked keys only (see ``costs/mla.py``).
+SPARSE = "_sparse"
 _BY_HEAD = re.compile(r"(?P<dtype>\w+)_d(?P<head_dim>\d+)")
 
 
@@ -16,12 +19,14 @@ def stand_in(profile: DeviceProfile, kind: str, key: str) -> FittedOperator | No
 
     Attention of a head size that was not measured follows the nearest one that was, in the same dtype: its form counts
     bytes and FLOPs of the size asked for, only its coefficients are borrowed. Recurrent layers are made of the device's
-    element-wise kernels (see ``costs/recurrent.py``).
+    element-wise kernels (see ``costs/recurrent.py``), sparse latent attention of the dense one (see ``costs/mla.py``).
     """
     known = profile.operators.get(kind, {})
     found = None
     if kind == "recurrent":
         found = profile.operators.get("elementwise", {}).get("any")
+    elif kind in _LATENT and key.endswith(SPARSE):
+        found = known.get(key.removesuffix(SPARSE))
     elif kind in _ATTENTION and (asked := _BY_HEAD.fullmatch(key)):
         same = [match for match in map(_BY_HEAD.fullmatch, sorted(known)) if match and match["dtype"] == asked["dtype"]]
         nearest = min(same, key=lambda match: _distance(match["head_dim"], asked["head_dim"]), default=None)
