@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from apexsim.costs.energy import joules
+from apexsim.costs.energy import limited
 from apexsim.costs.steps import StepCost
 from apexsim.costs.work import Columns, work_of
 
@@ -36,17 +36,16 @@ def account(cost: StepCost, steps: Columns, chunks: Columns, *, time_scale: floa
     A scale other than 1 puts a measured step time in place of the predicted one.
     """
     power = cost.tables.costs.profile.power
+    works = list(work_of(cost, steps, chunks))
     energy_j: defaultdict[str, float] = defaultdict(float)
     seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
-    flops = bytes_moved = 0.0
-    for work in work_of(cost, steps, chunks):
-        # Sums, not np.dot: a threaded BLAS may add in another order from run to run.
-        energy_j[work.kind] += float((joules(power, work, time_scale) * work.runs).sum())
-        flops += float((work.flops * work.runs).sum())
-        bytes_moved += float((work.bytes_moved * work.runs).sum())
-        spent = time_scale * work.seconds * work.runs
-        beyond = float(spent[np.broadcast_to(work.outside, spent.shape)].sum())
-        for how, some_s in ((work.evidence, float(spent.sum()) - beyond), ("extrapolated", beyond)):
+    for work, joules in zip(works, limited(power, works, len(steps["repeats"]), time_scale), strict=True):
+        energy_j[work.kind] += joules
+        spent_s = time_scale * work.total(work.seconds)
+        beyond_s = time_scale * work.total(np.where(work.outside, work.seconds, 0.0))
+        for how, some_s in ((work.evidence, spent_s - beyond_s), ("extrapolated", beyond_s)):
             if some_s > 0:
                 seconds[work.kind, how] += some_s
+    flops = sum(work.total(work.flops) for work in works)
+    bytes_moved = sum(work.total(work.bytes_moved) for work in works)
     return Accounting(dict(energy_j), flops, bytes_moved, dict(seconds))

@@ -1,30 +1,53 @@
 """Joules of work, by the power model of a device profile.
 
-P = smooth minimum(limit_w, active_w + j_per_byte bytes / t + j_per_flop FLOP / t)    kernels
-P = comm_w                                                                            collectives
-P = gap_w                                                   inside a step, waiting for the host
+    P = active_w + j_per_byte bytes / t + j_per_flop FLOP / t       kernels, by their kind
+    P = comm_w                                                      collectives
+    P = gap_w                                                       inside a step, waiting for the host
+
+A device is held at ``limit_w`` by its clocks over milliseconds, which is many kernels: so the joules of a step's
+kernels are a smooth minimum of their sum and of what the limit leaves them in the time of the whole step. Measured
+times contain the slower clocks already.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from apexsim.costs.forms.hardware import COMPUTE_DTYPE, Array
 from apexsim.costs.work import Work
-from apexsim.specs.device import PowerModel
+from apexsim.specs.power import PowerModel
 
 
 def joules(power: PowerModel, work: Work, time_scale: float = 1.0) -> Array:
     """Joules of one run of an operator at every size, if it takes ``time_scale`` times as long as ``work`` says.
 
-    FLOPs and bytes stay: slower work draws less power, but more energy.
+    FLOPs and bytes stay: slower work draws less power, but more energy. The limit is left to ``limited``.
     """
     seconds = time_scale * work.seconds
     if work.dtype is None:
         return (power.gap_w if work.kind == "host" else power.comm_w) * seconds
-    per_flop = power.j_per_flop.get(COMPUTE_DTYPE.get(work.dtype, work.dtype), power.j_per_flop["bf16"])
-    drawn = power.active_w * seconds + power.j_per_byte * work.bytes_moved + per_flop * work.flops
-    return smooth_least(drawn, power.limit_w * seconds)
+    drawn = power.of(work.kind, COMPUTE_DTYPE.get(work.dtype, work.dtype))
+    return drawn.active_w * seconds + drawn.j_per_byte * work.bytes_moved + drawn.j_per_flop * work.flops
+
+
+def limited(power: PowerModel, works: Sequence[Work], steps: int, time_scale: float = 1.0) -> list[float]:
+    """Joules of each of ``works`` over all runs in ``steps`` rows of steps, every step kept within the limit."""
+    drawn = [joules(power, work, time_scale) for work in works]
+    kernels_j, room_j = np.zeros(steps), np.zeros(steps)
+    for work, each in zip(works, drawn, strict=True):
+        room_j += work.by_step(power.limit_w * time_scale * work.seconds, steps)
+        if work.dtype is None:
+            room_j -= work.by_step(each, steps)
+        else:
+            kernels_j += work.by_step(each, steps)
+    least = smooth_least(kernels_j, np.maximum(room_j, 0.0))
+    share = np.divide(least, kernels_j, out=np.ones(steps), where=kernels_j > 0)
+    return [
+        work.total(each) if work.dtype is None else float((each[work.at] * work.runs * share[work.step]).sum())
+        for work, each in zip(works, drawn, strict=True)
+    ]
 
 
 def smooth_least(first: Array, second: Array) -> Array:

@@ -27,11 +27,11 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Work:
-    """One operator at several sizes: what one run of it takes and moves on one device, and how often it ran in all.
+    """One operator at several sizes: what one run of it takes and moves on one device, and where it ran how often.
 
     ``kind`` is that of a device profile, or ``host`` for time in which devices wait for the host. ``dtype`` is what it
-    computes in; None for what computes nothing (collectives, waiting). ``runs`` counts over all devices. ``outside``
-    marks sizes beyond the measured ones.
+    computes in; None for what computes nothing (collectives, waiting). ``outside`` marks sizes beyond the measured
+    ones. Arrays of one length: ``step`` (row in ``steps``), ``at`` (which size) and ``runs`` there, over all devices.
     """
 
     kind: str
@@ -39,9 +39,22 @@ class Work:
     seconds: Array
     flops: Array
     bytes_moved: Array
+    step: NDArray[np.int64]
+    at: NDArray[np.int64]
     runs: Array
     evidence: str
     outside: Any = False
+
+    def by_step(self, values: Array, steps: int) -> Array:
+        """Sum of ``values`` (one for each size) over the runs in each of the ``steps`` rows."""
+        return np.asarray(
+            np.bincount(self.step, weights=values[self.at] * self.runs, minlength=steps), dtype=np.float64
+        )
+
+    def total(self, values: Array) -> float:
+        """Sum of ``values`` (one for each size) over all runs."""
+        # Not np.dot: a threaded BLAS may add in another order from run to run.
+        return float((values[self.at] * self.runs).sum())
 
 
 def work_of(cost: StepCost, steps: Columns, chunks: Columns) -> Iterator[Work]:
@@ -77,31 +90,37 @@ def _rows(cost: StepCost, steps: Columns) -> Generator[Work, None, Array]:
     first_s = np.zeros(len(steps["repeats"]))
     for rows, of_step in (("tokens", steps["decodes"] + steps["chunk_tokens"]), ("survivors", steps["survivors"])):
         sizes, where = np.unique(of_step, return_inverse=True)
-        runs = np.bincount(where, weights=steps["repeats"], minlength=len(sizes)) * float(cost.lowered.tensor)
+        runs = _floats(steps["repeats"] * cost.lowered.tensor)
         for operator in (op for op in counts if op.rows == rows):
             seconds = np.zeros(len(sizes))
             seconds[sizes > 0] = cost.tables.rows_s(operator, sizes[sizes > 0])
-            yield from _operator(cost, operator, seconds, (sizes, _floats(runs * counts[operator])))
+            yield from _operator(cost, operator, seconds, (sizes, where, runs * counts[operator]))
             first_s += first[operator] * seconds[where]
     return first_s
 
 
 def _operator(
-    cost: StepCost, operator: RowOperator, seconds: Array, sized: tuple[NDArray[np.int64], Array]
+    cost: StepCost, operator: RowOperator, seconds: Array, sized: tuple[NDArray[np.int64], NDArray[np.int64], Array]
 ) -> Iterator[Work]:
-    """One operator at its distinct sizes; an all-reduce is told apart by the kernel it uses."""
-    costs, (sizes, runs) = cost.tables.costs, sized
+    """One operator at its distinct sizes; an all-reduce is told apart by the kernel it uses.
+
+    ``sized``: the sizes, which of them each step has, and how often it runs there.
+    """
+    costs, (sizes, where, runs) = cost.tables.costs, sized
     rows = sizes.astype(np.float64)
     some = rows > 0
     for kernel, mask in _kernels(operator, rows):
         at = some & mask
+        here = at[where]
         yield Work(
             kind=kernel.kind,
             dtype=_dtype_of(kernel),
             seconds=seconds[at],
             flops=operator.flops(rows[at]),
             bytes_moved=operator.bytes_moved(rows[at]),
-            runs=runs[at],
+            step=np.flatnonzero(here),
+            at=(np.cumsum(at) - 1)[where[here]],
+            runs=runs[here],
             evidence=costs.evidence(kernel.kind, kernel.key),
             outside=costs.extrapolated(kernel.kind, kernel.key, **kernel.sizes(rows[at])),
         )
@@ -142,8 +161,8 @@ def _decodes(cost: StepCost, attention: Mixing, steps: Columns, runs: float) -> 
             seconds[at] = (prefix[ends] - prefix[mean[at]]) * np.where(growing[at], 1, repeats[at]) / NS_PER_S
     pairs = repeats * (attended + growing * batch * (repeats - 1) / 2)
     done = attention.decode_work(_floats(batch * repeats), _floats(pairs))
-    sizes_now = {"keys": mean, "batch": batch}
-    yield from _attention(cost, (attention.kinds[0], attention), (seconds, *done, runs), sizes_now)
+    every, sizes_now = np.arange(len(batch)), {"keys": mean, "batch": batch}
+    yield from _attention(cost, (attention.kinds[0], attention), (every, seconds, *done, runs), sizes_now)
     return seconds
 
 
@@ -161,18 +180,18 @@ def _chunks(
     seconds = fitted.many(tokens, history, launch=False) + launches * fitted.launch_s
     done = attention.chunk_work(_floats(tokens), _floats(history))
     sizes = {"chunk": tokens, "history": history}
-    yield from _attention(cost, (attention.kinds[1], attention), (seconds, *done, runs), sizes)
+    yield from _attention(cost, (attention.kinds[1], attention), (chunks["step"], seconds, *done, runs), sizes)
     return seconds
 
 
 def _attention(
     cost: StepCost,
     which: tuple[str, Mixing],
-    figures: tuple[Array, Array, Array, float],
+    figures: tuple[NDArray[np.int64], Array, Array, Array, float],
     sizes: Mapping[str, object],
 ) -> Iterator[Work]:
-    """``figures``: seconds, FLOPs and bytes of every run, and how often each ran."""
-    costs, (kind, attention), (seconds, flops, moved, runs) = cost.tables.costs, which, figures
+    """``figures``: step, seconds, FLOPs and bytes of every run, and how often each ran."""
+    costs, (kind, attention), (step, seconds, flops, moved, runs) = cost.tables.costs, which, figures
     if len(seconds):
         yield Work(
             kind=kind,
@@ -180,6 +199,8 @@ def _attention(
             seconds=seconds,
             flops=flops,
             bytes_moved=moved,
+            step=step,
+            at=np.arange(len(seconds)),
             runs=np.full(len(seconds), runs),
             evidence=costs.evidence(kind, attention.key),
             outside=costs.extrapolated(kind, attention.key, **sizes, **attention.sizes()),
@@ -190,7 +211,7 @@ def _host_s(cost: StepCost, steps: Columns, sequences: NDArray[np.int64], first_
     """Seconds in which a step's first stage waits for the host, beyond its ``first_s`` of device time."""
     host = cost.engine.host
     serial_s = host.serial_s(len(cost.lowered.stages[0].layers))
-    busy_s = host.step_s + host.per_sequence_s * sequences
+    busy_s = _floats(host.step_s + host.per_sequence_s * sequences)
     if not host.overlapped:
         return np.asarray(busy_s + serial_s)
     waits_s = np.maximum(0.0, busy_s - first_s)
@@ -225,7 +246,8 @@ def _host(cost: StepCost, host_s: Array, repeats: NDArray[np.int64]) -> Work:
     nothing = np.zeros_like(host_s)
     runs = _floats(repeats) * cost.lowered.tensor
     evidence = "fitted" if cost.engine.evidence == "serving" else "estimated"
-    return Work("host", None, host_s, nothing, nothing, runs, evidence)
+    every = np.arange(len(host_s))
+    return Work("host", None, host_s, nothing, nothing, every, every, runs, evidence)
 
 
 def _floats(values: Any) -> Array:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from apexsim.fitting.power import power_model
-from apexsim.specs.device import Datasheet, PowerModel, Price
+from apexsim.specs.device import Datasheet, Price
+from apexsim.specs.power import PowerModel
 
 MIB = 1 << 20
 _NCCL_BYTES = {1: 0, 2: 358612992, 4: 411041792, 8: 411041792}

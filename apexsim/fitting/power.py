@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from apexsim.errors import BadInput, nearest
-from apexsim.specs.device import PowerModel
+from apexsim.specs.power import PowerModel
 
 _H100_SOURCE = (
     "P = active (1 - c) + bytes + FLOP terms, least squares on 51 dense serving runs of ML.ENERGY 3.0 "

@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from apexsim.specs.base import Spec
+from apexsim.specs.power import PowerModel
 
 Evidence = Literal["fitted", "estimated"]
-PowerEvidence = Literal["kernel", "serving", "scaled", "prior"]
 
 
 class Datasheet(Spec):
@@ -38,34 +38,6 @@ class Price(Spec):
     usd_per_hour: float = Field(ge=0)
     source: str
     date: str
-
-
-class PowerModel(Spec):
-    """Power of one device while an operator runs.
-
-    ``P = smooth minimum(limit_w, active_w + j_per_byte * bytes/t + j_per_flop[dtype] * FLOP/t)`` for kernels,
-    ``comm_w`` during collectives, ``gap_w`` while the host leaves the device waiting inside a step, and ``idle_w``
-    while a replica has nothing to do. ``evidence`` says of each coefficient where it comes from: ``kernel`` tables of
-    power, ``serving`` runs, ``scaled`` from another device, or a ``prior``.
-    """
-
-    limit_w: float = Field(gt=0)
-    idle_w: float = Field(ge=0)
-    active_w: float = Field(ge=0)
-    comm_w: float = Field(ge=0)
-    gap_w: float = Field(ge=0)
-    j_per_byte: float = Field(ge=0)
-    j_per_flop: dict[str, float]
-    evidence: dict[str, PowerEvidence]
-    source: str
-
-    @model_validator(mode="after")
-    def _every_coefficient_has_evidence(self) -> PowerModel:
-        fields = ("limit_w", "idle_w", "active_w", "comm_w", "gap_w", "j_per_byte")
-        wanted = [*fields, *(f"j_per_flop.{dtype}" for dtype in self.j_per_flop)]
-        if missing := [name for name in wanted if name not in self.evidence]:
-            raise ValueError(f"say the evidence of {', '.join(missing)}")
-        return self
 
 
 class ResidualGrid(Spec):
