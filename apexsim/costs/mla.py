@@ -34,10 +34,10 @@ INDEXER_EFFICIENCY, INDEXER_KERNELS = 0.5, 2
 def projections(sizes: LatentAttention, hidden: int, heads: int, dtype: str) -> tuple[list[RowOperator], ...]:
     """Row operators before and after the attention of ``heads`` heads on one rank.
 
-    The down-projections are repeated on every rank. The up-projections of keys and values stay bf16: engines unpack
-    them once to absorb them, whatever dtype they were published in.
+    The down-projections are repeated on every rank. ``dtype`` is the checkpoint's: see
+    ``LatentAttention.projection_dtype`` for what it leaves as bf16.
     """
-    compressed = sizes.kv_lora_rank
+    compressed, dtype = sizes.kv_lora_rank, sizes.projection_dtype(dtype)
     before: list[RowOperator] = [
         Gemm("qkv_a", sizes.q_lora_rank + sizes.latent, hidden, dtype),
         Elementwise("q_norm", 2 * ACTIVATION_BYTES * sizes.q_lora_rank),

@@ -6,6 +6,10 @@ from pydantic import Field
 
 from apexsim.specs.base import Spec
 
+# Checkpoints in four bits keep latent attention in bf16: Kimi-K2.5 lists self_attn among what its config leaves alone,
+# and so are the projections of nvidia/DeepSeek-R1-FP4 stored (NVIDIA/Model-Optimizer issue 150).
+FOUR_BIT = ("nvfp4", "mxfp4", "int4_wo")
+
 
 class SparseIndexer(Spec):
     """Sparse attention of DeepSeek-V3.2 and GLM-5: a small scorer picks the ``top_k`` keys that a query attends to.
@@ -63,6 +67,18 @@ class LatentAttention(Spec):
             return 0
         scorer = self.indexer
         return self.q_lora_rank * scorer.heads * scorer.head_dim + hidden * (scorer.head_dim + scorer.heads)
+
+    def unfolding_params(self, heads: int) -> int:
+        """Elements of the up-projections of keys and values, which are kept as bf16 (see ``projection_dtype``)."""
+        return heads * self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)
+
+    @staticmethod
+    def projection_dtype(weights: str) -> str:
+        """Dtype of the projections in a checkpoint of ``weights``.
+
+        Up-projections of keys and values are bf16 whatever the others are: engines unpack them once to absorb them.
+        """
+        return "bf16" if weights in FOUR_BIT else weights
 
     @property
     def small_params(self) -> int:

@@ -338,14 +338,22 @@ class ModelSpec(Spec):
         """Parameters less those of the experts that a token does not visit; embeddings and LM head counted."""
         return self._count(self.moe.active if self.moe else 0)
 
+    def _unquantised(self, weights: str) -> int:
+        """Elements of one layer's attention that stay bf16 in a checkpoint of ``weights``."""
+        if not self.mla:
+            return 0
+        whole = self.mla.projection_dtype(weights) != weights
+        return self.attention_params if whole else self.mla.unfolding_params(self.heads)
+
     def weight_bytes(self, weights: str, moe_weights: str) -> float:
         """Bytes of the whole model: matrices as ``weights``, routed experts as ``moe_weights``.
 
-        Embeddings, LM head, norms, biases and routers stay bf16, as quantised checkpoints publish them.
+        Embeddings, LM head, norms, biases and routers stay bf16, as quantised checkpoints publish them, and so does of
+        latent attention what ``LatentAttention.projection_dtype`` says.
         """
         dense = routed = 0
         for kind in self.layer_kinds:
-            dense += kind.count * self.dense_params(kind)
+            dense += kind.count * (self.dense_params(kind) - self._unquantised(weights))
             routed += kind.count * (self.moe.experts * self.expert_params if self.moe and kind.moe else 0)
         rest = self.params - dense - routed
         return dense * dtype_bytes(weights) + routed * dtype_bytes(moe_weights) + rest * dtype_bytes("bf16")
