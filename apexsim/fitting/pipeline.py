@@ -9,7 +9,7 @@ from pathlib import Path
 from apexsim import __version__
 from apexsim.costs.forms.hardware import Hardware
 from apexsim.errors import BadInput, nearest
-from apexsim.fitting import attention, estimates, facts, gemm, history, links, moe, small
+from apexsim.fitting import attention, estimates, facts, gemm, history, links, mla, moe, small
 from apexsim.fitting.facts import Facts
 from apexsim.fitting.problems import Problem, solve
 from apexsim.fitting.tables import data_root
@@ -37,7 +37,7 @@ def fit_device(name: str, root: str | Path | None = None, progress: Progress | N
     for kind, found in _tables(device, kernels).items():
         operators.setdefault(kind, {}).update(found)
     folders = (f"datacenter/{device.folder}", "datacenter/rtx_pro_6000_server", "vllm_layers", "a100_h100_2024")
-    return DeviceProfile(
+    profile = DeviceProfile(
         name=name,
         datasheet=device.datasheet,
         price=device.price,
@@ -46,6 +46,9 @@ def fit_device(name: str, root: str | Path | None = None, progress: Progress | N
         operators=operators,
         provenance=Provenance(tool=f"apexsim fit {__version__}", date=FIT_DATE, tables=folders),
     )
+    # Measured modules of latent attention contain products: these are fitted first.
+    latent = mla.operators(profile, kernels, device.folder)
+    return profile.model_copy(update={"operators": {**operators, **latent}})
 
 
 def _problems(device: Facts, kernels: Path) -> Iterator[Problem]:
@@ -69,16 +72,7 @@ def _problems(device: Facts, kernels: Path) -> Iterator[Problem]:
 
 def _tables(device: Facts, kernels: Path) -> links.Operators:
     """Operators kept as tables, and those estimated from elsewhere."""
-    found = links.collectives(kernels / "datacenter" / device.folder)
-    network = kernels / "a100_h100_2024" / "network"
-    near = "a100_dgx" if device.folder.startswith("a100") else "h100_dgx"
-    own = device.folder[:4] == near[:4]
-    for kind, across in (("send_recv", False), ("send_recv_across_nodes", True)):
-        found[kind] = {
-            "p2p": links.send_recv(
-                network / near / "send_recv.parquet", across_nodes=across, evidence="fitted" if own else "estimated"
-            )
-        }
+    found = links.operators(device, kernels)
     found["elementwise"] = {"any": estimates.elementwise()}
     found["sampling"] = {"any": small.sampling(kernels / "vllm_layers" / "RTXPRO6000")}
     return found
