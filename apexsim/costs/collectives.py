@@ -26,6 +26,11 @@ class CollectiveTable:
         return np.asarray(inside + self._s_per_byte * np.maximum(0.0, size - self.bytes[-1]))
 
 
+def copies_sent(topk: Any, ranks: int) -> Any:
+    """Ranks that the ``topk`` experts of a token lie on, expected for experts spread evenly: a rank gets it once."""
+    return ranks * (1.0 - (1.0 - 1.0 / ranks) ** topk)
+
+
 def clean_points(
     points: Sequence[tuple[float, float]], tolerance: float = 1.15
 ) -> tuple[list[tuple[float, float]], int]:

@@ -177,8 +177,9 @@ class OperatorCosts:
         """Seconds of a collective over ``group`` devices of a node; zero for one device or nothing to send.
 
         ``kind``: all_reduce, all_gather, reduce_scatter, all_to_all (bytes as nccl-tests counts them: the largest
-        buffer of a rank), send_recv (group 2) or send_recv_across_nodes. ``custom_allowed`` (may be an array): the
-        engine's own all-reduce kernel may be used.
+        buffer of a rank), send_recv (group 2), send_recv_across_nodes, or an exchange of expert layers (bytes that a
+        rank sends, see ``copies_sent``): deepep, deepep_ll or trtllm with _dispatch or _combine. ``custom_allowed``
+        (may be an array): the engine's own all-reduce kernel may be used.
         """
         size = np.asarray(message_bytes, dtype=float)
         if group == 1:
@@ -191,9 +192,11 @@ class OperatorCosts:
 
     @staticmethod
     def collective_key(kind: str, group: int, *, custom: bool = False) -> str:
-        """Key of a collective's table: the library and the group size."""
+        """Key of a collective's table: the library, where it is not in the kind, and the group size."""
         if kind.startswith("send_recv"):
             return "p2p"
+        if kind.endswith(("_dispatch", "_combine")):
+            return f"ranks_{group}"
         return f"{'custom' if custom else 'nccl'}_{group}"
 
     def sustained_factor(self, rows: Any) -> Array:

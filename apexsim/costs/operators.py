@@ -22,7 +22,18 @@ from apexsim.units import dtype_bytes
 
 Sizes = Mapping[str, Array | int]
 Rows = Literal["tokens", "survivors"]
-CollectiveKind = Literal["all_reduce", "all_gather", "all_to_all", "send_recv"]
+CollectiveKind = Literal[
+    "all_reduce",
+    "all_gather",
+    "all_to_all",
+    "send_recv",
+    "deepep_dispatch",
+    "deepep_combine",
+    "deepep_ll_dispatch",
+    "deepep_ll_combine",
+    "trtllm_dispatch",
+    "trtllm_combine",
+]
 
 ACTIVATION_BYTES = 2.0
 

@@ -67,8 +67,8 @@ HOPPER = ("h100_sxm", "h200_sxm")
 def kernels_of(folder: str) -> tuple[Kernel, ...]:
     """Expert kernels to fit for the device whose tables lie in ``folder``: those that vLLM picks there."""
 
-    def own(dtype: str, name: str, *, label: str | None = None, **more: object) -> Kernel:
-        return Kernel(dtype, "moe.parquet", label or dtype, name, folder)._replace(**more)
+    def own(dtype: str, name: str, label: str | None = None) -> Kernel:
+        return Kernel(dtype, "moe.parquet", label or dtype, name, folder)
 
     if folder == "a100_sxm":
         return _a100()
@@ -76,9 +76,9 @@ def kernels_of(folder: str) -> tuple[Kernel, ...]:
     if folder in BLACKWELL:
         dense = [own(dtype, "flashinfer_trtllm") for dtype in ("bf16", "fp8")]
         grouped = [own(dtype, "monolithic") for dtype in ("fp8_block", "nvfp4")]
-        mxfp4 = own("mxfp4", "mxfp4_mxfp8", label="w4a8_mxfp4_mxfp8", gpt_oss=True)
+        mxfp4 = own("mxfp4", "mxfp4_mxfp8", "w4a8_mxfp4_mxfp8")._replace(gpt_oss=True)
         return (*dense, *grouped, int4, mxfp4)
-    mxfp4 = own("mxfp4", "gptoss", label="w4a16_mxfp4", knots=KNOTS | GPT_OSS_KNOTS)
+    mxfp4 = own("mxfp4", "gptoss", "w4a16_mxfp4")._replace(knots=KNOTS | GPT_OSS_KNOTS)
     if folder in HOPPER:
         return (own("bf16", "triton"), _hopper_fp8(), own("fp8_block", "fp8moe"), int4, mxfp4)
     if folder == "l40s":
@@ -202,10 +202,11 @@ def _group_limited(frame: pd.DataFrame) -> pd.DataFrame:
 def _touched(frame: pd.DataFrame) -> Array:
     """Distinct experts that the tokens of every row reach."""
     out = np.empty(len(frame))
-    for setting, rows in frame.groupby(["experts", "topk", "routing"]).groups.items():
-        experts, topk, routing = setting
-        tokens = frame["tokens"].to_numpy()[rows]
-        out[rows] = moe.touched_experts(tokens, int(experts), int(topk), ROUTING_ALPHA[routing])
+    group = frame.groupby(["experts", "topk", "routing"]).ngroup().to_numpy()
+    for at in (group == number for number in np.unique(group)):
+        first = frame[at].iloc[0]
+        alpha = ROUTING_ALPHA[first["routing"]]
+        out[at] = moe.touched_experts(frame["tokens"].to_numpy()[at], int(first["experts"]), int(first["topk"]), alpha)
     return out
 
 
