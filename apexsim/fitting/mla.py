@@ -39,13 +39,13 @@ SERVED_HEADS = (16, 32)
 FIT_ROWS = 4000
 # Share of a row that the attention may fall to where the rest explains more than the row: keeps logarithms finite.
 LEAST_SHARE = 0.3
-RESIDUAL_PASSES = 4
+RESIDUAL_PASSES = 8
 # Prompts up to this many tokens run FlashMLA's decode kernel where the cache is fp8 (Hopper; kernel_source of H100).
 FLASHMLA_TOKENS, FLASHMLA_FOLDERS = 128, ("h100_sxm", "h200_sxm")
 DECODE_KNOTS = {
     "heads": (1.0, 8.0, 16.0, 32.0, 64.0, 128.0),
-    "batch": (1.0, 4.0, 16.0, 32.0, 128.0, 512.0, 1024.0),
-    "keys": (16.0, 256.0, 1024.0, 4096.0, 16384.0, 131072.0),
+    "batch": (1.0, 4.0, 16.0, 32.0, 64.0, 256.0, 1024.0),
+    "keys": (16.0, 512.0, 2048.0, 8192.0, 131072.0),
 }
 PREFILL_KNOTS = {
     "window": (1.0,),
