@@ -101,7 +101,10 @@ def _write_csv(table: pd.DataFrame, path: Path) -> None:
 
 def _print_tables(console: Console, found: dict[str, Any]) -> None:
     for title, key in (("by model kind", "by_class"), ("by engine and device", "by_engine"), ("by model", "by_model")):
-        _print_scores(console, f"Errors in % {title}; ours there: on the rows that have a peer", found[key])
+        _print_scores(console, f"Errors in % {title} (ours there: on rows that have a peer)", found[key])
+    console.print(
+        "\nThe peer of power and energy, where a row names none: constant power of each device and model kind."
+    )
     console.print()
     for figure, (ahead, groups) in found["ahead_of_peer"].items():
         console.print(f"ahead of the peer in {ahead} of {groups} groups on {figure}", highlight=False)

@@ -90,7 +90,7 @@ def _stage_plan(deployment: Deployment, pool: Pool, lowered: Lowered, stage: int
     layout = _kv_blocks(deployment, pool, lowered)
     block_bytes = layout.block_bytes[stage]
     size = deployment.scheduler.block_size
-    blocks = int(kv_bytes // block_bytes)
+    blocks = memory.kv_blocks or int(kv_bytes // block_bytes)
     plan = MemoryPlan(weights, activations, reserve, nccl, kv_bytes, size, blocks, layout.groups, layout.fixed)
     if plan.blocks < plan.blocks_for(size):
         left = f"{format_bytes(kv_bytes)} left of the {format_bytes(offered)} a device offers ({offer})"

@@ -139,10 +139,14 @@ class KvCacheRule(Spec):
 
 
 class MemoryDefaults(Spec):
-    """Share of device memory the engine takes, and the bytes of it that are neither weights nor KV cache."""
+    """Share of device memory the engine takes, and the bytes of it that are neither weights nor KV cache.
+
+    ``kv_blocks``: the KV blocks of a replica where a server told how many it has; None = worked out from the rest.
+    """
 
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     reserve_bytes: int = Field(0, ge=0)
+    kv_blocks: int | None = Field(None, gt=0)
 
 
 class CommunicationDefaults(Spec):

@@ -19,7 +19,7 @@ from apexsim.specs.model import ModelSpec
 from apexsim.validation.runs import RunRow
 
 _OPTION_COLUMNS = (
-    "max_num_seqs", "max_num_batched_tokens", "chunked_prefill", "block_size", "gpu_memory_utilization",
+    "max_num_seqs", "max_num_batched_tokens", "chunked_prefill", "block_size", "kv_blocks", "gpu_memory_utilization",
 )  # fmt: skip
 
 # Flags of servers that an engine option stands for: pattern -> options, given the match.
@@ -28,6 +28,7 @@ _FLAGS: dict[str, Callable[[re.Match[str]], dict[str, Any]]] = {
     r"--max-num-batched-tokens (\d+)": lambda match: {"max_num_batched_tokens": int(match[1])},
     r"--gpu-memory-utilization (0?\.\d+)": lambda match: {"gpu_memory_utilization": float(match[1])},
     r"--disable-custom-all-reduce": lambda _: {"custom_all_reduce": False},
+    r"--(?:disable-cuda-graph|enforce-eager)": lambda _: {"cuda_graphs": False},
     r"--async-scheduling true": lambda _: {"lookahead_steps": 1, "overlapped": True},
 }
 # Flags that change nothing here, or that a column says already.
@@ -37,8 +38,9 @@ _SAID_ELSEWHERE = (
     r"--tokenizer_mode \S+",
 )  # fmt: skip
 
-# Checkpoints whose "fp8" is scaled by blocks of 128 x 128 (quantization_config of their config.json on Hugging Face).
-_BLOCK_SCALED = ("deepseek-", "minimax-")
+# Models whose own "fp8" checkpoint is scaled by blocks of 128 x 128 (quantization_config of its config.json, or the
+# model card, on Hugging Face). TensorRT-LLM quantises by itself, one scale a tensor.
+_BLOCK_SCALED = ("deepseek-", "minimax-", "qwen3-")
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,11 @@ def case_of(row: RunRow) -> Case:
 
 
 def model_kind(model: ModelSpec) -> str:
-    """The class a model is scored in: dense or moe."""
+    """The class a model is scored in: dense, moe, mla (latent attention) or hybrid (recurrent or sparse layers)."""
+    if model.recurrent or (model.mla and model.mla.indexer):
+        return "hybrid"
+    if model.mla:
+        return "mla"
     return "moe" if model.moe else "dense"
 
 
@@ -122,7 +128,7 @@ def _dtypes(row: RunRow) -> tuple[str, str | None]:
     weights, experts = row.weight_dtype or "bf16", row.moe_dtype
     if weights == "mxfp4":
         return "bf16", experts or "mxfp4"
-    if weights == "fp8" and row.model.startswith(_BLOCK_SCALED):
+    if weights == "fp8" and row.engine != "trtllm" and row.model.startswith(_BLOCK_SCALED):
         return "fp8_block", experts
     return weights, experts
 

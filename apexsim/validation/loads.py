@@ -60,25 +60,31 @@ def _uniform(nominal: float, ratio: float, count: int, random: np.random.Generat
     return random.integers(max(1, int(nominal * ratio)), most, size=count, endpoint=True)
 
 
+def prompt_tokens_of(row: RunRow) -> int:
+    """Mean prompt of a row: as it says, else what is assumed for its task."""
+    return row.prompt_tokens or _PROMPT_TOKENS.get(row.task, _DEFAULT_PROMPT_TOKENS)
+
+
 def _saturated(row: RunRow, longest: int, random: np.random.Generator) -> tuple[Requests, list[str]]:
     """A server that always has ``max_num_seqs`` requests, from the middle of its life on.
 
-    Output lengths are exponential (the law that ServeGen, arXiv:2505.09999, finds for outputs) with the row's mean,
-    prompts fixed. So the first requests are found at an age that is exponential too, with as much still to come: each
-    brings its age as prompt, and the run is steady once they are all computed.
+    Every output has the row's mean length: the batches that were measured hold no wider law, whose longer contexts
+    would not have fitted in memory. The first requests are found at any age; each brings its age as prompt.
     """
     assert row.max_num_seqs is not None, "the reader asks for it"
     assert row.output_tokens is not None, "the reader asks for it"
     full = row.max_num_seqs
-    prompt = row.prompt_tokens or _PROMPT_TOKENS.get(row.task, _DEFAULT_PROMPT_TOKENS)
-    notes = ["output lengths of full servers are taken as exponential"]
+    prompt = prompt_tokens_of(row)
+    notes = ["outputs of a full server all have their mean length"]
     if row.prompt_tokens is None:
         notes.append(f"prompt lengths not known: {prompt} tokens ({row.task or 'no task named'})")
-    outputs = np.maximum(1, np.rint(random.exponential(row.output_tokens, full + STEADY_REQUESTS))).astype(np.int64)
-    prompts = np.full(len(outputs), prompt, dtype=np.int64)
-    prompts[:full] += np.rint(random.exponential(row.output_tokens, full)).astype(np.int64)
-    prompts = np.minimum(prompts, max(1, longest - 1))
-    outputs = np.minimum(outputs, np.maximum(1, longest - prompts))
+    prompt = min(prompt, longest - 1)
+    output = min(round(row.output_tokens), longest - prompt)
+    age = random.integers(0, output, size=full)
+    prompts = np.full(full + STEADY_REQUESTS, prompt, dtype=np.int64)
+    outputs = np.full(full + STEADY_REQUESTS, output, dtype=np.int64)
+    prompts[:full] += age
+    outputs[:full] -= age
     return _closed(row, [prompts, outputs], full), notes
 
 

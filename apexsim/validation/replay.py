@@ -48,8 +48,8 @@ def run_rows(
 ) -> pd.DataFrame:
     """Simulate every run: one row a run, in the order given.
 
-    Columns: every input column as it was written, then ``set``, ``model_kind``, ``version_known``, ``assumed``,
-    the ``predicted_`` figures (NaN where there are none) and ``status``. ``itl="measured"`` rescales the step times of
+    Columns: every input column as it was written, then ``set``, ``model_kind``, ``version_known``, ``assumed``, the
+    ``predicted_`` figures (NaN where there are none) and ``status``. ``itl="measured"`` rescales the step times of
     saturated runs to their measured inter-token latency before power is worked out. ``jobs`` changes nothing but time.
     """
     import pandas as pd
@@ -62,7 +62,8 @@ def run_rows(
         replayed |= dict(zip(chunks[number], results or lost, strict=True))
         if progress:
             progress(len(replayed) / len(runs))
-    return pd.DataFrame([_record(run, replayed[at]) for at, run in enumerate(runs)])
+    table = pd.DataFrame([_record(run, replayed[at]) for at, run in enumerate(runs)])
+    return table[[name for name in table if name != "status"] + ["status"]]
 
 
 def replay(run: MeasuredRun, *, itl: Itl = "predicted", seed: int = 0) -> Replayed:
@@ -70,11 +71,14 @@ def replay(run: MeasuredRun, *, itl: Itl = "predicted", seed: int = 0) -> Replay
     try:
         case = case_of(run.row)
         requests, notes = requests_of(run, longest=case.deployment.context_limit, seed=seed)
+        deployment = case.deployment
+        if run.row.max_num_batched_tokens is None:
+            deployment = deployment.for_load(int(requests.prompt_tokens.max()), requests.concurrency)
         if run.row.workload == "saturated":
             measured_s = run.row.itl_p50_s if itl == "measured" else None
-            figures = steady_figures(case.deployment, requests, measured_itl_s=measured_s)
+            figures = steady_figures(deployment, requests, measured_itl_s=measured_s)
         else:
-            result = simulate(case.deployment, requests)
+            result = simulate(deployment, requests)
             figures = {**_figures(result), **request_errors(run, result)}
     except Exception as error:  # one run that fails must not end the others
         return Replayed(_status(error), {})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from apexsim.atomic import without_nan
 from apexsim.validation import decisions
 from apexsim.validation.replay import OK
-from apexsim.validation.scores import BY_CLASS, BY_ENGINE, BY_UNIT, PARTS, ahead_of_peer, score
+from apexsim.validation.scores import BY_CLASS, BY_ENGINE, BY_UNIT, ERRORS, PARTS, ahead_of_peer, score
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,16 +46,11 @@ def _grouped(table: pd.DataFrame, scores: pd.DataFrame, by: Sequence[str]) -> li
     records = []
     counted = table.assign(predicted=table["status"] == OK).groupby(list(by), sort=True)["predicted"]
     for names, predicted in counted:
-        mine = scores[(scores[list(by)] == list(names)).all(axis=1)] if len(scores) else scores
-        figures = {row["figure"]: _errors(row) for row in mine.to_dict("records")}
+        mine = scores[(scores[list(by)] == list(names)).all(axis=1)]
+        figures = {row["figure"]: {key: row[key] for key in ERRORS} for row in mine.to_dict("records")}
         group = dict(zip(by, names, strict=True))
         records.append({**group, "rows": len(predicted), "predicted": int(predicted.sum()), "figures": figures})
     return sorted(records, key=lambda record: (record["set"], PARTS.index(record["part"])))
-
-
-def _errors(row: dict[Any, Any]) -> dict[str, Any]:
-    keys = ("rows", "predicted", "mape", "median", "bias", "peer_rows", "on_peer_rows", "peer_mape")
-    return {key: row[key] for key in keys}
 
 
 def _requests(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -122,7 +122,10 @@ def selected(runs: Sequence[MeasuredRun], conditions: Sequence[str], path: Path)
             hint = nearest(column, runs[0].cells) if equals else "give column=value"
             raise BadInput(f"{path.name} has no such column; {hint}", where="--where", got=condition)
         wanted.setdefault(column, []).append(value)
-    return [run for run in runs if all(run.cells[column] in values for column, values in wanted.items())]
+    chosen = [run for run in runs if all(run.cells[column] in values for column, values in wanted.items())]
+    if not chosen:
+        raise BadInput(f"no row of {path.name} is so", where="--where", got=" ".join(conditions))
+    return chosen
 
 
 def sampled(runs: Sequence[MeasuredRun], count: int, seed: int) -> list[MeasuredRun]:

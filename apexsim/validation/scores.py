@@ -23,12 +23,18 @@ PARTS = (SCORED, UNVERSIONED, MULTIMODAL, EXCLUDED)
 BY_CLASS = ("set", "part", "model_kind")
 BY_ENGINE = ("set", "part", "engine", "device", "model_kind")
 BY_UNIT = ("set", "part", "engine", "device", "model")
+ERRORS = ("rows", "predicted", "mape", "median", "bias", "peer_rows", "on_peer_rows", "peer_mape")
+
 _MULTIMODAL_TASKS = ("image-chat", "video-chat")
 Floats = npt.NDArray[np.float64]
 
 
 def with_parts(table: pd.DataFrame) -> pd.DataFrame:
-    """The table of replayed rows with ``part``, its measured and peer columns as numbers, and the energy yardstick."""
+    """The table of replayed rows with ``part``, and with measured, predicted and peer columns as numbers.
+
+    Where no peer predicts power and energy, a yardstick stands in: every device draws the mean power measured for its
+    kind with models of that kind.
+    """
     import pandas as pd
 
     numbers = [f"{prefix}{name}" for name in MEASURED for prefix in ("", "peer_", "predicted_")]
@@ -39,9 +45,10 @@ def with_parts(table: pd.DataFrame) -> pd.DataFrame:
     table = table.assign(part=parts)
     devices = pd.to_numeric(_column(table, "gpus"))
     per_device_w = (table["power_w"] / devices).groupby([table[key] for key in ("set", "part", "device", "model_kind")])
-    table["peer_power_w"] = per_device_w.transform("mean") * devices
-    table["peer_energy_per_output_token_j"] = table["peer_power_w"] / table["output_tokens_per_s"]
-    return table
+    constant_w = per_device_w.transform("mean") * devices
+    constant_j = constant_w / table["output_tokens_per_s"]
+    yardsticks = {"peer_power_w": constant_w, "peer_energy_per_output_token_j": constant_j}
+    return table.assign(**{name: table[name].fillna(values) for name, values in yardsticks.items()})
 
 
 def score(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
@@ -60,7 +67,7 @@ def score(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
             rows = rows.assign(part=rows["part"].where(~apart, EXCLUDED))
         for names, group in rows.groupby(list(by), sort=True):
             found.append({**dict(zip(by, names, strict=True)), "figure": name, **_errors(group, name)})
-    return pd.DataFrame(found)
+    return pd.DataFrame(found, columns=[*by, "figure", *ERRORS])
 
 
 def ahead_of_peer(scores: pd.DataFrame) -> dict[str, tuple[int, int]]:

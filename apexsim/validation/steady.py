@@ -1,4 +1,4 @@
-"""The steady part of a run that keeps a server full: from the first step that only decodes to the last arrival."""
+"""The steady part of a run that keeps a server full."""
 
 from __future__ import annotations
 
@@ -58,8 +58,13 @@ def steady_figures(
 
 
 def _steady_part(steps: Columns, chunks: Columns, last_arrival_ns: int) -> tuple[Columns, Columns]:
-    """The rows of steps, and of their chunks, between the first step without a chunk and the last arrival."""
-    settled = np.flatnonzero(steps["chunk_tokens"] == 0)
+    """The rows of steps, and of their chunks, from the first that only decodes, with all clients served, on.
+
+    They end with the last arrival. Requests come to the scheduler one by one, through the frontend; from when all but a
+    twentieth of those that ever meet there have, the clients count as served.
+    """
+    present = steps["running"] + steps["waiting"]
+    settled = np.flatnonzero((steps["chunk_tokens"] == 0) & (np.maximum.accumulate(present) >= 0.95 * present.max()))
     begin = int(settled[0]) if len(settled) else len(steps["end_ns"])
     end = int(np.searchsorted(steps["end_ns"], last_arrival_ns, side="right"))
     if end - begin < 1:
