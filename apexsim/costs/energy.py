@@ -29,7 +29,8 @@ def joules(power: PowerModel, work: Work, time_scale: float = 1.0) -> Array:
     if work.dtype is None:
         return (power.gap_w if work.kind == "host" else power.comm_w) * seconds
     drawn = power.of(work.kind, COMPUTE_DTYPE.get(work.dtype, work.dtype))
-    return drawn.active_w * seconds + drawn.j_per_byte * work.bytes_moved + drawn.j_per_flop * work.flops
+    watts = drawn.active_w * work.busy + power.comm_w * (1 - work.busy)
+    return watts * seconds + drawn.j_per_byte * work.bytes_moved + drawn.j_per_flop * work.flops
 
 
 def limited(power: PowerModel, works: Sequence[Work], steps: int, time_scale: float = 1.0) -> list[float]:

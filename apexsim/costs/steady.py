@@ -33,12 +33,12 @@ class SteadyLoad(NamedTuple):
 
 
 class SteadyState(NamedTuple):
-    """The work of a cycle of steps, and what it took and made. ``step_s`` is the mean time of a step."""
+    """The work of a cycle of ``steps`` steps, told in ``rows`` rows; ``step_s`` is the mean time of a step."""
 
     work: tuple[Work, ...]
+    rows: int
     steps: int
     step_s: float
-    output_tokens: float
 
 
 def steady_state(cost: StepCost, load: SteadyLoad) -> SteadyState:
@@ -48,7 +48,7 @@ def steady_state(cost: StepCost, load: SteadyLoad) -> SteadyState:
     count = int(steps["repeats"].sum())
     device_s = sum(each.total(each.seconds) for each in work)
     # Stages of a pipeline work on other batches at the same time, so that one batch's step takes their sum.
-    return SteadyState(work, count, device_s / count / cost.lowered.tensor, count * load.batch)
+    return SteadyState(work, len(steps["repeats"]), count, device_s / count / cost.lowered.tensor)
 
 
 def steady_columns(cost: StepCost, load: SteadyLoad) -> tuple[Columns, Columns]:

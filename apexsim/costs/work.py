@@ -19,6 +19,7 @@ from apexsim.costs.forms.hardware import Array
 from apexsim.costs.mixing import Mixing
 from apexsim.costs.operators import Collective, Experts, Gemm, RowOperator
 from apexsim.costs.steps import BatchStats, StepCost
+from apexsim.costs.waiting import busy_share
 from apexsim.units import NS_PER_S
 
 Columns = Mapping[str, NDArray[np.int64]]
@@ -32,6 +33,7 @@ class Work:
     ``kind`` is that of a device profile, or ``host`` for time in which devices wait for the host. ``dtype`` is what it
     computes in; None for what computes nothing (collectives, waiting). ``outside`` marks sizes beyond the measured
     ones. Arrays of one length: ``step`` (row in ``steps``), ``at`` (which size) and ``runs`` there, over all devices.
+    ``busy`` is the share of the seconds in which an average device works; else it waits for another one.
     """
 
     kind: str
@@ -44,6 +46,7 @@ class Work:
     runs: Array
     evidence: str
     outside: Any = False
+    busy: Array | float = 1.0
 
     def by_step(self, values: Array, steps: int) -> Array:
         """Sum of ``values`` (one for each size) over the runs in each of the ``steps`` rows."""
@@ -123,6 +126,7 @@ def _operator(
             runs=runs[here],
             evidence=costs.evidence(kernel.kind, kernel.key),
             outside=costs.extrapolated(kernel.kind, kernel.key, **kernel.sizes(rows[at])),
+            busy=busy_share(kernel.layer, rows[at]) if isinstance(kernel, Experts) else 1.0,
         )
 
 
