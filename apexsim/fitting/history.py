@@ -19,26 +19,28 @@ from apexsim.costs.forms import prefill
 from apexsim.costs.forms.hardware import Array
 from apexsim.costs.forms.residual import LogGrid
 from apexsim.fitting.attention import prefill_problem
+from apexsim.fitting.mixed import MODELS, RTX_PRO_6000, attention_rows
 from apexsim.fitting.problems import fit_all_rows, summary
-from apexsim.fitting.small import RTX_PRO_6000
-from apexsim.fitting.tables import SECONDS_PER_US, read_table
 from apexsim.specs.device import HoldOut
 
-MODELS = {"Llama-3.1-8B": (32, 8), "Qwen3-32B": (64, 8), "Qwen3-30B-A3B-Instruct-2507": (32, 4)}
 SWITCHES = (0.0, 0.5, 1.0)
-COLUMNS = ["tp", "prefill_chunk_tokens", "prefill_kv_history_tokens", "n_decode_requests", "time_us_per_layer"]
 
 
 def causal_skip(kernels: Path) -> tuple[float, HoldOut]:
     """The switch that predicts measured chunks best from prompts alone, and its error on them."""
     prompts = kernels / "datacenter" / "rtx_pro_6000_server" / "context_attention.parquet"
-    c, grid = fit_all_rows(prefill_problem(prompts, "bf16", 128, RTX_PRO_6000))
+    c, grid = fit_all_rows(prefill_problem(prompts, "bf16", 128, RTX_PRO_6000.hw))
     residual = LogGrid.of(grid)
-    chunks = {model: _chunks(kernels / "vllm_layers" / "RTXPRO6000" / model / "attention.parquet") for model in MODELS}
+    chunks = _chunks(attention_rows(kernels / "vllm_layers", RTX_PRO_6000))
     scores = []
     for switch in SWITCHES:
         errors = [
-            _errors(chunks[model], prefill.Heads(*heads, 128, None, 2.0), {**c, "causal_skip": switch}, residual)
+            _errors(
+                chunks[chunks["model"] == model],
+                prefill.Heads(*heads, 128, None, 2.0),
+                {**c, "causal_skip": switch},
+                residual,
+            )
             for model, heads in MODELS.items()
         ]
         scores.append((summary(np.concatenate(errors)), switch))
@@ -46,15 +48,13 @@ def causal_skip(kernels: Path) -> tuple[float, HoldOut]:
     return switch, best
 
 
-def _chunks(table: Path) -> pd.DataFrame:
+def _chunks(rows: pd.DataFrame) -> pd.DataFrame:
     """Lone chunks of at least two tokens behind a history, at tensor degree 1."""
-    frame = read_table(table, COLUMNS)
-    lone = (frame["tp"] == 1) & (frame["n_decode_requests"] == 0) & (frame["prefill_chunk_tokens"] > 1)
-    return frame[lone & (frame["prefill_kv_history_tokens"] > 0)]
+    return rows[(rows["tp"] == 1) & (rows["decodes"] == 0) & (rows["chunk"] > 1) & (rows["history"] > 0)]
 
 
 def _errors(frame: pd.DataFrame, heads: prefill.Heads, c: dict[str, float], residual: LogGrid) -> Array:
-    chunks = prefill.Chunks(frame["prefill_chunk_tokens"].to_numpy(), frame["prefill_kv_history_tokens"].to_numpy())
-    seconds, _ = prefill.prefill_s(chunks, prefill.bind(heads, c, RTX_PRO_6000))
+    chunks = prefill.Chunks(frame["chunk"].to_numpy(), frame["history"].to_numpy())
+    seconds, _ = prefill.prefill_s(chunks, prefill.bind(heads, c, RTX_PRO_6000.hw))
     seconds = seconds * np.exp(residual.log_factor(*prefill.residual_coordinates(chunks, heads)))
-    return np.asarray(np.abs(seconds / (frame["time_us_per_layer"].to_numpy() * SECONDS_PER_US) - 1))
+    return np.asarray(np.abs(seconds / frame["seconds"].to_numpy() - 1))

@@ -9,7 +9,7 @@ from pathlib import Path
 from apexsim import __version__
 from apexsim.costs.forms.hardware import Hardware
 from apexsim.errors import BadInput, nearest
-from apexsim.fitting import attention, estimates, facts, gemm, history, links, mla, moe, small
+from apexsim.fitting import attention, estimates, facts, gemm, history, links, mixed, mla, moe, small
 from apexsim.fitting.facts import Facts
 from apexsim.fitting.problems import Problem, solve
 from apexsim.fitting.tables import data_root
@@ -72,7 +72,7 @@ def _problems(device: Facts, kernels: Path) -> Iterator[Problem]:
 
 def _tables(device: Facts, kernels: Path) -> links.Operators:
     """Operators kept as tables, and those estimated from elsewhere."""
-    found = links.operators(device, kernels)
+    found = links.operators(device, kernels) | mixed.operators(device, kernels)
     found["elementwise"] = {"any": estimates.elementwise()}
     found["sampling"] = {"any": small.sampling(kernels / "vllm_layers" / "RTXPRO6000")}
     return found
