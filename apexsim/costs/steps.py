@@ -146,7 +146,7 @@ class StepCost:
         if self._plain:
             mean = stats.context // stats.decodes
             plain = PlainRun(row, self._plain_layers, mean, max(1, self.max_context - mean + 1))
-            if plain.elapsed_ns(1) >= row.floor:
+            if row.fixed[0] >= row.floor or plain.elapsed_ns(1) >= row.floor:
                 return plain
         moving, limit = self._regime(stats)
         return DecodeRun(row, self._attended(stats), moving, limit)

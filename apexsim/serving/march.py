@@ -74,7 +74,8 @@ class March(Stretch):
         for position, batch in enumerate(in_flight):
             if batch.leaving and position < silent:
                 silent = position
-        if cohort.missing(silent + owed) > blocks.free:
+        self._missing = cohort.missing(silent + owed)
+        if self._missing > blocks.free:
             silent = bisect_right(range(1, silent + owed + 1), blocks.free, key=cohort.missing) - owed
         if silent + owed <= 0:
             return False
@@ -148,7 +149,8 @@ class March(Stretch):
         through = self.silent + 1 - self._first
         steps = through - ahead
         leaver = cohort.lone_leaver(steps)
-        if leaver is None or self._stats.window_contexts or cohort.missing(steps + 2) > blocks.free:
+        next_step = cohort.size * blocks.needed(1)  # blocks it takes at most
+        if leaver is None or self._stats.window_contexts or self._missing + next_step > blocks.free:
             return None
         stayers = self._stats_without(leaver, steps)
         run = self._cost.decode_run(stayers)

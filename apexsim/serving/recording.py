@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from struct import Struct
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ class Recorder:
         self._steps = array("q")
         self._chunks = array("q")
         self._width = len(self.step_columns)
+        self._packed = Struct(f"{self._width}q").pack  # quicker than to extend an array by a tuple
         self._row = self._held = 0  # where the latest row begins, and the blocks in use in its first step
         # replica, decodes, context and start of the step that would go on where the latest row ends
         self._next: tuple[int, int, int, int] | None = None
@@ -69,7 +71,7 @@ class Recorder:
         for tokens, history in chunks:
             chunk_tokens += tokens
             self._chunks.extend((len(steps) // self._width, tokens, history))
-        steps.extend((
+        steps.frombytes(self._packed(
             start_ns, end_ns, labels[0], repeats, decodes, context, chunk_tokens, survivors,
             (held[0] + held[1]) // 2, held[1], labels[1], labels[2], *window_contexts,
         ))  # fmt: skip

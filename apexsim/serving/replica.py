@@ -57,6 +57,7 @@ class Replica:
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
         self.unfinished = 0
+        self.next_arrival_ns: int | None = None  # where known: a stretch that it will cut needs no alarm before
         self._clock = clock
         self._set = settings
         self._blocks = blocks
@@ -122,7 +123,7 @@ class Replica:
                 self._fill_pipeline()
             end_ns = self._plan_next()
             if end_ns is None or not self._clock.reaches(end_ns, 1 + self.index):
-                self._set_alarm(end_ns)
+                self._set_alarm(None if self._cut_before(end_ns) else end_ns)
                 return
 
     def _end_batch(self) -> None:
@@ -291,6 +292,13 @@ class Replica:
             return self._stretch.next_end_ns
         return self._in_flight[0].end_ns if self._in_flight else None
 
+    def _cut_before(self, end_ns: int | None) -> bool:
+        """Whether a stretch is known to be cut before it ends."""
+        arrival_ns = self.next_arrival_ns
+        if self._stretch is None or arrival_ns is None or end_ns is None:
+            return False
+        return arrival_ns <= end_ns
+
     def _set_alarm(self, end_ns: int | None) -> None:
         self._alarm = None if end_ns is None else self._clock.at(end_ns, 1 + self.index, self._end_step)
 
@@ -318,7 +326,8 @@ class Replica:
 
     def _cut(self, stretch: Stretch) -> None:
         """Something arrived: the step in flight is the last that passes unseen."""
-        if stretch.cut(self._clock.now_ns):
-            assert self._alarm is not None
+        if stretch.cut(self._clock.now_ns) and self._alarm is not None:
             self._alarm.silence()
+            self._alarm = None
+        if self._alarm is None:
             self._set_alarm(stretch.next_end_ns)

@@ -185,6 +185,7 @@ class Run:
             request = coming[self._next][1]
             self._next += 1
             if len(replicas) == 1:
+                replicas[0].next_arrival_ns = coming[self._next][0] if self._next < len(coming) else None
                 replicas[0].take(request)
             else:
                 self._route(request)
