@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,6 +75,13 @@ def test_active_parameters_of_qwen3_30b_are_published_cut_to_two_digits() -> Non
     spec = model("qwen3-30b-a3b")
     assert spec.published_active_params == 3.3e9
     assert spec.active_params // 100_000_000 == 33
+
+
+@needs_data
+@pytest.mark.parametrize("group", ["silicon", "apex_h100", "vllm_runs", "energy_h100_b200"])
+def test_every_measured_model_ships(group: str) -> None:
+    runs = pd.read_csv(DATA / "ground_truth" / group / "runs.csv", usecols=["model"])
+    assert set(runs["model"]) <= set(MODELS)
 
 
 # By hand

@@ -134,6 +134,11 @@ def model_table(model: ModelSpec) -> Table:
         ("active parameters", f"{model.active_params:,}"),
         (f"weights, bf16 (experts {expert_dtype})", format_bytes(model.weight_bytes("bf16", expert_dtype))),
         ("KV cache of a token, bf16", format_bytes(kv_bytes)),
+        *(
+            [("state of a sequence", format_bytes(model.state_bytes_of(range(model.layers))))]
+            if model.recurrent
+            else []
+        ),
         ("FLOPs of a token at context 1", f"{model.flops_per_token(1):.4g}"),
     ]
     return _table(("", model.name), rows)
@@ -147,15 +152,32 @@ def device_tables(device: DeviceProfile) -> list[Table]:
     facts += [("datasheet source", device.datasheet.source)]
     price = device.price
     facts += [("price", f"{price.usd_per_hour:g} USD/hour ({price.source}, {price.date})")]
-    power = device.power.model_dump(exclude={"j_per_flop", "evidence", "source"})
-    evidence = device.power.evidence
-    facts += [(key, f"{value:.4g} ({evidence[key]})") for key, value in power.items()]
-    facts += [
-        (f"j_per_flop.{dtype}", f"{joules:.4g} ({evidence[f'j_per_flop.{dtype}']})")
-        for dtype, joules in device.power.j_per_flop.items()
-    ]
     facts += [("profile made", f"{device.provenance.date} by {device.provenance.tool}")]
-    return [_table(("", device.name), facts), _operator_table(device), _quality_table(device)]
+    return [_table(("", device.name), facts), _power_table(device), _operator_table(device), _quality_table(device)]
+
+
+def _power_table(device: DeviceProfile) -> Table:
+    """Every coefficient of power with its evidence, then how far watts are off where they were measured."""
+    power = device.power
+    names = ("limit_w", "idle_w", "active_w", "comm_w", "gap_w", "j_per_byte")
+    rows = [(name, f"{getattr(power, name):.4g}", power.evidence[name]) for name in names]
+    rows += [
+        (f"j_per_flop.{dtype}", f"{j:.4g}", power.evidence[f"j_per_flop.{dtype}"])
+        for dtype, j in power.j_per_flop.items()
+    ]
+    for kind, own in power.operators.items():
+        if own.active_w is not None:
+            rows.append((f"{kind}.active_w", f"{own.active_w:.4g}", own.evidence["active_w"]))
+        rows += [
+            (f"{kind}.j_per_flop.{d}", f"{j:.4g}", own.evidence[f"j_per_flop.{d}"]) for d, j in own.j_per_flop.items()
+        ]
+    if power.clock:
+        clock = power.clock
+        law = f"{clock.nominal_mhz:g} MHz; voltage {clock.least_voltage:g} up to {clock.knee_mhz:g} MHz, then linear"
+        rows.append(("clock", law, clock.evidence))
+    for scored, error in power.quality.items():
+        rows.append((f"error: {scored}", f"{error.mean:.1%}, bias {error.bias:+.1%}", f"{error.rows:,} rows"))
+    return _table(("power", "", "evidence"), [*rows, ("source", power.source, "")], "Power")
 
 
 def _operator_table(device: DeviceProfile) -> Table:
