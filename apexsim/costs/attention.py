@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from apexsim.costs.forms import decode, prefill
+from apexsim.costs.forms import decode, mixed, prefill
 from apexsim.costs.forms.hardware import Array, Hardware
 from apexsim.costs.forms.prefill import Heads
 from apexsim.costs.forms.residual import LogGrid
@@ -18,6 +18,8 @@ from apexsim.specs.device import FittedOperator
 
 Curve = tuple[Sequence[float], Sequence[float]]
 
+# Chunks whose blocks are remembered.
+MAX_CHUNKS = 1 << 16
 # Contexts at which a decode curve is computed: 8 per octave, up to 2 M tokens.
 CURVE_KEYS: Array = np.exp2(np.arange(0, 21 * 8 + 1) / 8)
 
@@ -65,6 +67,30 @@ class PrefillCost:
         seconds = seconds * np.exp(np.interp(np.log(some), *self._residual))
         seconds = seconds if launch else seconds - self.launch_s
         return np.asarray(np.where(tokens > 0, np.maximum(seconds, least), 0.0))
+
+
+class SharedLaunch:
+    """Cost of one launch over chunks and decodes under one attention shape, a few microseconds a call.
+
+    ``decodes`` >= 1 sequences of one token attend to ``keys`` on average; ``chunks``, one or more, are (tokens, history).
+    """
+
+    def __init__(self, op: FittedOperator, heads: Heads, hw: Hardware) -> None:
+        self._bound = mixed.bind(heads, op.coefficients, hw)
+        self._known: dict[tuple[int, int], mixed.Blocks] = {}
+
+    def __call__(self, decodes: int, keys: float, chunks: Sequence[tuple[int, int]]) -> float:
+        """Seconds of the launch."""
+        bound = self._bound
+        parts = [self._known.get(chunk) or self._blocks(chunk) for chunk in chunks]
+        first = parts[0] if len(parts) == 1 else mixed.together(parts)
+        return float(mixed.launch_s(first, mixed.decode_blocks(decodes, keys, bound, SCALAR), bound, SCALAR))
+
+    def _blocks(self, chunk: tuple[int, int]) -> mixed.Blocks:
+        if len(self._known) >= MAX_CHUNKS:
+            self._known.clear()
+        found = self._known[chunk] = mixed.chunk_blocks(*chunk, self._bound, SCALAR)
+        return found
 
 
 class DecodeCost:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from apexsim.costs.attention import DecodeCost, PrefillCost
+from apexsim.costs.attention import DecodeCost, PrefillCost, SharedLaunch
 from apexsim.costs.collectives import CollectiveTable
 from apexsim.costs.forms import gemm, moe, small
 from apexsim.costs.forms.hardware import COMPUTE_DTYPE, Array, Hardware
@@ -122,6 +122,11 @@ class OperatorCosts:
         """Prepared cost of chunks under one attention shape: call it with floats, or ``many`` of it with arrays."""
         op = self.operator("prefill_attention", shape.key)
         return PrefillCost(op, shape.sizes, self._hardware(shape.kv_dtype, attention=True))
+
+    def shared_launch(self, shape: AttentionShape) -> SharedLaunch | None:
+        """Prepared cost of chunks and decodes in one launch; None where the parts of a step add up."""
+        op = self.profile.operators.get("mixed_attention", {}).get("any")
+        return SharedLaunch(op, shape.sizes, self._hardware(shape.kv_dtype, attention=True)) if op else None
 
     def _decode_curve(self, batch: int, shape: AttentionShape) -> DecodeCost:
         op = self.operator("decode_attention", shape.key)

@@ -87,7 +87,8 @@ class StepCost:
     Attention of a layer is one launch however many sequences a step holds: engines pack them into one kernel of
     variable lengths, behind one that writes the KV cache. (FlashAttention-3 in vLLM V1 takes chunks and decodes alike.)
     So of the launch that a chunk's fitted cost contains, chunks of a step pay one in all, and none beside decodes,
-    whose cost contains it. A chunk alone costs what was fitted, and no chunk less than the roofline.
+    whose cost contains it. A chunk alone costs what was fitted, and no chunk less than the roofline. Where the profile
+    says that chunks and decodes share a launch (FlashAttention 2), such a step costs what the launch does instead.
     """
 
     def __init__(self, lowered: Lowered, tables: OperatorTables, engine: EngineProfile, *, max_context: int) -> None:
@@ -105,6 +106,8 @@ class StepCost:
         self._plain_layers = self._layers[0][0]
         self._chunks = tuple(tables.chunks(attention) for attention in self.attentions)
         self._launches = [known.launch_ns for known in self._chunks]
+        self._shared = tuple(tables.shared_launch(attention) for attention in self.attentions)
+        self._added = self._plain and not any(self._shared)
         self._dense = RowTable(tables, [stage.row_operators() for stage in lowered.stages])
         self._heads = RowTable(tables, [[(op, 1) for op in lowered.stages[-1].head]])
         self._rows: dict[int, _Row] = {}
@@ -128,7 +131,7 @@ class StepCost:
         """
         decodes, context, _, chunks, survivors = stats
         if chunks or survivors != decodes:
-            return self._plain_mixed_ns(stats) if self._plain else self._mixed_ns(stats)
+            return self._plain_mixed_ns(stats) if self._added else self._mixed_ns(stats)
         row = self._rows.get(decodes) or self._new_row(decodes)
         if not self._plain:
             return row.stage_ns(self._attended(stats))
@@ -184,16 +187,24 @@ class StepCost:
         return tuple(moving), limit
 
     def _mixed_ns(self, stats: BatchStats) -> tuple[int, ...]:
-        """A step with chunks: its parts added up, chunk by chunk."""
+        """A step with chunks, or with sequences that need no logits."""
         decodes, _, _, chunks, survivors = stats
         tokens = decodes + sum([chunk_tokens for chunk_tokens, _ in chunks])
+        fixed, floor = self._fixed_ns(tokens, survivors, decodes + len(chunks))
+        return _stage_ns(fixed, floor, self._layers, self._mixing_ns(stats))
+
+    def _mixing_ns(self, stats: BatchStats) -> list[int]:
+        """Nanoseconds of a layer of each kind of attention: its parts added up, or those of the launch they share."""
+        decodes, chunks = stats.decodes, stats.chunks
         spent = self._launches
         if decodes:
-            row = self._rows.get(decodes) or self._new_row(decodes)
-            spent = [table.at(mean) for table, mean in zip(row.tables, self._attended(stats), strict=True)]
+            row, means = self._rows.get(decodes) or self._new_row(decodes), self._attended(stats)
+            spent = [table.at(mean) for table, mean in zip(row.tables, means, strict=True)]
         spent = [ns + sum([known[chunk] for chunk in chunks]) for ns, known in zip(spent, self._chunks, strict=True)]
-        fixed, floor = self._fixed_ns(tokens, survivors, decodes + len(chunks))
-        return _stage_ns(fixed, floor, self._layers, spent)
+        if decodes and chunks and any(self._shared):
+            both = zip(spent, self._shared, means, strict=True)
+            spent = [to_ns(launch(decodes, mean, chunks)) if launch else ns for ns, launch, mean in both]
+        return spent
 
     def _plain_mixed_ns(self, stats: BatchStats) -> tuple[int]:
         """The same where one stage runs one kind of attention: plain sums, for speed."""

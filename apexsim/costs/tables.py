@@ -16,10 +16,11 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from apexsim.costs.attention import SharedLaunch
 from apexsim.costs.fitted import OperatorCosts
 from apexsim.costs.forms.hardware import Array
 from apexsim.costs.mixing import ChunkCost, Mixing
-from apexsim.costs.operators import RowOperator
+from apexsim.costs.operators import Attention, RowOperator
 from apexsim.specs.device import DeviceProfile
 from apexsim.units import NS_PER_S, to_ns
 
@@ -161,6 +162,10 @@ class OperatorTables:
         if found is None:
             found = self._chunks[attention] = ChunkTable(attention.chunk_cost(self.costs))
         return found
+
+    def shared_launch(self, attention: Mixing) -> SharedLaunch | None:
+        """Cost of chunks and decodes of one layer in one launch; None where their costs add up."""
+        return self.costs.shared_launch(attention.shape) if isinstance(attention, Attention) else None
 
     def trim(self) -> None:
         """Forget decode tables once they have grown too large together; runs that hold some keep theirs."""

@@ -20,6 +20,7 @@ find it in L2 only if the batch's part of it fits there or they run at the same 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,6 +94,12 @@ def decode_blocks(decodes: Any, keys: Any, bound: Bound, xp: Any = np) -> Blocks
     again = xp.maximum(1.0, xp.minimum(bound.group * decodes / (c["blocks_in_flight"] * bound.hw.sms), bound.group))
     reads = 1.0 + (again - 1.0) * missed
     return Blocks(bound.heads * decodes * block, block, bound.token_bytes * keys * decodes * reads)
+
+
+def together(parts: Sequence[Blocks]) -> Blocks:
+    """Several chunks of one launch as one."""
+    works, longest, kv_bytes = zip(*parts, strict=True)
+    return Blocks(sum(works), max(longest), sum(kv_bytes))
 
 
 def launch_s(chunks: Blocks, decodes: Blocks, bound: Bound, xp: Any = np) -> Any:
