@@ -50,8 +50,8 @@ DECODE_KNOTS = {
 PREFILL_KNOTS = {
     "window": (1.0,),
     "group": (1.0,),
-    "heads_in_flight": (1.0, 16.0, 64.0, 256.0, 4096.0),
-    "chunk": (16.0, 128.0, 512.0, 1024.0, 2048.0, 4096.0, 16384.0),
+    "heads_in_flight": (1.0, 8.0, 32.0, 128.0, 512.0, 4096.0),
+    "chunk": (16.0, 64.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 16384.0),
 }
 HIDDEN_PASSES = Coefficient("hidden_passes", 2.0, 0.05, 12.0, "passes over hidden states: copies, quantising")
 _FLASHMLA = Rule(
@@ -198,6 +198,8 @@ def _solve(modules: _Modules, table: Path, dropped: dict[str, int]) -> FittedOpe
     start = _choose(modules)
     quality: dict[str, HoldOut] = {}
     for name, test in {"random": random_fifth(len(frame)), "largest": large, "served_shapes": served}.items():
+        if not test.any() or test.all():
+            continue
         c, grid = _fit(modules, ~test, start)
         quality[name] = summary(_errors(modules, c, grid)[test])
     c, grid = _fit(modules, everything, start)
