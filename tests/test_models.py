@@ -481,6 +481,23 @@ def test_hybrids_are_read(tmp_path: Path) -> None:
     assert spec.moe.shared_gate
 
 
+def test_the_text_model_is_found_however_deep_it_stands(tmp_path: Path) -> None:
+    text = QWEN_MOE | {"model_type": "qwen3_omni_moe_text"}
+    deep = import_model(write(tmp_path, {"model_type": "qwen3_omni_moe", "thinker_config": {"text_config": text}}))
+    assert shape(deep) == shape(import_model(write(tmp_path, QWEN_MOE)))
+    flat = import_model(write(tmp_path, {"model_type": "NemotronH_Nano_VL_V2", "llm_config": NEMOTRON}))
+    assert shape(flat) == shape(import_model(write(tmp_path, NEMOTRON)))
+    with pytest.raises(Unsupported, match=r"thinker_config\.text_config\.hidden_act: got 'gelu'"):
+        import_model(write(tmp_path, {"thinker_config": {"text_config": text | {"hidden_act": "gelu"}}}))
+
+
+def test_gated_shared_experts_are_read(tmp_path: Path) -> None:
+    config = QWEN_MOE | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 64, "decoder_sparse_step": 2}
+    spec = import_model(write(tmp_path, config))
+    assert spec.moe is not None
+    assert (spec.moe.shared_width, spec.moe.shared_gate, spec.moe.every, spec.ffn) == (64, True, 2, 128)
+
+
 def test_gemma_relies_on_the_defaults_of_its_family(tmp_path: Path) -> None:
     text = {"model_type": "gemma3_text", "hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48}
     text |= {"num_attention_heads": 16, "num_key_value_heads": 8, "sliding_window": 1024}

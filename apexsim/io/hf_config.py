@@ -36,8 +36,7 @@ def import_model(path: str | os.PathLike[str], *, name: str | None = None) -> Mo
     for a model that ModelSpec cannot express; both name the file and the key that stands in the way.
     """
     outer = Config(os.fspath(path), read_json(path))
-    text = outer.get("text_config")
-    config = outer if text is None else Config(outer.where, outer.mapping("text_config"), "text_config.")
+    config = _text_part(outer)
     family = family_of(config)
     for key, reason in BLOCKERS.items():
         if config.get(key) and key not in family.knows:
@@ -47,6 +46,14 @@ def import_model(path: str | os.PathLike[str], *, name: str | None = None) -> Mo
     fields["tied_embeddings"] = config.get("tie_word_embeddings", outer.get("tie_word_embeddings", family.tied))
     fields |= layer_fields(config, family.layers) | family.read(config)
     return parse_spec(ModelSpec, fields, outer.where)
+
+
+def _text_part(config: Config) -> Config:
+    """The config of the text model inside a multi-modal one (of Qwen-Omni: of the thinker); else the config itself."""
+    for key in ("thinker_config", "text_config", "llm_config"):
+        if config.get(key) is not None:
+            config = Config(config.where, config.mapping(key), f"{config.prefix}{key}.")
+    return config
 
 
 def _name(path: Path) -> str:

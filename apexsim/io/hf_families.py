@@ -34,6 +34,21 @@ def _qwen3(config: Config) -> dict[str, Any]:
     return _llama(config) | {"qk_norm": "head"}
 
 
+def _qwen2_moe(config: Config) -> dict[str, Any]:
+    return _experts_where_configured(config, _qwen2(config), _gated_shared_experts(config))
+
+
+def _gated_shared_experts(config: Config) -> dict[str, Any]:
+    return {
+        "experts": config.whole("num_experts"),
+        "active": config.whole("num_experts_per_tok"),
+        "ffn": config.whole("moe_intermediate_size"),
+        "shared_experts": 1,
+        "shared_ffn": config.whole("shared_expert_intermediate_size"),
+        "shared_gate": True,
+    }
+
+
 def _qwen3_moe(config: Config) -> dict[str, Any]:
     moe = {
         "experts": config.whole("num_experts"),
@@ -161,15 +176,7 @@ def _qwen_next_dense(config: Config) -> dict[str, Any]:
 
 
 def _qwen_next(config: Config) -> dict[str, Any]:
-    moe = {
-        "experts": config.whole("num_experts"),
-        "active": config.whole("num_experts_per_tok"),
-        "ffn": config.whole("moe_intermediate_size"),
-        "shared_experts": 1,
-        "shared_ffn": config.whole("shared_expert_intermediate_size"),
-        "shared_gate": True,
-    }
-    return _experts_where_configured(config, _gated_delta(config), moe)
+    return _experts_where_configured(config, _gated_delta(config), _gated_shared_experts(config))
 
 
 def _nemotron_h(config: Config) -> dict[str, Any]:
@@ -266,6 +273,10 @@ _FAMILIES = {
     "qwen2": Family(_qwen2, hf_layers.late_layers),
     "qwen3": Family(_qwen3, hf_layers.late_layers),
     "qwen3_moe": Family(_qwen3_moe, hf_layers.late_layers),
+    "qwen2_vl_text": Family(_qwen2, hf_layers.late_layers),
+    "qwen2_5_vl_text": Family(_qwen2, hf_layers.late_layers),
+    "qwen2_moe": Family(_qwen2_moe, hf_layers.late_layers),
+    "qwen3_omni_moe_text": Family(_qwen3_moe),
     "qwen3_vl_text": Family(_qwen3),
     "qwen3_vl_moe_text": Family(_qwen3_moe),
     "qwen3_next": Family(_qwen_next, hf_layers.recurrent_layers, knows=_DELTA),
