@@ -72,7 +72,7 @@ class PrefillCost:
 class SharedLaunch:
     """Cost of one launch over chunks and decodes under one attention shape, a few microseconds a call.
 
-    ``decodes`` >= 1 sequences of one token attend to ``keys`` on average; ``chunks``, one or more, are (tokens, history).
+    ``decodes`` >= 1 sequences of a token attend to ``keys`` on average; ``chunks``, one or more, are (tokens, history).
     """
 
     def __init__(self, op: FittedOperator, heads: Heads, hw: Hardware) -> None:
