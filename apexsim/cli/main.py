@@ -23,6 +23,7 @@ COMMANDS = {
     "search": "apexsim.cli.search:search",
     "sweep": "apexsim.cli.sweep:sweep",
     "validate": "apexsim.cli.validate:validate",
+    "calibrate": "apexsim.cli.calibrate:calibrate",
     "list": "apexsim.cli.inspect:list_names",
     "show": "apexsim.cli.inspect:show",
     "import-model": "apexsim.cli.inspect:import_model",

@@ -161,6 +161,39 @@ class CommunicationDefaults(Spec):
     moe_dispatch: Literal["all_reduce", "all_to_all"] = "all_reduce"
 
 
+class CalibratedTerm(Spec):
+    """A fitted host term and its standard error."""
+
+    value_s: float
+    standard_error_s: float
+
+
+class LeftOut(Spec):
+    """Errors of runs in percent: mean size (``mape``) and mean (``bias``) of TPOT and TTFT; None without such figures.
+
+    Where a run has no TPOT, its ITL stands in.
+    """
+
+    tpot_mape: float | None
+    ttft_mape: float | None
+    tpot_bias: float | None
+    ttft_bias: float | None
+
+
+class CalibrationReport(Spec):
+    """How the host terms of a profile were fitted, with the errors of the ``rows`` it used.
+
+    ``before`` are errors under the terms that the fit began with, ``fitted`` under its result; ``left_out`` has, for
+    every (model, device), the errors of its rows under terms fitted on all the others.
+    """
+
+    rows: int
+    terms: dict[str, CalibratedTerm]
+    before: LeftOut
+    fitted: LeftOut
+    left_out: dict[str, LeftOut]
+
+
 class EngineProfile(Spec):
     """One engine family. ``versions`` are the prefixes it answers for; ``evidence`` says where its terms come from.
 
@@ -178,6 +211,7 @@ class EngineProfile(Spec):
     communication: CommunicationDefaults
     evidence: Literal["serving", "prior"]
     source: str
+    calibration: CalibrationReport | None = None
 
     def scheduler_for(self, context_limit: int, device: str, sheet: Datasheet) -> SchedulerDefaults:
         """The scheduler's settings for this context limit in tokens on this device, every one of them resolved."""

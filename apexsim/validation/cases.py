@@ -6,8 +6,9 @@ What a row does not say takes the default of the engine profile that answers for
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from apexsim import catalog
@@ -51,8 +52,10 @@ class Case:
     notes: tuple[str, ...]
 
 
-def case_of(row: RunRow) -> Case:
-    """The deployment of a row. What it raises is the row's status, not a fault of its file.
+def case_of(row: RunRow, engine_options: Mapping[str, Any] = MappingProxyType({})) -> Case:
+    """The deployment of a row; ``engine_options`` hold where the row says nothing.
+
+    What it raises is the row's status, not a fault of its file.
 
     ``BadInput``: a model, device, engine or dtype that is not known. ``InfeasiblePlan``: a plan that cannot be laid
     out. ``Unsupported``: something that no deployment can say.
@@ -67,7 +70,7 @@ def case_of(row: RunRow) -> Case:
         "model": row.model,
         "device": row.device,
         "engine": choice.profile,
-        "engine_options": options,
+        "engine_options": {**engine_options, **options},
         "tensor": row.tensor or 1,
         "pipeline": row.pipeline or 1,
         "expert": row.expert or 1,

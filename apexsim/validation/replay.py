@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -66,10 +66,15 @@ def run_rows(
     return table[[name for name in table if name != "status"] + ["status"]]
 
 
-def replay(run: MeasuredRun, *, itl: Itl = "predicted", seed: int = 0) -> Replayed:
-    """Simulate one run as it was run; whatever stands in the way becomes its status."""
+def replay(
+    run: MeasuredRun, *, itl: Itl = "predicted", seed: int = 0, engine_options: Mapping[str, float] | None = None
+) -> Replayed:
+    """Simulate one run as it was run; whatever stands in the way becomes its status.
+
+    ``engine_options`` outweigh the engine profile, and are outweighed by what the row says of its engine.
+    """
     try:
-        case = case_of(run.row)
+        case = case_of(run.row, engine_options or {})
         requests, notes = requests_of(run, longest=case.deployment.context_limit, seed=seed)
         deployment = case.deployment
         if run.row.max_num_batched_tokens is None:

@@ -1,0 +1,280 @@
+"""Calibration: the host terms of an engine profile, fitted on measured runs; kernels are never touched.
+
+TPOT (or ITL) and TTFT of a run move almost linearly with the seconds that the host adds, so a few Gauss-Newton steps on
+log(predicted / measured) find the terms: simulate the drawn rows, simulate them again with each term a little larger,
+solve a bounded, robust linear least-squares problem, repeat. What each (model, device) group says of the result is
+shown by leaving it out.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from apexsim import catalog
+from apexsim.errors import BadInput
+from apexsim.search.executors import available_cores, run_local
+from apexsim.specs.engine import CalibratedTerm, CalibrationReport, EngineProfile, HostTerms, LeftOut
+from apexsim.validation.replay import OK, replay
+from apexsim.validation.runs import MeasuredRun
+
+Floats = npt.NDArray[np.float64]
+Progress = Callable[[float], None]
+Predictions = list[tuple[float, float]]
+
+# Seconds by which a term is raised to see what it does: far above the clock's nanosecond, small beside a step.
+STEPS_S = {
+    "step_s": 3e-4,
+    "per_sequence_s": 1e-5,
+    "exposed_step_s": 3e-4,
+    "frontend_per_request_s": 5e-4,
+    "response_s": 3e-3,
+    "moe_request_s": 1e-2,
+}
+ROUNDS = 3
+ROWS_PER_GROUP = 20
+# An error of TTFT counts less than one of TPOT: repeats of one run differ twice as much in it (3.1 against 1.6 %).
+TTFT_WEIGHT = 0.5
+# Beyond this (log) error the pull of a row stays constant: it is a fault of the row or of a kernel, not host time.
+ROBUST = 0.1
+# Two terms whose effects on all rows are this much alike cannot be told apart by them.
+MOST_ALIKE = 0.98
+# A term that moves no row by this share when raised by its step is not seen by the rows.
+LEAST_EFFECT = 1e-3
+REWEIGHTINGS = 10
+CHUNK = 8
+
+
+class Group(NamedTuple):
+    """Rows of one model on one device, the unit that is left out."""
+
+    name: str
+    runs: tuple[MeasuredRun, ...]
+
+
+def calibrate(
+    profile: EngineProfile,
+    groups: Sequence[Group],
+    *,
+    terms: Sequence[str] | None = None,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> EngineProfile:
+    """The profile with host terms (default: all that the rows can see) fitted on ``groups`` of ``drawn_groups``.
+
+    Its ``calibration`` says how good they are. Raises BadInput where there is no row or where the rows cannot tell two
+    terms apart.
+    """
+    if not groups:
+        raise BadInput("there is no clean row that this engine profile answers for", where="runs", got=profile.name)
+    fit = _Fit(profile.host, groups, jobs=jobs or available_cores(), progress=progress)
+    fit.choose(terms)
+    host = fit.solve()
+    return profile.model_copy(update={"host": host, "calibration": fit.report(host), "evidence": "serving"})
+
+
+def drawn_groups(runs: Sequence[MeasuredRun], profile: EngineProfile, most: int, seed: int) -> list[Group]:
+    """Clean rows of the profile by model and device, at most ``most`` of each, drawn by ``seed`` and its name."""
+    found: dict[str, list[MeasuredRun]] = {}
+    for run in runs:
+        if _clean(run, profile.name):
+            found.setdefault(f"{run.row.model} on {run.row.device}", []).append(run)
+    groups = []
+    for name in sorted(found):
+        rows = found[name]
+        random = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        kept = np.sort(random.permutation(len(rows))[:most])
+        groups.append(Group(name, tuple(rows[at] for at in kept)))
+    return groups
+
+
+def _clean(run: MeasuredRun, profile: str) -> bool:
+    """Whether a row may calibrate the profile: not excluded, its version known, its load that of a served client."""
+    row = run.row
+    if row.exclude or row.workload == "saturated" or row.attention_data not in (None, 1):
+        return False
+    try:
+        choice = catalog.engine_for(row.engine, row.engine_version)
+    except BadInput:
+        return False
+    return choice.profile == profile
+
+
+class _Fit:
+    """Rows, what was measured of them, and the host terms on their way to the optimum."""
+
+    def __init__(self, host: HostTerms, groups: Sequence[Group], *, jobs: int, progress: Progress | None) -> None:
+        self._start = host
+        self._groups = groups
+        self._runs = [run for group in groups for run in group.runs]
+        self._of = np.repeat(np.arange(len(groups)), [len(group.runs) for group in groups])
+        self._measured = np.array([_measured(run) for run in self._runs])
+        self._weights = np.where(np.isfinite(self._measured), [1.0, TTFT_WEIGHT], 0.0)
+        self._jobs = jobs
+        self._progress = progress
+        self._done = 0
+        self.terms: tuple[str, ...] = ()
+
+    def choose(self, terms: Sequence[str] | None) -> None:
+        """Settle which terms are fitted; refuse a set that these rows cannot separate."""
+        wanted = tuple(terms or STEPS_S)
+        for term in wanted:
+            if term not in STEPS_S:
+                raise BadInput(f"no such host term; there is: {', '.join(STEPS_S)}", where="--terms", got=term)
+        self.terms = wanted
+        errors = self._errors(self._start)
+        effects = self._effects(self._start, errors)
+        seen = np.abs(effects * self._spans()).max(axis=0) > LEAST_EFFECT
+        if terms and not seen.all():
+            unseen = [term for term, sees in zip(wanted, seen, strict=True) if not sees]
+            raise BadInput("no row is moved by it; leave it out", where="--terms", got=", ".join(unseen))
+        self.terms = tuple(term for term, sees in zip(wanted, seen, strict=True) if sees)
+        self._refuse_alike(effects[:, seen])
+
+    def solve(self) -> HostTerms:
+        """The host terms with the least robust error."""
+        host = self._start
+        for _ in range(ROUNDS):
+            errors = self._errors(host)
+            host = self._moved(host, errors, self._effects(host, errors), np.ones(len(self._runs), dtype=bool))
+        return host
+
+    def calibrated(self, host: HostTerms, errors: Floats, effects: Floats) -> dict[str, CalibratedTerm]:
+        """Every fitted term with its standard error, from the curvature of the weighted squares at the optimum."""
+        weights = self._robust(errors, np.ones(len(self._runs), dtype=bool))
+        scaled = effects.reshape(-1, len(self.terms)) * weights.reshape(-1, 1)
+        left = errors.reshape(-1) * weights.reshape(-1)
+        degrees = max(1, int((weights > 0).sum()) - len(self.terms))
+        covariance = np.linalg.pinv(scaled.T @ scaled) * float(left @ left) / degrees
+        spread = np.sqrt(np.diag(covariance))
+        return {
+            term: CalibratedTerm(value_s=getattr(host, term), standard_error_s=_rounded(float(error)))
+            for term, error in zip(self.terms, spread, strict=True)
+        }
+
+    def report(self, host: HostTerms) -> CalibrationReport:
+        """What was fitted on what, and the error of every group under terms fitted without it."""
+        errors = self._errors(host)
+        effects = self._effects(host, errors)
+        before = self._errors(self._start)
+        left_out = {}
+        for at, group in enumerate(self._groups):
+            others = self._of != at
+            if others.any():
+                without = self._moved(host, errors, effects, others)
+                left_out[group.name] = _left_out(self._errors(without, self._of == at)[self._of == at])
+        return CalibrationReport(
+            rows=len(self._runs),
+            terms=self.calibrated(host, errors, effects),
+            before=_left_out(before),
+            fitted=_left_out(errors),
+            left_out=left_out,
+        )
+
+    # -- parts ------------------------------------------------------------------------------------------------
+
+    def _errors(self, host: HostTerms, only: npt.NDArray[np.bool_] | None = None) -> Floats:
+        """log(predicted / measured) of TPOT and TTFT, one row a run; NaN where either is missing."""
+        chosen = np.ones(len(self._runs), dtype=bool) if only is None else only
+        found = np.full((len(self._runs), 2), np.nan)
+        found[chosen] = self._predict(host, np.flatnonzero(chosen))
+        return np.asarray(np.log(found / self._measured))
+
+    def _predict(self, host: HostTerms, rows: npt.NDArray[np.int64]) -> Floats:
+        tasks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
+        work = partial(_predict_all, terms=host.model_dump(include=set(STEPS_S), exclude_none=True))
+        found: dict[int, Predictions] = {}
+        for number, predicted in run_local(work, [[self._runs[at] for at in task] for task in tasks], self._jobs):
+            found[number] = predicted or [(np.nan, np.nan)] * len(tasks[number])
+        self._done += 1
+        if self._progress:
+            self._progress(min(1.0, self._done / self._simulations))
+        return np.array([pair for number in range(len(tasks)) for pair in found[number]])
+
+    @property
+    def _simulations(self) -> int:
+        """How often all rows are simulated, about: once to choose terms, in every round, and once a group left out."""
+        return (ROUNDS + 2) * (1 + len(STEPS_S)) + 2
+
+    def _effects(self, host: HostTerms, errors: Floats) -> Floats:
+        """d log(predicted) / d term, (runs, 2, terms); 0 where a row has no prediction."""
+        columns = []
+        for term in self.terms:
+            raised = host.model_copy(update={term: getattr(host, term) + STEPS_S[term]})
+            columns.append(np.nan_to_num((self._errors(raised) - errors) / STEPS_S[term]))
+        return np.stack(columns, axis=-1)
+
+    def _spans(self) -> Floats:
+        return np.array([STEPS_S[term] for term in self.terms])
+
+    def _robust(self, errors: Floats, rows: npt.NDArray[np.bool_]) -> Floats:
+        """Square roots of the weights of (run, latency): Huber's, every group counting alike."""
+        size = np.abs(errors)
+        huber = np.where(size > ROBUST, ROBUST / np.maximum(size, ROBUST), 1.0)
+        per_group = np.array([len(group.runs) for group in self._groups], dtype=float)[self._of]
+        weights = np.sqrt(np.nan_to_num(huber)) * self._weights / np.sqrt(per_group)[:, None]
+        return np.asarray(np.where(np.isfinite(errors) & rows[:, None], weights, 0.0))
+
+    def _moved(self, host: HostTerms, errors: Floats, effects: Floats, rows: npt.NDArray[np.bool_]) -> HostTerms:
+        """One bounded Gauss-Newton step on ``rows``: no term falls below zero."""
+        from scipy.optimize import lsq_linear
+
+        now = np.array([getattr(host, term) for term in self.terms])
+        at, spans = now.copy(), self._spans()
+        for _ in range(REWEIGHTINGS):
+            expected = errors + effects @ (at - now)
+            weights = self._robust(expected, rows).reshape(-1)
+            matrix = effects.reshape(-1, len(self.terms)) * weights[:, None] * spans
+            target = -np.nan_to_num(errors).reshape(-1) * weights
+            step = lsq_linear(matrix, target, bounds=(-now / spans - 1e-12, np.inf)).x * spans
+            at = np.maximum(0.0, now + step)
+        return host.model_copy(update={term: _rounded(float(x)) for term, x in zip(self.terms, at, strict=True)})
+
+    def _refuse_alike(self, effects: Floats) -> None:
+        columns = (effects * np.nan_to_num(self._weights)[:, :, None]).reshape(-1, len(self.terms))
+        columns = columns / np.linalg.norm(columns, axis=0)
+        alike = np.triu(columns.T @ columns, 1)
+        if (alike > MOST_ALIKE).any():
+            first, second = (self.terms[int(at)] for at in np.argwhere(alike > MOST_ALIKE)[0])
+            said = f"the rows cannot tell {first} from {second}; name the terms to fit without one of them"
+            raise BadInput(said, where="--terms", got=", ".join(self.terms))
+
+
+def _measured(run: MeasuredRun) -> tuple[float, float]:
+    """TPOT (where a row has none, its ITL) and TTFT; NaN where not known or excluded."""
+    row = run.row
+    token_s = row.tpot_mean_s or row.itl_mean_s or np.nan
+    return token_s, np.nan if row.exclude_ttft or not row.ttft_mean_s else row.ttft_mean_s
+
+
+def _predict_all(runs: Sequence[MeasuredRun], *, terms: Mapping[str, float]) -> Predictions:
+    return [_predict_one(run, terms) for run in runs]
+
+
+def _predict_one(run: MeasuredRun, terms: Mapping[str, float]) -> tuple[float, float]:
+    replayed = replay(run, engine_options=terms)
+    if replayed.status != OK:
+        return np.nan, np.nan
+    token = "tpot_mean_s" if run.row.tpot_mean_s else "itl_mean_s"
+    values = [replayed.figures[name] for name in (token, "ttft_mean_s")]
+    return tuple(np.nan if value is None else value for value in values)  # type: ignore[return-value]
+
+
+def _left_out(errors: Floats) -> LeftOut:
+    """Mean size and mean of the relative errors of TPOT and TTFT, in percent."""
+    percent = 100 * (np.exp(errors) - 1)
+    with np.errstate(invalid="ignore"):
+        size = [float(np.nanmean(np.abs(column))) if np.isfinite(column).any() else None for column in percent.T]
+        bias = [float(np.nanmean(column)) if np.isfinite(column).any() else None for column in percent.T]
+    tidy = [None if value is None else round(value, 1) for value in (*size, *bias)]
+    return LeftOut(tpot_mape=tidy[0], ttft_mape=tidy[1], tpot_bias=tidy[2], ttft_bias=tidy[3])
+
+
+def _rounded(seconds: float) -> float:
+    """Three significant digits: more are not known."""
+    return float(f"{seconds:.3g}")
