@@ -160,17 +160,15 @@ def _power_table(device: DeviceProfile) -> Table:
     """Every coefficient of power with its evidence, then how far watts are off where they were measured."""
     power = device.power
     names = ("limit_w", "idle_w", "active_w", "comm_w", "gap_w", "j_per_byte")
-    rows = [(name, f"{getattr(power, name):.4g}", power.evidence[name]) for name in names]
+    rows: list[tuple[str, str, str]] = [(name, f"{getattr(power, name):.4g}", power.evidence[name]) for name in names]
     rows += [
         (f"j_per_flop.{dtype}", f"{j:.4g}", power.evidence[f"j_per_flop.{dtype}"])
         for dtype, j in power.j_per_flop.items()
     ]
     for kind, own in power.operators.items():
         if own.active_w is not None:
-            rows.append((f"{kind}.active_w", f"{own.active_w:.4g}", own.evidence["active_w"]))
-        rows += [
-            (f"{kind}.j_per_flop.{d}", f"{j:.4g}", own.evidence[f"j_per_flop.{d}"]) for d, j in own.j_per_flop.items()
-        ]
+            rows.append((f"{kind}.active_w", f"{own.active_w:.4g}", own.evidence))
+        rows += [(f"{kind}.j_per_flop.{d}", f"{j:.4g}", own.evidence) for d, j in own.j_per_flop.items()]
     if power.clock:
         clock = power.clock
         law = f"{clock.nominal_mhz:g} MHz; voltage {clock.least_voltage:g} up to {clock.knee_mhz:g} MHz, then linear"

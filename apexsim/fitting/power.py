@@ -20,15 +20,14 @@ from apexsim.specs.device import DeviceProfile
 from apexsim.specs.power import ClockPower, OperatorPower, PowerEvidence, PowerModel
 
 _SERVED_SOURCE = (
-    "active_w, j_per_byte, j_per_flop: least squares on dense runs of ML.ENERGY 3.0 (vLLM 0.11.1) worked through as "
-    "steady states at the measured step time; operators, limit_w: power tables of aiconfigurator, replays of 1 ms and "
-    "longer; comm_w: prior, as idle; idle_w: least watts in the tables, clocks up"
+    "serving: dense runs of ML.ENERGY 3.0 (vLLM 0.11.1), as steady states at the measured step time; operators, limit: "
+    "power tables of aiconfigurator, replays of 1 ms and longer; comm: as idle"
 )
 _A100_SOURCE = (
     "active, j_per_byte: 40 decode points of Splitwise (arXiv 2311.18677) on A100; idle: DGX reading; "
     "j_per_flop: set so that large prompts reach the limit, as measured there"
 )
-_CLOCK_SOURCE = "voltage against clock is assumed; only the highest clock was measured"
+_CLOCK_SOURCE = "assumed: no data vary the clock"
 # Whose power tables stand for a device, and how far that reaches.
 _TABLES: dict[str, tuple[str, PowerEvidence]] = {
     "h100-sxm": ("h200_sxm", "scaled"),
@@ -133,10 +132,7 @@ def _with_tables(power: PowerModel, tables: KernelFit, evidence: PowerEvidence) 
     for kind in (kind for kind in tables.active_w if kind != "gemm"):
         family = "attention" if kind.endswith("attention") else kind
         per_flop = {dtype: value for (of, dtype), value in tables.j_per_flop.items() if of == family}
-        names = ("active_w", *(f"j_per_flop.{dtype}" for dtype in per_flop))
-        operators[kind] = OperatorPower(
-            active_w=tables.active_w[kind], j_per_flop=per_flop, evidence=dict.fromkeys(names, evidence)
-        )
+        operators[kind] = OperatorPower(active_w=tables.active_w[kind], j_per_flop=per_flop, evidence=evidence)
     known: dict[str, PowerEvidence] = dict.fromkeys(("limit_w", *(["idle_w"] if own else [])), evidence)
     if power.evidence["j_per_byte"] == "prior":
         own["j_per_byte"], known["j_per_byte"] = tables.j_per_byte, evidence
@@ -164,8 +160,7 @@ def _scaled(power: PowerModel, kin: _Kin) -> PowerModel:
 
 def _scaled_operator(own: OperatorPower, kin: _Kin) -> OperatorPower:
     active_w = None if own.active_w is None else _round(own.active_w * kin.watts)
-    evidence: dict[str, PowerEvidence] = dict.fromkeys(own.evidence, "scaled")
-    return OperatorPower(active_w=active_w, j_per_flop=_per_flop(own.j_per_flop, kin), evidence=evidence)
+    return OperatorPower(active_w=active_w, j_per_flop=_per_flop(own.j_per_flop, kin), evidence="scaled")
 
 
 def _per_flop(j_per_flop: dict[str, float], kin: _Kin) -> dict[str, float]:

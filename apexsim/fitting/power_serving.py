@@ -81,8 +81,13 @@ def _served(row: RunRow, profile: DeviceProfile) -> ServedRun | None:
 
 
 def fit_serving(start: PowerModel, runs: Sequence[ServedRun]) -> PowerModel:
-    """``start`` with ``FITTED`` replaced by what fits the dense runs, their errors and those of leaving a model out."""
+    """``start`` with ``FITTED`` replaced by what fits the dense runs, their errors and those of leaving a model out.
+
+    Without dense runs it stays as it is.
+    """
     dense = [run for run in runs if run.kind == "dense"]
+    if not dense:
+        return start
     fitted = _fit(start, dense)
     left_out: list[float] = []
     for model in sorted({run.model for run in dense}):

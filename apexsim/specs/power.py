@@ -24,16 +24,14 @@ class KernelPower(NamedTuple):
 
 
 class OperatorPower(Spec):
-    """Coefficients of one kind of operator that differ from those of any kernel; what is not given does not differ."""
+    """Coefficients of one kind of operator that differ from those of any kernel; what is not given does not differ.
+
+    ``evidence`` is that of each of them.
+    """
 
     active_w: float | None = Field(None, ge=0)
     j_per_flop: dict[str, float] = Field(default_factory=dict)
-    evidence: Evidences
-
-    @model_validator(mode="after")
-    def _every_coefficient_has_evidence(self) -> OperatorPower:
-        _check_evidence(self.evidence, ["active_w"] * (self.active_w is not None), self.j_per_flop)
-        return self
+    evidence: PowerEvidence
 
 
 class ClockPower(Spec):
