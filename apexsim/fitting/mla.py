@@ -53,6 +53,10 @@ PREFILL_KNOTS = {
     "heads_in_flight": (1.0, 8.0, 32.0, 128.0, 512.0, 4096.0),
     "chunk": (16.0, 64.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 16384.0),
 }
+# Measured decodes of next to no keys take longer with every doubling of the batch up to here, on every device; the
+# attention kernel alone (TensorRT-LLM on Blackwell) does not, and no product does: what grows is beside them.
+GROWING_BATCH = 64.0
+DOUBLING = Coefficient("module_doubling_s", 2e-6, 0.01e-6, 8e-6, "growth outside attention per doubling of the batch")
 HIDDEN_PASSES = Coefficient("hidden_passes", 2.0, 0.05, 12.0, "passes over hidden states: copies, quantising")
 _FLASHMLA = Rule(
     f"a prompt of up to {FLASHMLA_TOKENS} tokens (decode kernel)",
@@ -76,7 +80,7 @@ class _Modules:
 
     def rest(self, c: Coefficients) -> Array:
         """Seconds of every row outside attention."""
-        return np.asarray(self.rest_s + [c[_module(dtype)] for dtype in self.frame["gemm_dtype"]])
+        return self.rest_s + _module_s(self.frame, c)
 
 
 def operators(profile: DeviceProfile, kernels: Path, folder: str) -> dict[str, dict[str, FittedOperator]]:
@@ -129,7 +133,7 @@ def _decode_modules(rows: pd.DataFrame, kv_dtype: str, costs: OperatorCosts) -> 
         rest_s=_projections_s(frame, costs),
         attention=lambda part, c: mla.decode_s(shape(part), c, hw, cold=False),
         coordinates=lambda part: mla.residual_coordinates(shape(part)),
-        coefficients=mla.COEFFICIENTS,
+        coefficients=[*mla.COEFFICIENTS, DOUBLING],
         constants={"launch_s": costs.operator("decode_attention", "bf16_d128").coefficients["launch_s"]},
         scan=("head_tile", mla.HEAD_TILES),
         knots=DECODE_KNOTS,
@@ -188,6 +192,13 @@ def _module(dtype: str) -> str:
     return f"module_{dtype}_s"
 
 
+def _module_s(frame: pd.DataFrame, c: Coefficients) -> Array:
+    """Seconds of every module outside projections and attention."""
+    fixed = np.array([c[_module(dtype)] for dtype in frame["gemm_dtype"]])
+    doublings = np.log2(np.minimum(frame["batch"].to_numpy(), GROWING_BATCH))
+    return np.asarray(fixed + c.get(DOUBLING.name, 0.0) * doublings)
+
+
 def _solve(modules: _Modules, table: Path, dropped: dict[str, int]) -> FittedOperator:
     """Fit on all rows, and again without each hold-out to score it."""
     frame = modules.frame
@@ -234,15 +245,13 @@ def _fit_form(modules: _Modules, train: Mask, start: Coefficients, most_rows: in
     rows = np.flatnonzero(train)
     rows = np.sort(np.random.default_rng(SEED).choice(rows, min(most_rows, len(rows)), replace=False))
     part = modules.frame.iloc[rows]
-    labels = modules.frame["gemm_dtype"].to_numpy()[rows]
     beside = [
         Coefficient(_module(dtype), 40e-6, 1e-6, 200e-6, "kernels of the measured module beyond those lowered")
         for dtype in sorted(modules.frame["gemm_dtype"].unique())
     ]
 
     def predict(c: Coefficients) -> Array:
-        extra = np.array([c[_module(dtype)] for dtype in labels])
-        return np.asarray(modules.rest_s[rows] + extra + modules.attention(part, c))
+        return np.asarray(modules.rest_s[rows] + _module_s(part, c) + modules.attention(part, c))
 
     seconds = part["seconds"].to_numpy()
     return fit_coefficients(predict, seconds, np.ones(len(rows)), [*modules.coefficients, *beside], start)
