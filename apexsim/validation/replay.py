@@ -13,7 +13,7 @@ from apexsim.search.executors import LOST, available_cores, run_local
 from apexsim.serving.simulator import simulate
 from apexsim.validation.cases import case_of, kind_of, version_known
 from apexsim.validation.loads import requests_of
-from apexsim.validation.runs import MEASURED, MeasuredRun
+from apexsim.validation.runs import MEASURED, MeasuredRun, RunRow
 from apexsim.validation.served import request_errors
 from apexsim.validation.steady import steady_figures
 
@@ -80,7 +80,7 @@ def replay(
         if run.row.max_num_batched_tokens is None:
             deployment = deployment.for_load(int(requests.prompt_tokens.max()), requests.concurrency)
         if run.row.workload == "saturated":
-            measured_s = run.row.itl_p50_s if itl == "measured" else None
+            measured_s = _mean_itl_s(run.row) if itl == "measured" else None
             figures = steady_figures(deployment, requests, measured_itl_s=measured_s)
         else:
             result = simulate(deployment, requests)
@@ -88,6 +88,16 @@ def replay(
     except Exception as error:  # one run that fails must not end the others
         return Replayed(_status(error), {})
     return Replayed(OK, figures, (*case.notes, *notes))
+
+
+def _mean_itl_s(row: RunRow) -> float | None:
+    """Mean time between tokens that a full server was measured at: as given, or its batch over its tokens a second.
+
+    The median where neither is known; it misses the steps that prompts make longer.
+    """
+    if row.itl_mean_s or not (row.mean_batch and row.output_tokens_per_s):
+        return row.itl_mean_s or row.itl_p50_s
+    return row.mean_batch / row.output_tokens_per_s
 
 
 def _replay_all(runs: Sequence[MeasuredRun], *, itl: Itl, seed: int) -> list[Replayed]:

@@ -24,7 +24,7 @@ def steady_figures(
 ) -> dict[str, float | None]:
     """Inter-token latency, throughput, batch, power and energy of a closed loop of requests in its steady part.
 
-    With ``measured_itl_s`` every step takes as much longer as makes the median inter-token latency the measured one.
+    With ``measured_itl_s`` every step takes as much longer as makes the mean inter-token latency the measured one.
     Raises ``Unsupported`` where requests are refused or nothing is steady.
     """
     pool = deployment.pools[0]
@@ -38,7 +38,7 @@ def steady_figures(
     steps, chunks = _steady_part(run.recorder.steps(), run.recorder.chunks(), max(arrivals))
     gaps = _gaps_ns(steps)
     itl = weighted_distribution(gaps, steps["survivors"] * steps["repeats"], scale=1 / NS_PER_S)
-    scale = measured_itl_s / itl["p50"] if measured_itl_s else 1.0
+    scale = measured_itl_s / itl["mean"] if measured_itl_s else 1.0
     tokens = int((steps["survivors"] * steps["repeats"]).sum())
     window_s = int(steps["end_ns"].max() - steps["start_ns"].min()) / NS_PER_S * scale
     usage = Usage.of(account(cost, steps, chunks, time_scale=scale))
