@@ -100,12 +100,11 @@ def _write_csv(table: pd.DataFrame, path: Path) -> None:
 
 
 def _print_tables(console: Console, found: dict[str, Any]) -> None:
-    for title, key in (("by model kind", "by_class"), ("by engine and device", "by_engine"), ("by model", "by_model")):
-        _print_scores(console, f"Errors in % {title} (ours there: on rows that have a peer)", found[key])
+    for title, key in (("model kind", "by_class"), ("engine and device", "by_engine"), ("model", "by_model")):
+        _print_scores(console, title, found[key])
     console.print(
-        "\nThe peer of power and energy, where a row names none: constant power of each device and model kind."
+        "\n* on the rows that have a peer; for power and energy without one, constant power of each device and kind"
     )
-    console.print()
     for figure, (ahead, groups) in found["ahead_of_peer"].items():
         console.print(f"ahead of the peer in {ahead} of {groups} groups on {figure}", highlight=False)
     _print_records(console, "Decisions: most output tokens/s per device under a TPOT limit (%)", found["decisions"])
@@ -117,21 +116,31 @@ def _print_tables(console: Console, found: dict[str, Any]) -> None:
 
 
 def _print_scores(console: Console, title: str, groups: Sequence[dict[str, Any]]) -> None:
-    """A line for each figure of each group; labels that repeat those of the line above are left out."""
-    labels = [key for key in groups[0] if key not in ("rows", "predicted", "figures")]
-    lines, above = [], dict.fromkeys(labels, "")
-    for group in groups:
-        for figure, errors in group["figures"].items() or (("-", group),):
-            shown = {key: "" if group[key] == above[key] else group[key] for key in labels}
-            numbers = [_number(errors.get(key), "{:.0f}") for key in ("rows", "predicted")]
-            numbers += [_number(errors.get(key), form) for key, form in _ERRORS.items()]
-            lines.append([*shown.values(), figure, *numbers])
-            above = {key: group[key] for key in labels}
-    _print_lines(console, title, [*labels, "figure", "rows", "predicted", *_ERRORS], lines)
+    """A table a set and part: a line for each figure of each group; labels that repeat those above are left out."""
+    for name, part in dict.fromkeys((group["set"], group["part"]) for group in groups):
+        mine = [group for group in groups if (group["set"], group["part"]) == (name, part)]
+        labels = [key for key in mine[0] if key not in ("set", "part", "rows", "predicted", "figures")]
+        above, lines = dict.fromkeys(labels, ""), []
+        for group in mine:
+            for figure, errors in (group["figures"] or {"nothing measured": group}).items():
+                shown = ["" if group[key] == above[key] else str(group[key]) for key in labels]
+                numbers = [_number(errors.get(key), form) for key, form in _NUMBERS.items()]
+                lines.append([*shown, _FIGURES.get(figure, figure), *numbers])
+                above = group
+        _print_lines(console, f"{name}, {part}: errors in % by {title}", [*labels, "figure", *_NUMBERS], lines)
 
 
-_ERRORS = {
-    "mape": "{:.1f}", "median": "{:.1f}", "bias": "{:+.1f}", "on_peer_rows": "{:.1f}", "peer_mape": "{:.1f}",
+# How each column of a score is written.
+_NUMBERS = {
+    "rows": "{:d}", "predicted": "{:d}", "mape": "{:.1f}", "median": "{:.1f}", "bias": "{:+.1f}",
+    "on_peer_rows": "{:.1f}", "peer_mape": "{:.1f}",
+}  # fmt: skip
+_FIGURES = {
+    "ttft_mean_s": "TTFT", "tpot_mean_s": "TPOT", "itl_mean_s": "ITL", "itl_p50_s": "ITL median", "e2e_mean_s": "e2e",
+    "output_tokens_per_s": "tokens/s", "power_w": "power", "energy_per_output_token_j": "J/token",
+}  # fmt: skip
+_HEADINGS = {
+    "model_kind": "kind", "predicted": "pred.", "mape": "MAPE", "on_peer_rows": "ours*", "peer_mape": "peer*",
 }  # fmt: skip
 
 
@@ -155,6 +164,3 @@ def _print_lines(console: Console, title: str, headings: Sequence[str], lines: S
         table.add_row(*line)
     console.print()
     console.print(table)
-
-
-_HEADINGS = {"mape": "MAPE", "on_peer_rows": "ours there", "peer_mape": "peer MAPE", "model_kind": "kind"}
