@@ -130,9 +130,8 @@ def test_half_the_experts_of_group_limited_routing_are_read(data):
 
 def test_a_refit_gives_the_shipped_operator_again(data):
     """The A100 decode fit: same tables, same coefficients (a tolerance for other linear algebra libraries)."""
-    sheet = facts.devices()["a100-sxm"].datasheet
     table = data / "kernels" / "datacenter" / "a100_sxm" / "generation_attention.parquet"
-    problem = attention.decode_problem(table, "bf16", 128, Hardware.of(sheet, "bf16"))
+    problem = attention.decode_problem(table, attention.Heads("bf16", 128, facts.hardware("a100_sxm", "bf16")))
     first, second = fit_all_rows(problem), fit_all_rows(problem)
     assert first == second
     shipped = catalog.load("device", "a100-sxm").operators["decode_attention"]["bf16_d128"]

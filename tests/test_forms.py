@@ -30,10 +30,10 @@ MOE = starts(moe.COEFFICIENTS)
 
 
 def test_gemm_roofline_by_hand():
-    thin = gemm.GemmShape(np.array([1.0]), np.array([4096.0]), np.array([4096.0]), 2.0)
+    thin = gemm.GemmShape(np.array([1.0]), np.array([4096.0]), np.array([4096.0]), 2.0, 2.0)
     weights, activations = 2 * 4096 * 4096, 2 * 4096 + 2 * 4096
     assert gemm.roofline_s(thin, HW) == pytest.approx((weights + activations) / 1e12)
-    wide = gemm.GemmShape(np.array([8192.0]), np.array([4096.0]), np.array([4096.0]), 2.0)
+    wide = gemm.GemmShape(np.array([8192.0]), np.array([4096.0]), np.array([4096.0]), 2.0, 2.0)
     assert gemm.roofline_s(wide, HW) == pytest.approx(2 * 8192 * 4096 * 4096 / 100e12)
 
 
@@ -41,20 +41,20 @@ def test_gemm_of_one_full_wave_by_hand():
     """100 tiles of 128 x 128 on 100 multiprocessors, so deep that the work of a tile is all that counts."""
     c = GEMM | {"compute_efficiency": 0.5, "launch_s": 0.0, "wave_s": 0.0, "sharpness": 13.0, "throttle": 0.0}
     del c["split_s"]
-    seconds = gemm.gemm_s(gemm.GemmShape(np.float64(1280), np.float64(1280), np.float64(65536), 2.0), c, HW)
+    seconds = gemm.gemm_s(gemm.GemmShape(np.float64(1280), np.float64(1280), np.float64(65536), 2.0, 2.0), c, HW)
     assert seconds == pytest.approx(2 * 1280 * 1280 * 65536 / (100e12 * 0.5), rel=0.1)
 
 
 @given(m=st.integers(1, 10000), n=st.integers(32, 60000), k=st.integers(32, 30000))
 def test_gemm_race_finds_the_fastest_tile(m, n, k):
-    shape = gemm.GemmShape(np.float64(m), np.float64(n), np.float64(k), 2.0)
+    shape = gemm.GemmShape(np.float64(m), np.float64(n), np.float64(k), 2.0, 2.0)
     terms, extra = gemm._candidates(shape, GEMM, HW, True)
     every = pnorm([np.broadcast_to(t, extra.shape) for t in terms], GEMM["sharpness"]) + extra
     assert gemm._best_s(shape, GEMM, HW, True) == pytest.approx(every.min(), rel=1e-12)
 
 
 def test_replayed_weights_are_faster_only_when_they_fit_in_cache():
-    little, large = (gemm.GemmShape(np.float64(1), np.float64(n), np.float64(1024), 2.0) for n in (512, 65536))
+    little, large = (gemm.GemmShape(np.float64(1), np.float64(n), np.float64(1024), 2.0, 2.0) for n in (512, 65536))
     assert gemm.gemm_s(little, GEMM, HW, cold=False) < 0.9 * gemm.gemm_s(little, GEMM, HW)
     assert gemm.gemm_s(large, GEMM, HW, cold=False) == pytest.approx(gemm.gemm_s(large, GEMM, HW), rel=1e-3)
 

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from apexsim.errors import BadInput
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from apexsim.specs.device import DeviceProfile
+
+
+class _Job(NamedTuple):
+    """One profile to fit: where the tables lie, which parts of it (None: all), and the file it goes to."""
+
+    name: str
+    tables: Path | None
+    only: tuple[str, ...] | None
+    target: Path
 
 
 def fit(
@@ -18,17 +30,22 @@ def fit(
         Path | None, typer.Argument(metavar="[TABLES]", help="Folder of the reference data; else $APEXSIM_DATA.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="Device to fit.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Profile YAML to write.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Profile YAML to write; else the shipped one is replaced.")] = None,
     all_devices: Annotated[bool, typer.Option("--all", help="Fit and replace every shipped profile.")] = False,
+    only: Annotated[
+        str | None, typer.Option(help="Parts to fit again, by comma (gemm,attention,...); the rest is kept.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes to fit several devices in.")] = 2,
 ) -> None:
     """Fit the operator costs of a device and report the error on rows held out."""
     from apexsim.cli.facts import device_tables, print_tables
     from apexsim.io.yaml_files import write_yaml
 
-    for name, target in _targets(device, out, all_devices=all_devices).items():
-        profile = _fit(name, tables)
-        write_yaml(target, profile.model_dump(mode="json", exclude_defaults=True))
-        typer.echo(f"{name}: written to {target}", err=True)
+    parts = tuple(part.strip() for part in only.split(",")) if only else None
+    todo = [_Job(name, tables, parts, file) for name, file in _targets(device, out, all_devices=all_devices).items()]
+    for job, profile in _fitted(todo, jobs):
+        write_yaml(job.target, profile.model_dump(mode="json", exclude_defaults=True))
+        typer.echo(f"{job.name}: written to {job.target}", err=True)
         print_tables(*device_tables(profile))
 
 
@@ -38,24 +55,36 @@ def _targets(device: str | None, out: Path | None, *, all_devices: bool) -> dict
     from apexsim.atomic import check_writable
     from apexsim.fitting.facts import devices
 
+    folder = catalog.data_root() / catalog.FOLDERS["device"]
     if all_devices:
         if device or out:
             raise BadInput("fits every device into the shipped profiles; leave --device and --out away", where="--all")
-        folder = catalog.data_root() / catalog.FOLDERS["device"]
         return {name: folder / f"{name}.yaml" for name in devices()}
-    if device is None or out is None:
-        raise BadInput("give both, or --all", where="--device --out")
-    check_writable(out, where="--out")
-    return {device: out}
+    if device is None:
+        raise BadInput("give one, or --all", where="--device")
+    if out:
+        check_writable(out, where="--out")
+    return {device: out or folder / f"{device}.yaml"}
 
 
-def _fit(name: str, tables: Path | None) -> DeviceProfile:
-    from rich.console import Console
+def _fitted(todo: list[_Job], jobs: int) -> Iterator[tuple[_Job, DeviceProfile]]:
+    """Every job with its profile, in order; several of them side by side."""
+    if len(todo) == 1 or jobs == 1:
+        for job in todo:
+            yield job, _run(job)
+        return
+    with ProcessPoolExecutor(min(jobs, len(todo))) as pool:
+        yield from zip(todo, pool.map(_run, todo), strict=True)
 
-    from apexsim.fitting.pipeline import fit_device
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        return fit_device(name, tables)
-    with console.status(f"fitting {name}") as status:
-        return fit_device(name, tables, progress=status.update)
+def _run(job: _Job) -> DeviceProfile:
+    """Fit one profile, telling on a line of standard error what is being fitted."""
+    from apexsim import catalog
+    from apexsim.fitting.pipeline import PARTS, fit_device
+
+    base = catalog.load("device", job.name) if job.only else None
+
+    def tell(what: str) -> None:
+        typer.echo(what, err=True)
+
+    return fit_device(job.name, job.tables, tell, only=job.only or PARTS, base=base)

@@ -22,6 +22,8 @@ from apexsim.errors import Unsupported
 from apexsim.specs.device import DeviceProfile, Evidence, FittedOperator
 from apexsim.units import dtype_bytes
 
+# Element-wise kernels that a profile may have costs of their own for, the more special name first.
+OWN_ELEMENTWISE = ("qk_norm", "norm", "rope", "activation", "embedding")
 ROUTING_ALPHA = {"balanced": 0.0, "power_law_1.01": 1.01, "power_law_1.2": 1.2}
 
 
@@ -110,7 +112,7 @@ class OperatorCosts:
         """Seconds of y[m, n] = x[m, k] W[k, n] with operands of ``dtype``; zero where m is 0."""
         op = self.operator("gemm", dtype)
         rows = np.maximum(np.asarray(m, dtype=float), 1.0)
-        shape = gemm.GemmShape(rows, np.asarray(n, dtype=float), np.asarray(k, dtype=float), dtype_bytes(dtype))
+        shape = gemm.shape(rows, np.asarray(n, dtype=float), np.asarray(k, dtype=float), dtype)
         hw = self._hardware(dtype)
         seconds = gemm.gemm_s(shape, op.coefficients, hw) * self._correction(
             "gemm", dtype, gemm.residual_coordinates(shape)
@@ -165,11 +167,14 @@ class OperatorCosts:
         factor = self.sustained_factor(np.maximum(per_expert, 1.0))
         return np.asarray(np.where(np.asarray(tokens) > 0, np.maximum(seconds, floor) * factor, 0.0))
 
-    def elementwise_s(self, moved_bytes: Any) -> Array:
-        """Seconds of one element-wise kernel (norm, rope, activation, residual) that moves ``moved_bytes``."""
-        return small.elementwise_s(
-            moved_bytes, self.operator("elementwise", "any").coefficients, self._hardware("bf16")
-        )
+    def elementwise_s(self, moved_bytes: Any, name: str = "any") -> Array:
+        """Seconds of one element-wise kernel that moves ``moved_bytes``.
+
+        ``name`` may end in norm, qk_norm, rope, activation or embedding, whose own cost serves where it was measured.
+        """
+        known = self.profile.operators.get("elementwise", {})
+        key = next((key for key in OWN_ELEMENTWISE if key in known and name.endswith(key)), "any")
+        return small.elementwise_s(moved_bytes, self.operator("elementwise", key).coefficients, self._hardware("bf16"))
 
     def sampling_s(self, sequences: Any, vocab: Any) -> Array:
         """Seconds to sample a token for ``sequences`` rows of ``vocab`` logits; zero for none."""

@@ -11,7 +11,7 @@ import pandas as pd
 
 from apexsim.costs.forms import decode, prefill
 from apexsim.costs.forms.hardware import Array, Coefficients, Hardware
-from apexsim.fitting.cleaning import Mask, clean, faster_than, one_query_token
+from apexsim.fitting.cleaning import Mask, Rule, clean, faster_than, one_query_token
 from apexsim.fitting.problems import Problem, random_fifth
 from apexsim.fitting.served import head_shapes
 from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
@@ -31,11 +31,28 @@ DECODE_KNOTS = {
     "keys": (16.0, 64.0, 256.0, 1024.0, 2048.0, 4096.0, 8192.0, 32768.0, 131072.0),
 }
 
+DECODE_KERNEL = Rule(
+    "decode kernel in a prefill table", lambda rows: ~rows["kernel_source"].str.endswith("decode").to_numpy()
+)
 
-def _rows(table: Path, kv_dtype: str, head_dim: int) -> pd.DataFrame:
+
+class Heads(NamedTuple):
+    """What is fitted apart: attention over a cache of ``kv_dtype`` with heads of ``head_dim``, on one device."""
+
+    kv_dtype: str
+    head_dim: int
+    hw: Hardware
+
+    @property
+    def key(self) -> str:
+        """Key of the fitted operator."""
+        return f"{self.kv_dtype}_d{self.head_dim}"
+
+
+def _rows(table: Path, heads: Heads) -> pd.DataFrame:
     """Rows of one KV dtype and head size, with ``seconds``; ``window`` is NaN for full attention."""
     frame = read_table(table, [*NUMBERS, "window_size"], ["kv_dtype", "kernel_source"])
-    keep = (frame["kv_dtype"] == kv_dtype) & (frame["head_dim"] == head_dim)
+    keep = (frame["kv_dtype"] == heads.kv_dtype) & (frame["head_dim"] == heads.head_dim)
     frame = frame[keep].reset_index(drop=True)
     frame["seconds"] = frame["latency_us"] * SECONDS_PER_US
     frame["keys"] = np.where(
@@ -43,6 +60,11 @@ def _rows(table: Path, kv_dtype: str, head_dim: int) -> pd.DataFrame:
     )
     frame["history"] = frame["kv_len"] - frame["q_len"]
     return frame
+
+
+def _source(table: Path, frame: pd.DataFrame) -> str:
+    kernels = ", ".join(sorted(frame["kernel_source"].unique()))
+    return f"{table.parent.name}/{table.name} ({table_version(table)}), {kernels}"
 
 
 def _knots(knots: dict[str, tuple[float, ...]], frame: pd.DataFrame) -> dict[str, tuple[float, ...]]:
@@ -122,19 +144,19 @@ class _Decode(NamedTuple):
         return np.where(rows["window_size"] > 0, 2.0, 1.0), *others
 
 
-def prefill_problem(table: Path, kv_dtype: str, head_dim: int, hw: Hardware, causal_skip: float = 1.0) -> Problem:
+def prefill_problem(table: Path, heads: Heads, causal_skip: float = 1.0) -> Problem:
     """Prefill attention from a table of whole prompts (no history); ``causal_skip`` comes from ``history``."""
-    form = _Prefill(dtype_bytes(kv_dtype), hw)
+    form = _Prefill(dtype_bytes(heads.kv_dtype), heads.hw)
     frame, dropped = clean(
-        _rows(table, kv_dtype, head_dim), [one_query_token("q_len"), faster_than(form.compute_floor)]
+        _rows(table, heads), [one_query_token("q_len"), DECODE_KERNEL, faster_than(form.compute_floor)]
     )
     served, full = _served_heads(frame), (frame["window_size"] == 0).to_numpy()
     everything, large = np.ones(len(frame), bool), (frame["q_len"] > 8192).to_numpy()
     return Problem(
         kind="prefill_attention",
-        key=f"{kv_dtype}_d{head_dim}",
+        key=heads.key,
         form="prefill",
-        source=f"{table.name} ({table_version(table)})",
+        source=_source(table, frame),
         frame=frame,
         dropped=dropped,
         predict=form.predict,
@@ -153,18 +175,18 @@ def prefill_problem(table: Path, kv_dtype: str, head_dim: int, hw: Hardware, cau
     )
 
 
-def decode_problem(table: Path, kv_dtype: str, head_dim: int, hw: Hardware) -> Problem:
+def decode_problem(table: Path, heads: Heads) -> Problem:
     """Decode attention from a table of equal-length batches."""
-    form = _Decode(dtype_bytes(kv_dtype), hw)
-    frame, dropped = clean(_rows(table, kv_dtype, head_dim), [faster_than(form.cold_floor)])
+    form = _Decode(dtype_bytes(heads.kv_dtype), heads.hw)
+    frame, dropped = clean(_rows(table, heads), [faster_than(form.cold_floor)])
     served, full = _served_heads(frame), (frame["window_size"] == 0).to_numpy()
     everything, cold = np.ones(len(frame), bool), form.is_cold(frame) & full
     size = (frame["keys"] * frame["batch"] * frame["kv_heads"]).to_numpy()
     return Problem(
         kind="decode_attention",
-        key=f"{kv_dtype}_d{head_dim}",
+        key=heads.key,
         form="decode",
-        source=f"{table.name} ({table_version(table)})",
+        source=_source(table, frame),
         frame=frame,
         dropped=dropped,
         predict=form.predict,

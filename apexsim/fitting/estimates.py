@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from apexsim.fitting.facts import Facts
+from apexsim.fitting.problems import Operators
 from apexsim.fitting.tables import read_table, table_version
 from apexsim.specs.device import FittedOperator, SustainedClock
 
@@ -13,14 +15,15 @@ from apexsim.specs.device import FittedOperator, SustainedClock
 CLOCK_KNOTS = (128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0)
 
 
-def elementwise() -> FittedOperator:
-    """Element-wise kernels: launch inside a CUDA graph and three quarters of the HBM peak."""
-    return FittedOperator(
+def operators(device: Facts, kernels: Path) -> Operators:
+    """Element-wise kernels: launch inside a CUDA graph and three quarters of the HBM peak, on every device."""
+    kernel = FittedOperator(
         form="elementwise",
         coefficients={"launch_s": 1.6e-6, "memory_efficiency": 0.75},
         evidence="estimated",
         source="form of the norm and rope rows of vllm_layers; constants that reproduce served runs",
     )
+    return {"elementwise": {"any": kernel}}
 
 
 def sustained_clock(kernels: Path, device: str) -> SustainedClock:

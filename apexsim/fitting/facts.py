@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from apexsim.costs.forms.hardware import Hardware
 from apexsim.fitting.power import power_model
-from apexsim.specs.device import Datasheet, Price
+from apexsim.specs.device import Datasheet, Evidence, Price
 from apexsim.specs.power import PowerModel
 
 MIB = 1 << 20
@@ -26,63 +27,116 @@ class Facts(NamedTuple):
     power: PowerModel
 
 
-def _hopper(memory_bytes: int, memory_bytes_per_s: float) -> Datasheet:
-    return Datasheet(
-        memory_bytes=memory_bytes,
-        memory_bytes_per_s=memory_bytes_per_s,
-        flops_per_s={"bf16": 989e12, "fp8": 1978e12},
-        l2_bytes=50 * MIB,
-        sms=132,
-        tdp_w=700.0,
-        intra_node_bytes_per_s=450e9,
-        inter_node_bytes_per_s=50e9,
-        pcie_bytes_per_s=64e9,
-        nccl_bytes=_NCCL_BYTES,
-        source=_SHEET_SOURCE,
-    )
+class _Chip(NamedTuple):
+    """A device in the units of datasheets: bytes, TB/s, dense TFLOP/s by dtype, MiB, W."""
+
+    memory_bytes: int
+    tb_per_s: float
+    tflops: dict[str, float]
+    l2_mib: int
+    sms: int
+    tdp_w: float
 
 
-def _a100() -> Datasheet:
-    return Datasheet(
-        memory_bytes=85899345920,
-        memory_bytes_per_s=2.039e12,
-        flops_per_s={"bf16": 312e12},
-        l2_bytes=40 * MIB,
-        sms=108,
-        tdp_w=400.0,
-        intra_node_bytes_per_s=300e9,
-        inter_node_bytes_per_s=25e9,
-        pcie_bytes_per_s=32e9,
-        nccl_bytes=_NCCL_BYTES,
-        source=_SHEET_SOURCE,
-    )
+class _Links(NamedTuple):
+    """GB/s of one device, one way: to devices of its node, to other nodes, to its host."""
+
+    node: float
+    network: float
+    host: float
 
 
-def _price(usd_per_hour: float, source: str) -> Price:
-    return Price(usd_per_hour=usd_per_hour, source=f"on demand, mid of published offers: {source}", date="2026-05")
+_CHIPS = {
+    "a100-sxm": _Chip(85899345920, 2.039, {"bf16": 312}, 40, 108, 400),
+    "h100-sxm": _Chip(85899345920, 3.35, {"bf16": 989, "fp8": 1978}, 50, 132, 700),
+    "h200-sxm": _Chip(151397597184, 4.8, {"bf16": 989, "fp8": 1978}, 50, 132, 700),
+    "b200-sxm": _Chip(193273528320, 7.7, {"bf16": 2250, "fp8": 4500, "nvfp4": 9000}, 126, 148, 1000),
+    "b300-sxm": _Chip(288400343040, 7.75, {"bf16": 2250, "fp8": 4500, "nvfp4": 14000}, 126, 148, 1100),
+    "gb200": _Chip(198674743296, 8.0, {"bf16": 2500, "fp8": 5000, "nvfp4": 10000}, 126, 148, 1200),
+    "gb300": _Chip(298013687808, 8.0, {"bf16": 2500, "fp8": 5000, "nvfp4": 15000}, 126, 148, 1400),
+    "l40s": _Chip(48305799168, 0.864, {"bf16": 362.05, "fp8": 733}, 96, 142, 350),
+    "rtx-pro-6000": _Chip(102641958912, 1.792, {"bf16": 467.8, "fp8": 935.6, "nvfp4": 1871.2}, 128, 188, 600),
+    "rtx-4090": _Chip(25769803776, 1.008, {"bf16": 165, "fp8": 330}, 72, 128, 450),
+}
+# Trays of GB200 and GB300 reach the other nodes of their rack over NVLink. Consumer boards: a 400 Gb/s card assumed.
+_LINKS = {
+    "a100-sxm": _Links(300, 25, 32),
+    "h100-sxm": _Links(450, 50, 64),
+    "h200-sxm": _Links(450, 50, 64),
+    "b200-sxm": _Links(900, 100, 128),
+    "b300-sxm": _Links(900, 100, 128),
+    "gb200": _Links(900, 900, 64),
+    "gb300": _Links(900, 900, 64),
+    "l40s": _Links(32, 50, 32),
+    "rtx-pro-6000": _Links(64, 50, 64),
+    "rtx-4090": _Links(32, 50, 32),
+}
+_OFFERS = "on demand, mid of published offers"
+# (USD per GPU-hour, where from). Estimates: the premium of H200 over H100 for more memory on the same chip; the mean
+# ratio of bandwidth and bf16 FLOPs to the L40S.
+_PRICES = {
+    "a100-sxm": (1.8, f"{_OFFERS}: hyperscalers 1.50-3.00, specialised clouds 1.10-1.50 (mercatus-ai.com)"),
+    "h100-sxm": (
+        3.0,
+        f"{_OFFERS}: median 2.95 over 37 providers (aimultiple.com); specialised clouds 2.50-3.50 (mercatus-ai.com)",
+    ),
+    "h200-sxm": (4.0, f"{_OFFERS}: specialised clouds 3.50-4.50 (mercatus-ai.com), 4.54 (Spheron, 2026-03-17)"),
+    "b200-sxm": (5.5, f"{_OFFERS}: 4.50-6.00 (Lyceum, 2026-03-11), 6.03 (Spheron)"),
+    "b300-sxm": (7.3, "estimated: B200 with the premium of H200 over H100"),
+    "gb200": (4.54, "on demand, half of a superchip of two at 9.08 (Spheron)"),
+    "gb300": (6.0, "estimated: GB200 with the premium of H200 over H100"),
+    "l40s": (1.1, f"{_OFFERS}: major clouds 0.80-1.50 (alloclabs, 2026-02)"),
+    "rtx-pro-6000": (1.8, "estimated: L40S by bandwidth and FLOPs"),
+    "rtx-4090": (0.9, "estimated: L40S by bandwidth and FLOPs"),
+}
+_PRICE_DATE = "2026-05"
+_FOLDERS = {"rtx-pro-6000": "rtx_pro_6000_server"}
+# A device without tables of its own takes those of another chip of its kind: both are AD102.
+KIN = {"rtx_4090": "l40s"}
+
+
+def tables_of(device: Facts) -> tuple[str, Evidence]:
+    """Folder whose tables of products and attention serve a device, and what its fits are then worth."""
+    return (KIN[device.folder], "estimated") if device.folder in KIN else (device.folder, "fitted")
+
+
+def hardware(folder: str, dtype: str) -> Hardware:
+    """Peaks of the device whose tables lie in ``folder``."""
+    return Hardware.of(next(_datasheet(name) for name in _CHIPS if _folder(name) == folder), dtype)
 
 
 def devices() -> dict[str, Facts]:
     """Facts by profile name."""
-    return {
-        "a100-sxm": Facts(
-            "a100_sxm",
-            _a100(),
-            _price(1.8, "hyperscalers 1.50-3.00, specialised clouds 1.10-1.50 (mercatus-ai.com)"),
-            power_model("a100-sxm"),
-        ),
-        "h100-sxm": Facts(
-            "h100_sxm",
-            _hopper(85899345920, 3.35e12),
-            _price(
-                3.0, "median 2.95 over 37 providers (aimultiple.com); specialised clouds 2.50-3.50 (mercatus-ai.com)"
-            ),
-            power_model("h100-sxm"),
-        ),
-        "h200-sxm": Facts(
-            "h200_sxm",
-            _hopper(151397597184, 4.8e12),
-            _price(4.0, "specialised clouds 3.50-4.50 (mercatus-ai.com), 4.54 (Spheron, 2026-03-17)"),
-            power_model("h200-sxm"),
-        ),
-    }
+    return {name: _facts(name) for name in _CHIPS}
+
+
+def _facts(name: str) -> Facts:
+    usd_per_hour, source = _PRICES[name]
+    price = Price(usd_per_hour=usd_per_hour, source=source, date=_PRICE_DATE)
+    return Facts(_folder(name), _datasheet(name), price, power_model(name))
+
+
+def _folder(name: str) -> str:
+    return _FOLDERS.get(name, name.replace("-", "_"))
+
+
+def _datasheet(name: str) -> Datasheet:
+    chip, links = _CHIPS[name], _LINKS[name]
+    return Datasheet(
+        memory_bytes=chip.memory_bytes,
+        memory_bytes_per_s=_si(chip.tb_per_s, 1e12),
+        flops_per_s={dtype: _si(tflops, 1e12) for dtype, tflops in chip.tflops.items()},
+        l2_bytes=chip.l2_mib * MIB,
+        sms=chip.sms,
+        tdp_w=chip.tdp_w,
+        intra_node_bytes_per_s=_si(links.node, 1e9),
+        inter_node_bytes_per_s=_si(links.network, 1e9),
+        pcie_bytes_per_s=_si(links.host, 1e9),
+        nccl_bytes=_NCCL_BYTES,
+        source=_SHEET_SOURCE,
+    )
+
+
+def _si(value: float, unit: float) -> float:
+    """A figure in its base unit, without the last bits that the product of two decimals leaves."""
+    return float(f"{value * unit:.10g}")

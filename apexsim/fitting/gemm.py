@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,10 +13,10 @@ import pandas as pd
 from apexsim.costs.forms import gemm
 from apexsim.costs.forms.hardware import Array, Coefficients, Hardware
 from apexsim.fitting.cleaning import clean, faster_than, slower_than_larger
+from apexsim.fitting.facts import Facts, hardware, tables_of
 from apexsim.fitting.problems import Problem, random_fifth
 from apexsim.fitting.served import gemm_shapes
 from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
-from apexsim.units import dtype_bytes
 
 KNOTS = {
     "n": (32.0, 512.0, 1536.0, 4096.0, 8192.0, 65536.0),
@@ -22,17 +24,25 @@ KNOTS = {
     "m": (1.0, 16.0, 64.0, 128.0, 256.0, 512.0, 1536.0, 4096.0, 32768.0),
 }
 # Kernels with own library choices per dtype: cuBLAS cuts k, the fp8 kernels do not but quantise activations.
-EXTRA = {"bf16": (gemm.SPLIT,), "fp8": (gemm.QUANTISE,), "fp8_block": (gemm.QUANTISE,)}
+EXTRA = {
+    "bf16": (gemm.SPLIT,),
+    "fp8": (gemm.QUANTISE,),
+    "fp8_block": (gemm.QUANTISE,),
+    "nvfp4": (gemm.QUANTISE,),
+    "int4_wo": (gemm.SPLIT,),
+    "int8_wo": (gemm.SPLIT,),
+}
+BLACKWELL = ("b200_sxm", "b300_sxm", "gb200", "gb300")
 
 
 class _Products(NamedTuple):
     """The form on rows of a table, weights hot as they were measured."""
 
-    operand_bytes: float
+    dtype: str
     hw: Hardware
 
     def shape(self, rows: pd.DataFrame) -> gemm.GemmShape:
-        return gemm.GemmShape(rows["m"].to_numpy(), rows["n"].to_numpy(), rows["k"].to_numpy(), self.operand_bytes)
+        return gemm.shape(rows["m"].to_numpy(), rows["n"].to_numpy(), rows["k"].to_numpy(), self.dtype)
 
     def predict(self, rows: pd.DataFrame, c: Coefficients) -> Array:
         return gemm.gemm_s(self.shape(rows), c, self.hw, cold=False)
@@ -45,9 +55,44 @@ class _Products(NamedTuple):
         return gemm.residual_coordinates(self.shape(rows))
 
 
-def problem(table: Path, dtype: str, hw: Hardware) -> Problem:
-    """The fit of products in ``dtype`` from a table of m, n, k, dtype, latency_us."""
-    form = _Products(dtype_bytes(dtype), hw)
+class Table(NamedTuple):
+    """Products of one dtype and the table with their times, of the device itself or of another one."""
+
+    dtype: str
+    folder: str
+    name: str = "gemm"
+
+
+def tables_for(folder: str) -> Iterator[Table]:
+    """Products to fit for the device whose tables lie in ``folder``.
+
+    Weights of 4 and 8 bits that are multiplied in bf16 were measured on A100 and H200; others take them by their peaks
+    from whichever has the same kind of tensor-core instruction.
+    """
+    newer = folder in ("h100_sxm", "h200_sxm", *BLACKWELL)
+    if folder == "a100_sxm":
+        yield Table("bf16", folder, "gemm__sglang")
+    else:
+        yield from (Table(dtype, folder) for dtype in ("bf16", "fp8"))
+        yield Table("fp8_block", folder, "gemm__fp8_block_trtllm")
+    if folder in (*BLACKWELL, "rtx_pro_6000_server"):
+        yield Table("nvfp4", folder)
+    weight_only = ("h200_sxm", "gemm__int4_int8_wo_trtllm") if newer else ("a100_sxm", "gemm__trtllm")
+    yield from (Table(dtype, *weight_only) for dtype in ("int4_wo", "int8_wo"))
+
+
+def problems(device: Facts, kernels: Path) -> Iterator[Problem]:
+    """Products of every dtype of a device."""
+    folder, evidence = tables_of(device)
+    for table in tables_for(folder):
+        own = evidence if table.folder == folder else "estimated"
+        found = problem(kernels / "datacenter" / table.folder / f"{table.name}.parquet", table.dtype)
+        yield replace(found, evidence=own)
+
+
+def problem(table: Path, dtype: str) -> Problem:
+    """The fit of products in ``dtype`` from a table of m, n, k, dtype, latency_us in the folder of a device."""
+    form = _Products(dtype, hardware(table.parent.name, dtype))
     # The steps between tiles of the fp8_block kernels are real, not hiccups.
     hiccups = [] if dtype == "fp8_block" else [slower_than_larger(["n", "k"], "m")]
     frame, dropped = clean(_rows(table, dtype), [faster_than(form.compute_floor), *hiccups])
@@ -58,7 +103,7 @@ def problem(table: Path, dtype: str, hw: Hardware) -> Problem:
         kind="gemm",
         key=dtype,
         form="gemm",
-        source=f"{table.name} ({table_version(table)})",
+        source=f"{table.parent.name}/{table.name} ({table_version(table)})",
         frame=frame,
         dropped=dropped,
         predict=form.predict,

@@ -10,6 +10,7 @@ which the kernels of the A100 prompt table do not.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import pandas as pd
 from apexsim.costs.forms import prefill
 from apexsim.costs.forms.hardware import Array
 from apexsim.costs.forms.residual import LogGrid
-from apexsim.fitting.attention import prefill_problem
+from apexsim.fitting.attention import Heads, prefill_problem
 from apexsim.fitting.mixed import MODELS, RTX_PRO_6000, attention_rows
 from apexsim.fitting.problems import fit_all_rows, summary
 from apexsim.specs.device import HoldOut
@@ -26,10 +27,11 @@ from apexsim.specs.device import HoldOut
 SWITCHES = (0.0, 0.5, 1.0)
 
 
+@lru_cache
 def causal_skip(kernels: Path) -> tuple[float, HoldOut]:
     """The switch that predicts measured chunks best from prompts alone, and its error on them."""
     prompts = kernels / "datacenter" / "rtx_pro_6000_server" / "context_attention.parquet"
-    c, grid = fit_all_rows(prefill_problem(prompts, "bf16", 128, RTX_PRO_6000.hw))
+    c, grid = fit_all_rows(prefill_problem(prompts, Heads("bf16", 128, RTX_PRO_6000.hw)))
     residual = LogGrid.of(grid)
     chunks = _chunks(attention_rows(kernels / "vllm_layers", RTX_PRO_6000))
     scores = []

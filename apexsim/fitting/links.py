@@ -12,7 +12,7 @@ import pandas as pd
 from apexsim.costs.collectives import CollectiveTable, clean_points, copies_sent, thin_points
 from apexsim.costs.forms.hardware import Array
 from apexsim.fitting.facts import Facts
-from apexsim.fitting.problems import summary
+from apexsim.fitting.problems import Operators, summary
 from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
 from apexsim.specs.device import Evidence, FittedOperator, HoldOut, Points
 
@@ -31,7 +31,6 @@ DEEPEP_SMS = 20
 # Groups of these exchanges are listed by nodes of 8 devices; trays of GB200 and GB300 hold 4.
 DEVICES_PER_NODE = {"gb200": 4, "gb300": 4}
 PCIE = ("l40s", "rtx_pro_6000_server")
-Operators = dict[str, dict[str, FittedOperator]]
 
 
 class Curve(NamedTuple):

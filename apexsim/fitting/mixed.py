@@ -17,7 +17,7 @@ from apexsim.costs.forms.hardware import Array, Coefficients, Hardware
 from apexsim.costs.forms.prefill import Heads
 from apexsim.fitting.facts import Facts
 from apexsim.fitting.fit import fit_coefficients
-from apexsim.fitting.problems import FIT_ROWS, SEED, summary
+from apexsim.fitting.problems import FIT_ROWS, SEED, Operators, summary
 from apexsim.fitting.tables import SECONDS_PER_US, read_table
 from apexsim.specs.device import FittedOperator, HoldOut
 
@@ -32,7 +32,6 @@ COLUMNS = {
     "decode_kv_tokens": "keys",
     "time_us_per_layer": "us",
 }
-Operators = dict[str, dict[str, FittedOperator]]
 
 
 class Timed(NamedTuple):

@@ -13,7 +13,7 @@ from apexsim.costs.fitted import ROUTING_ALPHA
 from apexsim.costs.forms import moe
 from apexsim.costs.forms.hardware import Array, Coefficients, Hardware
 from apexsim.fitting.cleaning import clean, faster_than, thin_shards
-from apexsim.fitting.facts import Facts, devices
+from apexsim.fitting.facts import Facts, hardware, tables_of
 from apexsim.fitting.problems import Problem, random_fifth
 from apexsim.fitting.served import expert_shapes
 from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
@@ -104,9 +104,8 @@ def _hopper_fp8() -> Kernel:
 
 def problems(device: Facts, kernels: Path) -> Iterator[Problem]:
     """The fits of a device, from the tables under ``kernels``."""
-    for kernel in kernels_of(device.folder):
-        sheet = next(known.datasheet for known in devices().values() if known.folder == kernel.folder)
-        hw = Hardware.of(sheet, kernel.dtype)
+    for kernel in kernels_of(tables_of(device)[0]):
+        hw = hardware(kernel.folder, kernel.dtype)
         yield problem(kernels / "datacenter", kernel, hw, own=kernel.folder == device.folder)
 
 

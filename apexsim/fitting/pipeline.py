@@ -7,7 +7,7 @@ from pathlib import Path
 
 from apexsim import __version__
 from apexsim.errors import BadInput, nearest
-from apexsim.fitting import attention, estimates, facts, gemm, links, mixed, mla, moe, small
+from apexsim.fitting import attention_tables, estimates, facts, gemm, links, mixed, mla, moe, small
 from apexsim.fitting.facts import Facts
 from apexsim.fitting.power import fit_power
 from apexsim.fitting.problems import Operators, Problem, solve
@@ -20,7 +20,7 @@ Progress = Callable[[str], None]
 # Parts of a profile that are fitted from a device's own tables or those of its nearest kin.
 FITTED: dict[str, Callable[[Facts, Path], Iterator[Problem]]] = {
     "gemm": gemm.problems,
-    "attention": attention.problems,
+    "attention": attention_tables.problems,
     "moe": moe.problems,
 }
 # Parts kept as tables, carried from elsewhere, or with fits of their own kind.
@@ -28,7 +28,6 @@ COLLECTED: dict[str, Callable[[Facts, Path], Operators]] = {
     "mixed": mixed.operators,
     "links": links.operators,
     "small": small.operators,
-    "elementwise": estimates.operators,
 }
 # Parts that take the costs of the others as known, in this order.
 PARTS = (*FITTED, *COLLECTED, "mla", "power")

@@ -1,48 +1,146 @@
-"""The sampler, fitted on a device that has a table of it and carried to the others through bandwidth and cache."""
+"""The sampler and the element-wise kernels, fitted where layers were timed and carried to the other devices.
+
+The element-wise kernels of datacenter devices stay as they are estimated: served runs on Hopper ask for launches inside
+a CUDA graph and for bytes at the speed of HBM, and say no more.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from apexsim.costs.forms.hardware import Array, Coefficients, Hardware
-from apexsim.costs.forms.small import SAMPLING, sampling_s
+from apexsim.costs.forms.hardware import Array, Coefficients
+from apexsim.costs.forms.small import ELEMENTWISE, SAMPLING, elementwise_s, sampling_s
+from apexsim.fitting import estimates
+from apexsim.fitting.facts import Facts
 from apexsim.fitting.fit import fit_coefficients
-from apexsim.fitting.problems import summary
+from apexsim.fitting.mixed import OWN, RTX_PRO_6000, SINGLE_LAUNCH, Timed
+from apexsim.fitting.problems import Operators, summary
 from apexsim.fitting.tables import SECONDS_PER_US, read_table
 from apexsim.specs.device import FittedOperator
 
-# RTX PRO 6000 Blackwell Server Edition: vendor figures, and its system file in aiconfigurator.
-RTX_PRO_6000 = Hardware(flops_per_s=467.8e12, bytes_per_s=1.792e12, sms=188, l2_bytes=128 * 1024**2)
-VOCABULARIES = {"Llama-3.1-8B": 128256.0, "Qwen3-32B": 151936.0, "Qwen3-30B-A3B-Instruct-2507": 151936.0}
+
+class Widths(NamedTuple):
+    """Sizes of a model whose layers were timed: hidden, query and KV heads of 128, FFN (None: experts), vocabulary."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int | None
+    vocab: int
 
 
-def sampling(folder: Path) -> FittedOperator:
-    """The sampler from ``folder`` (one sub-folder a model, each with per_sequence.parquet), at tensor degree 1."""
-    frame = pd.concat([_rows(folder / model / "per_sequence.parquet", v) for model, v in VOCABULARIES.items()])
-    sequences, vocab = frame["sequences"].to_numpy(), frame["vocab"].to_numpy()
+MODELS = {
+    "Llama-3.1-8B": Widths(4096, 32, 8, 14336, 128256),
+    "Qwen3-32B": Widths(5120, 64, 8, 25600, 151936),
+    "Qwen3-30B-A3B-Instruct-2507": Widths(2048, 32, 4, None, 151936),
+}
+Bytes = Callable[[Widths, Array], Array | float]
+
+
+def _rotated(widths: Widths, tp: Array) -> Array:
+    """Bytes of a token that go through the rotary embedding, or the norm of queries and keys: read and written."""
+    return np.asarray(4 * 128 * (widths.heads / tp + np.maximum(1.0, widths.kv_heads / tp)))
+
+
+# Layers of the tables by operator, and the bytes that one moves for a token at a tensor degree.
+LAYERS: dict[str, tuple[tuple[str, ...], Bytes]] = {
+    "norm": (("layernorm", "final_layernorm"), lambda widths, tp: 8.0 * widths.hidden),
+    "rope": (("rotary_emb",), _rotated),
+    "qk_norm": (("qk_norm",), _rotated),
+    "activation": (("act_fn",), lambda widths, tp: 6.0 * (widths.ffn or 0) / tp),
+    "embedding": (("embedding",), lambda widths, tp: 4.0 * widths.hidden),
+}
+
+
+def operators(device: Facts, kernels: Path) -> Operators:
+    """Sampler and element-wise kernels of a device."""
+    layers = kernels / "vllm_layers"
+    if device.folder not in OWN:
+        return estimates.operators(device, kernels) | {"sampling": {"any": _sampling(layers, RTX_PRO_6000)}}
+    timed = SINGLE_LAUNCH[device.folder]
+    rows = pd.concat(list(_elementwise_rows(layers / timed.folder)), ignore_index=True)
+    kinds = {name: _elementwise(rows[rows["kind"] == name], timed) for name in LAYERS if (rows["kind"] == name).any()}
+    sampling = _sampling(layers, timed)
+    own = {"evidence": "fitted", "source": f"vllm_layers/{timed.folder} (vLLM 0.19)"}
+    return {
+        "elementwise": {"any": _elementwise(rows, timed), **kinds},
+        "sampling": {"any": sampling.model_copy(update=own)},
+    }
+
+
+def _elementwise_rows(folder: Path) -> Iterator[pd.DataFrame]:
+    """Timed element-wise kernels: ``kind``, ``bytes`` moved, ``seconds``."""
+    for model, widths in MODELS.items():
+        table = folder / model / "dense.parquet"
+        if not table.is_file():
+            continue
+        frame = read_table(table, ["tp", "tokens", "time_us_per_call"], ["layer"])
+        frame["seconds"] = frame["time_us_per_call"] * SECONDS_PER_US
+        for kind, (names, bytes_of) in LAYERS.items():
+            rows = frame[frame["layer"].isin(names)]
+            yield rows.assign(kind=kind, bytes=rows["tokens"] * bytes_of(widths, rows["tp"].to_numpy()))
+
+
+def _elementwise(rows: pd.DataFrame, timed: Timed) -> FittedOperator:
+    moved, seconds = rows["bytes"].to_numpy(), rows["seconds"].to_numpy()
 
     def predict(c: Coefficients) -> Array:
-        return sampling_s(sequences, vocab, c, RTX_PRO_6000)
+        return elementwise_s(moved, c, timed.hw)
 
-    seconds = frame["seconds"].to_numpy()
-    c = fit_coefficients(predict, seconds, np.ones(len(frame)), SAMPLING, {})
+    c = fit_coefficients(predict, seconds, np.ones(len(rows)), ELEMENTWISE, {})
     return FittedOperator(
-        form="sampling",
+        form="elementwise",
         coefficients=c,
-        valid={"sequences": (float(sequences.min()), float(sequences.max()))},
-        evidence="estimated",
-        source="fitted on vllm_layers (RTX PRO 6000, vLLM 0.19), carried over by HBM bandwidth and L2 size",
-        rows_used=len(frame),
-        quality={"in_sample_on_rtx_pro_6000": summary(np.abs(predict(c) / seconds - 1))},
+        valid={"bytes": (float(moved.min()), float(moved.max()))},
+        evidence="fitted",
+        source=f"vllm_layers/{timed.folder} (vLLM 0.19)",
+        rows_used=len(rows),
+        quality={"in_sample": summary(np.abs(predict(c) / seconds - 1))},
     )
 
 
-def _rows(table: Path, vocab: float) -> pd.DataFrame:
-    frame = read_table(table, ["tp", "sequences", "time_us_per_call"], ["layer"])
-    frame = frame[(frame["layer"] == "sampler") & (frame["tp"] == 1)].reset_index(drop=True)
-    frame["seconds"] = frame["time_us_per_call"] * SECONDS_PER_US
-    frame["vocab"] = vocab
-    return frame
+def _sampling(layers: Path, timed: Timed) -> FittedOperator:
+    """The sampler at tensor degree 1, as carried over to another device.
+
+    The models were timed with launches of their own (10 us of kernels for two, 25 us for the third, at the same
+    slopes): every model keeps its own in the fit, and the median serves.
+    """
+    frame = _sampler_rows(layers / timed.folder)
+    sequences, vocab, seconds = (frame[name].to_numpy() for name in ("sequences", "vocab", "seconds"))
+    models = sorted(frame["model"].unique())
+    which = np.array([models.index(model) for model in frame["model"]])
+    launches = [SAMPLING[0]._replace(name=f"launch_{number}") for number in range(len(models))]
+
+    def predict(c: Coefficients) -> Array:
+        own = np.array([c[launch.name] for launch in launches])[which]
+        return sampling_s(sequences, vocab, {**c, "launch_s": own}, timed.hw)
+
+    c = fit_coefficients(predict, seconds, np.ones(len(frame)), [*launches, *SAMPLING[1:]], {})
+    score = summary(np.abs(predict(c) / seconds - 1))
+    shared = {"launch_s": float(np.median([c.pop(launch.name) for launch in launches]))}
+    return FittedOperator(
+        form="sampling",
+        coefficients=shared | c,
+        valid={"sequences": (float(sequences.min()), float(sequences.max()))},
+        evidence="estimated",
+        source=f"fitted on vllm_layers/{timed.folder} (vLLM 0.19), carried over by HBM bandwidth and L2 size",
+        rows_used=len(frame),
+        quality={f"in_sample_launches_apart_{timed.folder.lower()}": score},
+    )
+
+
+def _sampler_rows(folder: Path) -> pd.DataFrame:
+    found = []
+    for model, widths in MODELS.items():
+        table = folder / model / "per_sequence.parquet"
+        if table.is_file():
+            frame = read_table(table, ["tp", "sequences", "time_us_per_call"], ["layer"])
+            frame = frame[(frame["layer"] == "sampler") & (frame["tp"] == 1)]
+            seconds = frame["time_us_per_call"] * SECONDS_PER_US
+            found.append(frame.assign(model=model, vocab=float(widths.vocab), seconds=seconds))
+    return pd.concat(found, ignore_index=True)

@@ -1,15 +1,15 @@
 """Matrix product y[m, n] = x[m, k] W[k, n]: tiles over multiprocessors against bytes over HBM.
 
-Symbols: ``m`` rows (tokens), ``n`` outputs, ``k`` inputs, ``w`` bytes of an operand element, P peak FLOP/s, BW peak HBM
-bytes/s, SM multiprocessors, L2 cache bytes. The kernel library picks one of a few tile shapes (Tm x Tn), maybe
-cutting k into S slices; the form tries them all and keeps the fastest:
+Symbols: ``m`` rows (tokens), ``n`` outputs, ``k`` inputs, ``w`` bytes of a weight, ``w_x`` of an input, P peak
+FLOP/s, BW peak HBM bytes/s, SM multiprocessors, L2 cache bytes. The kernel library picks one of a few tile shapes
+(Tm x Tn), maybe cutting k into S slices; the form tries them all and keeps the fastest:
 
     tiles  = ceil(m / Tm) ceil(n / Tn) S                 f = tiles / SM
     waves  = 1 for f <= 1, else q ceil(f) + (1 - q) f     q: 0 persistent kernels, 1 whole waves
     t_comp = waves 2 Tm Tn ceil64(k / S) / (P / SM e_c)   work of padded tiles
     t_hbm  = moved / (BW e_m min(1, b_sm min(f, 1)))      a multiprocessor alone draws at most b_sm BW / SM
-    t_l2   = tiles (Tm + Tn) k / S w / (BW l2 min(f, 1))  operands that every tile reads again
-    T      = t0 + best * max(1, best / 1 ms)^thr + quantise m k (4 + w) / BW
+    t_l2   = tiles (Tm w_x + Tn w) k / S / (BW l2 min(f, 1))  operands that every tile reads again
+    T      = t0 + best * max(1, best / 1 ms)^thr + quantise m k (4 + w_x) / BW
     best   = min over shapes of pnorm(t_comp, t_hbm, t_l2) + t_w waves + (S > 1: t_s + 8 S m n / (BW l2))
 
 ``moved`` is weights + inputs + outputs. In the tables a small W is read again and again and stays in L2: there
@@ -25,12 +25,13 @@ from typing import NamedTuple
 import numpy as np
 
 from apexsim.costs.forms.hardware import Array, Coefficient, Coefficients, Hardware, pnorm
+from apexsim.units import dtype_bytes
 
 SPLITS = (1, 2, 4, 8, 16)
 OUTPUT_BYTES = 2.0
 
 COEFFICIENTS = (
-    Coefficient("launch_s", 0.5e-6, 0.05e-6, 6e-6, "t0: launch and drain of an empty kernel"),
+    Coefficient("launch_s", 0.5e-6, 0.05e-6, 12e-6, "t0: launch and drain of empty kernels"),
     Coefficient("compute_efficiency", 0.85, 0.3, 0.98, "e_c: share of the tensor-core peak inside a full tile"),
     Coefficient("memory_efficiency", 0.87, 0.6, 0.97, "e_m: share of the HBM peak when all multiprocessors load"),
     Coefficient("sm_bandwidth", 1.5, 0.3, 8.0, "b_sm: bandwidth one multiprocessor can draw, in BW / SM"),
@@ -48,12 +49,19 @@ QUANTISE = Coefficient(
 
 
 class GemmShape(NamedTuple):
-    """Sizes of matrix products, as arrays or numbers that broadcast; ``operand_bytes`` is w."""
+    """Sizes of matrix products, as arrays or numbers that broadcast; bytes of an element of W and of x."""
 
     m: Array
     n: Array
     k: Array
-    operand_bytes: float
+    weight_bytes: float
+    input_bytes: float
+
+
+def shape(m: Array, n: Array, k: Array, dtype: str) -> GemmShape:
+    """Products in ``dtype``: inputs come in it too, but in bf16 where only weights are stored small."""
+    weight_bytes = dtype_bytes(dtype)
+    return GemmShape(m, n, k, weight_bytes, dtype_bytes("bf16") if dtype.endswith("_wo") else weight_bytes)
 
 
 @lru_cache
@@ -71,8 +79,8 @@ def tile_shapes(split: bool) -> tuple[Array, Array, Array]:
 
 def moved_bytes(shape: GemmShape) -> Array:
     """Bytes that a cold product must move: weights, inputs, outputs."""
-    w = shape.operand_bytes
-    return w * (shape.n * shape.k + shape.m * shape.k) + OUTPUT_BYTES * shape.m * shape.n
+    operands = shape.weight_bytes * shape.n * shape.k + shape.input_bytes * shape.m * shape.k
+    return operands + OUTPUT_BYTES * shape.m * shape.n
 
 
 def roofline_s(shape: GemmShape, hw: Hardware) -> Array:
@@ -86,7 +94,7 @@ def gemm_s(shape: GemmShape, c: Coefficients, hw: Hardware, *, cold: bool = True
     ``quantise_passes`` only where the kernels do such things."""
     best = _best_s(shape, c, hw, cold)
     best = best * np.maximum(1.0, best / 1e-3) ** c["throttle"]
-    quantise = c.get("quantise_passes", 0.0) * shape.m * shape.k * (4 + shape.operand_bytes) / hw.bytes_per_s
+    quantise = c.get("quantise_passes", 0.0) * shape.m * shape.k * (4 + shape.input_bytes) / hw.bytes_per_s
     return np.asarray(c["launch_s"] + best + quantise)
 
 
@@ -121,7 +129,8 @@ def _candidates(shape: GemmShape, c: Coefficients, hw: Hardware, cold: bool) -> 
     compute = waves * (2 * tm * tn * hw.sms / (hw.flops_per_s * c["compute_efficiency"])) * (np.ceil(depth / 64) * 64)
     drawn = hw.bytes_per_s * c["memory_efficiency"] * np.minimum(1.0, c["sm_bandwidth"] * busy)
     memory = (moved_bytes(shape) - (0.0 if cold else _cached_bytes(shape, c, hw)))[..., None] / drawn
-    cache = tiles * (tm + tn) * depth * (shape.operand_bytes / l2_bytes_per_s) / busy
+    read = tm * shape.input_bytes + tn * shape.weight_bytes
+    cache = tiles * read * depth / (l2_bytes_per_s * busy)
     extra = c["wave_s"] * waves
     if "split_s" in c:
         extra = extra + (s > 1) * (c["split_s"] + 8 * s * m * n / l2_bytes_per_s)
@@ -130,7 +139,7 @@ def _candidates(shape: GemmShape, c: Coefficients, hw: Hardware, cold: bool) -> 
 
 def _cached_bytes(shape: GemmShape, c: Coefficients, hw: Hardware) -> Array:
     """Weight bytes that a replayed measurement finds in L2."""
-    weights = shape.operand_bytes * shape.n * shape.k
+    weights = shape.weight_bytes * shape.n * shape.k
     return np.asarray(weights / (1 + (weights / (c["l2_hit_share"] * hw.l2_bytes)) ** 4))
 
 

@@ -1,0 +1,37 @@
+"""Which attention is fitted for which device: KV dtypes and head sizes by the kernels that its tables hold.
+
+FlashAttention 3 on Hopper, FlashInfer with TensorRT-LLM's kernels on Blackwell, FlashAttention 2 elsewhere with
+FlashInfer for fp8 caches. Head sizes that are not listed follow the nearest one. Tables of TensorRT-LLM that claim
+more than the bandwidth of the memory (``b200_sxm/generation_attention__power_trtllm``) are not read at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from apexsim.fitting import history
+from apexsim.fitting.attention import Heads, decode_problem, prefill_problem
+from apexsim.fitting.facts import Facts, hardware, tables_of
+from apexsim.fitting.problems import Problem
+
+HEAD_DIMS = (64, 128, 256)
+# The judged one carries the error of the form on chunks behind a history, found on another device.
+JUDGED = ("bf16", 128)
+
+
+def problems(device: Facts, kernels: Path) -> Iterator[Problem]:
+    """Prefill and decode attention of a device, from its own tables or those of its nearest kin."""
+    folder, evidence = tables_of(device)
+    tables = kernels / "datacenter" / folder
+    skip, check = history.causal_skip(kernels)
+    a100 = folder == "a100_sxm"
+    for kv_dtype in ("bf16",) if a100 else ("bf16", "fp8"):
+        hw = hardware(folder, kv_dtype)
+        for head_dim in (128,) if a100 else HEAD_DIMS:
+            heads = Heads(kv_dtype, head_dim, hw)
+            prompts = prefill_problem(tables / "context_attention.parquet", heads, skip)
+            checks = {"chunk_with_history_on_rtx_pro_6000": check} if (kv_dtype, head_dim) == JUDGED else {}
+            yield replace(prompts, checks=checks, evidence=evidence)
+            yield replace(decode_problem(tables / "generation_attention.parquet", heads), evidence=evidence)
