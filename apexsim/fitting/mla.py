@@ -25,7 +25,7 @@ from apexsim.costs.forms.residual import LogGrid
 from apexsim.costs.mla import projections
 from apexsim.fitting.cleaning import Mask, Rule, clean, faster_than, one_query_token
 from apexsim.fitting.fit import Knots, fit_coefficients, fit_residual
-from apexsim.fitting.problems import SEED, random_fifth, summary
+from apexsim.fitting.problems import SEED, Problem, random_fifth, solve, summary
 from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
 from apexsim.specs.device import DeviceProfile, FittedOperator, HoldOut, ResidualGrid
 from apexsim.specs.latent import LatentAttention
@@ -57,6 +57,10 @@ PREFILL_KNOTS = {
 # attention kernel alone (TensorRT-LLM on Blackwell) does not, and no product does: what grows is beside them.
 GROWING_BATCH = 64.0
 DOUBLING = Coefficient("module_doubling_s", 2e-6, 0.01e-6, 8e-6, "growth outside attention per doubling of the batch")
+# Where the decode kernel alone was measured (TensorRT-LLM's, which vLLM and SGLang run there too, in CUDA graphs) it says
+# more than modules, which serve to judge projections and prompts. vLLM 0.14's tables of it show only launches.
+KERNEL_FOLDERS = ("b200_sxm", "b300_sxm", "gb200", "gb300")
+LAUNCH = Coefficient("launch_s", 8e-6, 1e-6, 20e-6, "t0: launch and drain")
 HIDDEN_PASSES = Coefficient("hidden_passes", 2.0, 0.05, 12.0, "passes over hidden states: copies, quantising")
 _FLASHMLA = Rule(
     f"a prompt of up to {FLASHMLA_TOKENS} tokens (decode kernel)",
@@ -100,6 +104,11 @@ def operators(profile: DeviceProfile, kernels: Path, folder: str) -> dict[str, d
             if len(rows):
                 modules, more = read(rows, kv_dtype, costs)
                 found.setdefault(modules.kind, {})[kv_dtype] = _solve(modules, table, dropped | more)
+        if folder in KERNEL_FOLDERS and kv_dtype in found.get("mla_decode", {}):
+            of_modules = found["mla_decode"][kv_dtype].quality
+            kernel = solve(_kernel_problem(tables / "mla_generation_kernel.parquet", kv_dtype, costs))
+            quality = kernel.quality | {f"module_{name}": scored for name, scored in of_modules.items()}
+            found["mla_decode"][kv_dtype] = kernel.model_copy(update={"quality": quality})
     return found
 
 
@@ -115,24 +124,73 @@ def _rows(table: Path, kv_dtype: str, costs: OperatorCosts) -> tuple[pd.DataFram
     return frame, dropped
 
 
+def _kernel_problem(table: Path, kv_dtype: str, costs: OperatorCosts) -> Problem:
+    """Latent decodes from a table of the attention kernel alone: no modules, no projections."""
+    hw = Hardware.of(costs.profile.datasheet, kv_dtype)
+    frame = read_table(table, ["heads", "batch", "kv_len", "latency_us"], ["kv_dtype"])
+    frame = frame[frame["kv_dtype"] == kv_dtype]
+    rows = frame.groupby(["heads", "batch", "kv_len"])["latency_us"].median().reset_index()
+    rows["seconds"] = rows["latency_us"] * SECONDS_PER_US
+    shapes = _Decodes(kv_dtype, hw)
+    rows, dropped = clean(rows, [faster_than(shapes.cold_floor)])
+    everything, size = np.ones(len(rows), dtype=bool), (rows["batch"] * rows["kv_len"]).to_numpy()
+    served = rows["heads"].isin(SERVED_HEADS).to_numpy()
+    return Problem(
+        kind="mla_decode",
+        key=kv_dtype,
+        form="mla_decode",
+        source=f"{table.name} ({table_version(table)})",
+        frame=rows,
+        dropped=dropped,
+        predict=shapes.predict,
+        coefficients=[*mla.COEFFICIENTS, LAUNCH],
+        coordinates=shapes.coordinates,
+        knots=DECODE_KNOTS,
+        valid={"heads": "heads", "batch": "batch", "keys": "kv_len"},
+        holdouts={
+            "random": (random_fifth(len(rows)), {"random": everything}),
+            "largest": (size > size.max() / 8, {"largest": everything}),
+            "served_shapes": (served, {"served_shapes": everything}),
+        },
+        weight=everything.astype(float),
+        scan=("head_tile", mla.HEAD_TILES),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Decodes:
+    """The decode form on rows of a table, caches hot as they were measured."""
+
+    kv_dtype: str
+    hw: Hardware
+
+    def shape(self, rows: pd.DataFrame) -> mla.LatentBatch:
+        batch, keys, heads = (rows[column].to_numpy(dtype=float) for column in ("batch", "kv_len", "heads"))
+        width = dtype_bytes(self.kv_dtype)
+        return mla.LatentBatch(batch, keys, heads, SIZES.kv_lora_rank, SIZES.qk_rope_head_dim, width)
+
+    def predict(self, rows: pd.DataFrame, c: Coefficients) -> Array:
+        return mla.decode_s(self.shape(rows), c, self.hw, cold=False)
+
+    def cold_floor(self, rows: pd.DataFrame) -> Array:
+        size = mla.moved_bytes(self.shape(rows))
+        return np.asarray(np.where(size > 2 * self.hw.l2_bytes, size / self.hw.bytes_per_s, 0.0))
+
+    def coordinates(self, rows: pd.DataFrame) -> Sequence[Array]:
+        return mla.residual_coordinates(self.shape(rows))
+
+
 def _decode_modules(rows: pd.DataFrame, kv_dtype: str, costs: OperatorCosts) -> tuple[_Modules, dict[str, int]]:
     hw = Hardware.of(costs.profile.datasheet, kv_dtype if kv_dtype in costs.profile.datasheet.flops_per_s else "bf16")
 
-    def shape(part: pd.DataFrame) -> mla.LatentBatch:
-        batch, keys, heads = (part[column].to_numpy() for column in ("batch", "kv_len", "heads"))
-        return mla.LatentBatch(batch, keys, heads, SIZES.kv_lora_rank, SIZES.qk_rope_head_dim, dtype_bytes(kv_dtype))
-
-    def cold_floor(part: pd.DataFrame) -> Array:
-        size = mla.moved_bytes(shape(part))
-        return np.asarray(np.where(size > 2 * hw.l2_bytes, size / hw.bytes_per_s, 0.0))
-
-    frame, dropped = clean(rows, [faster_than(cold_floor)])
+    shapes = _Decodes(kv_dtype, hw)
+    frame, dropped = clean(rows, [faster_than(shapes.cold_floor)])
     modules = _Modules(
         kind="mla_decode",
         frame=frame,
         rest_s=_projections_s(frame, costs),
-        attention=lambda part, c: mla.decode_s(shape(part), c, hw, cold=False),
-        coordinates=lambda part: mla.residual_coordinates(shape(part)),
+        attention=shapes.predict,
+        coordinates=shapes.coordinates,
         coefficients=[*mla.COEFFICIENTS, DOUBLING],
         constants={"launch_s": costs.operator("decode_attention", "bf16_d128").coefficients["launch_s"]},
         scan=("head_tile", mla.HEAD_TILES),
