@@ -30,6 +30,8 @@ WIDER = {"gb200": "b200_sxm", "gb300": "b300_sxm"}
 DEEPEP_SMS = 20
 # Groups of these exchanges are listed by nodes of 8 devices; trays of GB200 and GB300 hold 4.
 DEVICES_PER_NODE = {"gb200": 4, "gb300": 4}
+# Points are left out that those kept give back within this; shapes that send alike already differ by more.
+TOLERANCE, EXCHANGE_TOLERANCE = 0.01, 0.05
 PCIE = ("l40s", "rtx_pro_6000_server")
 
 
@@ -198,7 +200,8 @@ def _octaves(sizes: Array, seconds: Array) -> list[tuple[float, float]]:
 
 def _operator(curve: Curve) -> FittedOperator:
     kept, dropped = clean_points(curve.points)
-    table = _points(thin_points(kept))
+    exchange = curve.key.startswith("ranks_")
+    table = _points(thin_points(kept, EXCHANGE_TOLERANCE if exchange else TOLERANCE))
     return FittedOperator(
         form="table",
         points=table,

@@ -35,9 +35,12 @@ class Hardware(NamedTuple):
 
     @classmethod
     def of(cls, sheet: Datasheet, dtype: str) -> Hardware:
-        """Peaks for operands of ``dtype``; KeyError when the device has no such tensor cores."""
-        peak = sheet.flops_per_s[COMPUTE_DTYPE[dtype]]
-        return cls(peak, sheet.memory_bytes_per_s, sheet.sms, float(sheet.l2_bytes))
+        """Peaks for operands of ``dtype``; KeyError when the device has no such tensor cores.
+
+        Where there are 4-bit tensor cores, engines quantise the inputs of mxfp4 experts and multiply at the fp8 rate.
+        """
+        name = "fp8" if dtype == "mxfp4" and "nvfp4" in sheet.flops_per_s else COMPUTE_DTYPE[dtype]
+        return cls(sheet.flops_per_s[name], sheet.memory_bytes_per_s, sheet.sms, float(sheet.l2_bytes))
 
 
 class Coefficient(NamedTuple):
