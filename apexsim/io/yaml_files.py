@@ -34,6 +34,7 @@ _FLOAT = re.compile(
     r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
 )
 _ODD_BREAKS = re.compile("[\r\x85\u2028\u2029]")
+_ROWS = re.compile(r"(?:-?[0-9]+(?: -?[0-9]+)*\n)+")
 _SCALARS = (str, int, float, bool, type(None))
 
 
@@ -72,8 +73,9 @@ def _represent_list(dumper: yaml.SafeDumper, data: Any) -> yaml.Node:
 
 
 def _represent_str(dumper: yaml.SafeDumper, data: str) -> yaml.Node:
-    """Other line breaks than newline lose themselves outside double quotes."""
-    return dumper.represent_scalar(_TAG + "str", data, style='"' if _ODD_BREAKS.search(data) else None)
+    """Rows of numbers as lines; other line breaks than newline lose themselves outside double quotes."""
+    style = "|" if _ROWS.fullmatch(data) else '"' if _ODD_BREAKS.search(data) else None
+    return dumper.represent_scalar(_TAG + "str", data, style=style)
 
 
 _Loader.add_implicit_resolver(_TAG + "bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
+from apexsim.errors import Unsupported
 from apexsim.specs.base import Spec
 from apexsim.specs.power import PowerModel
 
 Evidence = Literal["fitted", "estimated"]
+
+
+# Rows of integers; as text, one row a line.
+Permille = Annotated[
+    tuple[tuple[int, ...], ...],
+    BeforeValidator(lambda rows: [row.split() for row in rows.splitlines()] if isinstance(rows, str) else rows),
+    PlainSerializer(
+        lambda rows: "".join(" ".join(map(str, row)) + "\n" for row in rows), return_type=str, when_used="json"
+    ),
+]
 
 
 class Datasheet(Spec):
@@ -48,7 +59,7 @@ class ResidualGrid(Spec):
     """
 
     axes: dict[str, tuple[float, ...]]
-    permille: tuple[tuple[int, ...], ...]
+    permille: Permille
 
     @model_validator(mode="after")
     def _shape_fits(self) -> ResidualGrid:
@@ -137,13 +148,35 @@ class DeviceProfile(Spec):
     """One device: what it is, what it costs, what it draws, and how long every operator takes on it.
 
     ``operators`` maps a kind (gemm, prefill_attention, decode_attention, moe, all_reduce, ...) to its fitted operators
-    by key, which names the dtype and, where it matters, the head size, group or kernel.
+    by key, which names the dtype and, where it matters, the head size, group or kernel. ``clock_mhz`` is None at the
+    clock at which all was measured.
     """
 
     name: str
     datasheet: Datasheet
     price: Price
     power: PowerModel
+    clock_mhz: float | None = Field(None, gt=0)
     sustained: SustainedClock
     operators: dict[str, dict[str, FittedOperator]]
     provenance: Provenance
+
+    def at_clock(self, mhz: float) -> DeviceProfile:
+        """The device with its multiprocessors held at a lower clock: an extrapolation, nothing was measured there.
+
+        Compute rates fall with the clock, memory and links keep theirs. Under sustained load a device slows by itself
+        to keep its power limit; a lower clock takes that slowness' place instead of adding to it.
+        """
+        self.power.at(mhz)  # refuses what is not known
+        if self.clock_mhz is not None or self.power.clock is None:
+            raise Unsupported(f"{self.name} is at {self.clock_mhz} MHz already")
+        share = mhz / self.power.clock.nominal_mhz
+        rates = {dtype: rate * share for dtype, rate in self.datasheet.flops_per_s.items()}
+        slower = tuple(max(1.0, factor * share) for factor in self.sustained.factors)
+        return self.model_copy(
+            update={
+                "datasheet": self.datasheet.model_copy(update={"flops_per_s": rates}),
+                "sustained": self.sustained.model_copy(update={"factors": slower}),
+                "clock_mhz": mhz,
+            }
+        )
