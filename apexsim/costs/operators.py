@@ -123,7 +123,7 @@ class Elementwise:
     weight_bytes = 0.0
 
     def seconds(self, costs: OperatorCosts, rows: Array) -> Array:
-        return costs.elementwise_s(self.bytes_moved(rows))
+        return costs.elementwise_s(self.bytes_moved(rows), self.name)
 
     def flops(self, rows: Array) -> Array:
         return np.zeros_like(rows)

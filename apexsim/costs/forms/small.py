@@ -11,6 +11,8 @@ from apexsim.costs.forms.hardware import Array, Coefficient, Coefficients, Hardw
 ELEMENTWISE = (
     Coefficient("launch_s", 1.6e-6, 0.5e-6, 6e-6, "launch and drain"),
     Coefficient("memory_efficiency", 0.75, 0.2, 0.97, "share of the HBM peak"),
+    Coefficient("cached_speed", 2.0, 0.9, 8.0, "bytes a second between kernels that fit in L2, in HBM peaks"),
+    Coefficient("cached_share", 0.5, 0.02, 1.5, "c: share of L2 that keeps what the kernel before has written"),
 )
 SAMPLING = (
     Coefficient("launch_s", 15e-6, 2e-6, 100e-6, "launches of the sampler's kernels"),
@@ -21,8 +23,16 @@ SAMPLING = (
 
 
 def elementwise_s(moved_bytes: Any, c: Coefficients, hw: Hardware) -> Array:
-    """Seconds of one kernel that reads and writes ``moved_bytes``: launch + bytes / (efficiency x HBM peak)."""
-    return np.asarray(c["launch_s"] + moved_bytes / (hw.bytes_per_s * c["memory_efficiency"]))
+    """Seconds of one kernel that reads and writes ``moved_bytes`` B: launch + B (miss / e_m + (1 - miss) / speed) / BW.
+
+    ``miss`` = 1 / (1 + (c L2 / B)^4): what fits stays in L2 from one kernel to the next, in serving too. Without a
+    measured ``cached_speed`` every byte goes to HBM.
+    """
+    seconds = np.asarray(moved_bytes, dtype=float) / hw.bytes_per_s
+    if "cached_speed" not in c:
+        return np.asarray(c["launch_s"] + seconds / c["memory_efficiency"])
+    miss = 1 / (1 + (c["cached_share"] * hw.l2_bytes / np.maximum(moved_bytes, 1.0)) ** 4)
+    return np.asarray(c["launch_s"] + seconds * (miss / c["memory_efficiency"] + (1 - miss) / c["cached_speed"]))
 
 
 def sampling_s(sequences: Any, vocab: Any, c: Coefficients, hw: Hardware) -> Array:
