@@ -96,8 +96,8 @@ def made_up_deployment(
 
 
 RECORDED = (
-    "index", "replica", "arrival_ns", "scheduled_ns", "first_token_ns", "last_token_ns", "prompt_tokens", "total",
-    "known", "computed", "pending", "blocks", "preemptions",
+    "index", "replica", "arrival_ns", "scheduled_ns", "first_token_ns", "last_token_ns", "shown_ns", "prompt_tokens",
+    "total", "known", "computed", "pending", "blocks", "preemptions",
 )  # fmt: skip
 _load = cache(catalog.load)
 
@@ -120,10 +120,13 @@ class Case:
     lookahead: int = 0
     stages: int = 1
     balanced: bool = False
+    prefix_caching: bool = False
+    stream_interval: int = 1
     replicas: int = 1
     router: str = "round_robin"
     frontend_ns: int = 0
     concurrency: int | None = None
+    waves: bool = False
     window: int | None = None
     step_ns: int = 1_000_000
     token_ns: int = 1_000
@@ -138,6 +141,8 @@ class Case:
             "admission": "full" if self.full_admission else "prompt",
             "lookahead_steps": self.lookahead,
             "pipeline_split": "balanced" if self.balanced else "greedy",
+            "prefix_caching": self.prefix_caching,
+            "stream_interval": self.stream_interval,
         })  # fmt: skip
 
     def requests(self) -> Requests:
@@ -148,6 +153,7 @@ class Case:
             name="case",
             arrival_s=np.array(self.arrivals_ns[:count]) / NS_PER_S if open_loop else None,
             concurrency=self.concurrency,
+            waves=self.waves,
             prompt_tokens=prompts,
             output_tokens=outputs,
         )
@@ -224,6 +230,8 @@ def random_case(rng: np.random.Generator, policy: str) -> Case:
         replicas=int(rng.choice([1, 3])),
         router=str(rng.choice(["round_robin", "least_loaded"])),
         step_ns=int(rng.choice([500_000, 700_001])),
+        prefix_caching=bool(rng.integers(0, 2)),
+        stream_interval=int(rng.choice([1, 7])),
     )
 
 

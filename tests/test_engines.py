@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from pydantic import ValidationError
 
 from apexsim import catalog
 from apexsim.errors import BadInput
 from apexsim.io.deployments import deployment_from
-from apexsim.specs.engine import HostTerms, token_budget
+from apexsim.serving.batching import ChunkedPrefill
+from apexsim.serving.kv_cache import BlockManager
+from apexsim.serving.request import Request
+from apexsim.serving.simulator import Run, simulate
+from apexsim.specs.engine import HostTerms, SchedulerDefaults, token_budget
+from apexsim.specs.workload import Requests
+from apexsim.testing import Case, check_case
 
 ENGINES = [catalog.load("engine", name) for name in catalog.names("engine")]
 
@@ -118,6 +131,144 @@ def test_token_budgets_of_benchmark_recipes() -> None:
         {"model": "llama-3.1-8b", "device": "a100-sxm", "engine_options": {"token_budget_rule": "two_prompts"}},
     )
     assert small.for_load(5000, 8).scheduler.token_budget == 10_008
+
+
+class RememberedBlocks(RuleBasedStateMachine):
+    """What a preempted request finds again, against a queue of blocks that is really kept."""
+
+    SIZE = 4
+
+    @initialize(total=st.integers(8, 40), each=st.sampled_from([1, 2]))
+    def open(self, total: int, each: int) -> None:
+        self.manager = BlockManager(total * each, self.SIZE, lambda n: each * -(-n // self.SIZE), remembers=True)
+        self.each = each
+        self.queue = deque(range(total * each))
+        self.requests = [Request(index, 30, 60) for index in range(4)]
+        self.held: list[list[int]] = [[] for _ in self.requests]
+        self.old: list[list[int]] = [[] for _ in self.requests]
+
+    @rule(who=st.integers(0, 3), tokens=st.integers(1, 12))
+    def go_on(self, who: int, tokens: int) -> None:
+        """Seat or grow a request; one that was preempted recovers what it finds first."""
+        request, held = self.requests[who], self.held[who]
+        found = self.manager.cached(request, self.manager.free) if not request.computed else 0
+        after = request.computed + found + tokens
+        if after >= request.known or self.manager.missing(request, after) > self.manager.free:
+            return
+        if not request.computed:
+            assert found == min(len(self.old[who]) // self.each, (request.known - 1) // self.SIZE) * self.SIZE
+            held += self.old[who][: found // self.SIZE * self.each]
+            self.queue = deque(block for block in self.queue if block not in held)
+            self.manager.recover(request, found)
+        self.manager.grow(request, after)
+        request.computed = after
+        while len(held) < request.blocks:
+            held.append(self.queue.popleft())
+            for old in self.old:  # whoever had it before finds it and what came after it no more
+                if held[-1] in old:
+                    del old[old.index(held[-1]) :]
+
+    @rule(who=st.integers(0, 3), preempted=st.booleans())
+    def give_back(self, who: int, preempted: bool) -> None:
+        request, held = self.requests[who], self.held[who]
+        if not request.computed:
+            return
+        self.old[who] = held[: request.computed // self.SIZE * self.each] if preempted else []
+        (self.manager.preempt if preempted else self.manager.release)(request)
+        self.queue.extend(reversed(held))
+        held.clear()
+        request.computed = 0
+
+    @invariant()
+    def free_blocks_are_those_in_the_queue(self) -> None:
+        if hasattr(self, "manager"):
+            assert self.manager.free == len(self.queue)
+
+
+TestRememberedBlocks = RememberedBlocks.TestCase
+TestRememberedBlocks.settings = settings(max_examples=200, deadline=None, stateful_step_count=40)
+
+
+def served(**case: Any) -> Run:
+    made = Case(**case)
+    check_case(made)
+    return made.run(exact_steps=False)
+
+
+def test_a_preempted_request_computes_less_where_its_blocks_are_remembered() -> None:
+    tight = {"arrivals_ns": [0] * 6, "lengths": [(100, 120)] * 6, "blocks": 60, "token_budget": 256}
+    computed = {}
+    for caching in (False, True):
+        run = served(**tight, prefix_caching=caching)
+        assert sum(request.preemptions for request in run.requests) > 0
+        computed[caching] = run.recorder.steps()["chunk_tokens"].sum()
+    assert computed[True] < computed[False]
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_client_is_handed_its_first_tokens_together(stages: int) -> None:
+    case = {"arrivals_ns": [0, 0, 0], "lengths": [(64, 40), (64, 3), (64, 1)], "stages": stages, "context_ns": 0}
+    plain, slow = served(**case), served(**case, stream_interval=20)
+    for one, other in zip(plain.requests, slow.requests, strict=True):
+        assert (one.first_token_ns, one.last_token_ns) == (other.first_token_ns, other.last_token_ns)
+    long, short, single = slow.requests
+    assert (short.shown_ns, single.shown_ns) == (short.last_token_ns, single.last_token_ns)
+    gaps = (long.last_token_ns or 0) - (long.first_token_ns or 0)
+    assert (long.shown_ns or 0) - (long.first_token_ns or 0) == pytest.approx(gaps * 19 / 39, rel=0.01)
+    shown_s = slow.recorder.requests(slow.requests, 0)["first_token_s"]
+    assert shown_s.tolist() == [(request.shown_ns or 0) / 1e9 for request in slow.requests]
+
+
+def test_clients_in_waves_send_together() -> None:
+    case = {"arrivals_ns": [0] * 6, "lengths": [(10, 5), (10, 50), (10, 20)] * 2, "concurrency": 3}
+    sent = [request.arrival_ns for request in served(**case, waves=True).requests]
+    assert len(set(sent)) == 2
+    assert len({request.arrival_ns for request in served(**case).requests}) == 4
+
+
+def test_requests_to_models_with_experts_wait_beside_one_another() -> None:
+    load = Requests(name="two", arrival_s=np.zeros(2), prompt_tokens=np.full(2, 100), output_tokens=np.full(2, 5))
+    first = {}
+    for model in ("llama-3.1-8b", "gpt-oss-20b"):
+        for wait_s in (0.0, 0.05):
+            options = {"moe_request_s": wait_s, "frontend_per_request_s": 0.0}
+            made = deployment_from(None, {"model": model, "device": "h100-sxm", "engine_options": options})
+            first[model, wait_s] = simulate(made, load).requests["ttft_s"].to_numpy()
+    assert first["llama-3.1-8b", 0.05] == pytest.approx(first["llama-3.1-8b", 0.0])
+    assert first["gpt-oss-20b", 0.05] == pytest.approx(first["gpt-oss-20b", 0.0] + 0.05)
+
+
+@pytest.mark.parametrize("key", ["policy", "router"])
+def test_a_class_that_cannot_be_built_is_bad_input(key: str) -> None:
+    name = f"{__name__}:Demanding"
+    choices = {"model": "llama-3.1-8b", "device": "h100-sxm"}
+    given = {"engine_options": {"policy": name}} if key == "policy" else {"router": name}
+    load = Requests(name="one", arrival_s=np.zeros(1), prompt_tokens=np.array([9]), output_tokens=np.array([9]))
+    with pytest.raises(BadInput, match=f"{key}: got .*cannot be built.*missing"):
+        simulate(deployment_from(None, choices | given), load)
+
+
+class Demanding(ChunkedPrefill):
+    """A policy and a router that ask for more than they are given."""
+
+    def __init__(self, scheduler: SchedulerDefaults, more: int) -> None:
+        super().__init__(scheduler)
+        self.more = more
+
+    def choose(self, loads: Sequence[int]) -> int:
+        return self.more % len(loads)
+
+
+def test_eager_launches_lengthen_every_step() -> None:
+    load = Requests(name="one", arrival_s=np.zeros(1), prompt_tokens=np.array([9]), output_tokens=np.array([9]))
+    spent = []
+    for graphs in (True, False):
+        options = {"cuda_graphs": graphs, "per_layer_s": 1e-3}
+        made = deployment_from(
+            None, {"model": "llama-3.1-8b", "device": "h100-sxm", "engine": "vllm@0.11", "engine_options": options}
+        )
+        spent.append(simulate(made, load).requests["tpot_s"].to_numpy())
+    assert spent[1] == pytest.approx(spent[0] + 32e-3)
 
 
 def test_launches_are_paid_by_the_layer_only_without_cuda_graphs() -> None:

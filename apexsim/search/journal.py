@@ -21,7 +21,8 @@ def identity(data: Mapping[str, Any]) -> str:
 
 def fingerprint(requests: Requests) -> str:
     """Hash of the requests themselves: the same rows under another file name are the same workload."""
-    digest = hashlib.sha256(f"{requests.concurrency} {requests.turnaround_s!r}".encode())
+    waves = " waves" if requests.waves else ""
+    digest = hashlib.sha256(f"{requests.concurrency} {requests.turnaround_s!r}{waves}".encode())
     for column in (requests.arrival_s, requests.prompt_tokens, requests.output_tokens):
         digest.update(b"-" if column is None else column.tobytes())
     for name in sorted(requests.extra):

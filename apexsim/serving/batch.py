@@ -17,9 +17,9 @@ class Batch:
     """Who computes in a step and when it runs.
 
     ``marching`` cohort members get a token at its end, and so do the requests in ``samples``, one by one; ``singles``
-    are those of them who are not members. For those in ``leaving`` it is the last. ``step`` is the cohort's count when
-    the batch was composed, ``whole`` says that none of its members stood still. ``labels`` are the replica and how many
-    requests it had running and waiting.
+    are those of them who are not members. For those in ``leaving`` it is the last; with it those in ``showing`` have
+    all that their client is handed first. ``step`` is the cohort's count when the batch was composed, ``whole`` says
+    that none of its members stood still. ``labels`` are the replica and how many requests it had running and waiting.
     """
 
     stats: BatchStats
@@ -27,11 +27,17 @@ class Batch:
     marching: int = 0
     singles: Sequence[Request] = ()
     leaving: Sequence[Request] = ()
+    showing: Sequence[Request] = ()
     step: int = 0
     whole: bool = True
     start_ns: int = 0
     end_ns: int = 0
     labels: tuple[int, int, int] = (0, 0, 0)
+
+    def show(self) -> None:
+        """The batch ends: clients are handed their first tokens."""
+        for request in self.showing:
+            request.shown_ns = self.end_ns
 
     def release(self, members: Sequence[Request]) -> None:
         """The cohort dissolves while the batch is in flight: its members here are stamped one by one from now on."""
@@ -70,6 +76,8 @@ def compose(
     batch.stats = BatchStats(decodes, context, attended, chunks, decodes + len(chunks))
     batch.samples, batch.singles = [*batch.samples, *singles], singles
     batch.leaving = [*batch.leaving, *[request for request in singles if request.known == request.total]]
+    if singles and singles[0].shown:
+        batch.showing = [*batch.showing, *[request for request in singles if request.known == request.shown]]
     return batch
 
 
@@ -80,7 +88,8 @@ def march_on(members: Sequence[Request], windows: Sequence[int], cohort: Cohort)
     attended = tuple([cohort.attended(members, window) for window in windows])
     stats = BatchStats(size, cohort.context, attended, (), size)
     cohort.leave(leaving)
-    return Batch(stats, late, size - len(late), (), leaving, step)
+    showing = [request for _, request in cohort.show()] if cohort.unshown else ()
+    return Batch(stats, late, size - len(late), leaving=leaving, showing=showing, step=step)
 
 
 def _advance(request: Request, tokens: int, blocks: BlockManager) -> bool:

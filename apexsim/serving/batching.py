@@ -15,7 +15,8 @@ class Ledger:
     """One scheduling decision: what is left of the token, seat and block budgets, and who was given what.
 
     ``decodes`` get the one token that brings them to the end of what they know; ``chunks`` are everybody else with
-    their tokens, the ``admitted`` last of them fresh from the queue. ``marching`` is the size of the cohort, the first
+    their tokens, the ``admitted`` last of them fresh from the queue; ``recovered`` are the tokens that a request
+    preempted before finds computed. ``marching`` is the size of the cohort, the first
     of the running requests, if it decodes as one. Nothing here touches a request or the block
     manager; the replica applies a filled ledger in one go. ``lookahead`` is how many sampled tokens of a request may
     still be in flight when it is given the next.
@@ -23,7 +24,7 @@ class Ledger:
 
     __slots__ = (
         "_cohort", "_full", "_manager", "admitted", "blocks", "chunks", "decodes", "lookahead", "marching", "preempted",
-        "seats", "sequences", "tokens",
+        "recovered", "seats", "sequences", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -40,13 +41,18 @@ class Ledger:
         self.chunks: list[tuple[Request, int]] = []
         self.preempted: list[Request] = []
         self.admitted = 0
+        self.recovered: dict[Request, int] = {}
         self._manager = manager
         self._full = scheduler.admission == "full"
         self._cohort = cohort
 
     def wants(self, request: Request) -> int:
         """Tokens that ``request`` could compute in this step; 0 while the token it would start from is in flight."""
-        return 0 if request.pending > self.lookahead else request.known - request.computed
+        if request.pending > self.lookahead:
+            return 0
+        if request.preemptions and not request.computed:
+            return request.known - self._manager.cached(request, self.blocks)
+        return request.known - request.computed
 
     def can_give(self, request: Request, tokens: int) -> bool:
         """Whether the blocks for ``tokens`` more of a running request are there."""
@@ -101,6 +107,8 @@ class Ledger:
 
     def admit(self, request: Request, tokens: int) -> None:
         """Seat a waiting request and give it ``tokens``; only their blocks are taken, unless admission is full."""
+        if request.preemptions:
+            self.recovered[request] = self._manager.cached(request, self.blocks)
         self.blocks -= self._manager.missing(request, self.held_after(request, tokens))
         self.seats -= 1
         self.tokens -= tokens
@@ -110,7 +118,7 @@ class Ledger:
 
     def held_after(self, request: Request, tokens: int) -> int:
         """Cached tokens that a request has blocks for once it is admitted with ``tokens``."""
-        return request.total if self._full else request.computed + tokens
+        return request.total if self._full else request.computed + self.recovered.get(request, 0) + tokens
 
     def preempt(self, request: Request) -> None:
         """Send a running request back to the head of the queue; its blocks count as free from here on."""

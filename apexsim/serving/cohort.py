@@ -7,6 +7,7 @@ cannot all march on (budgets or blocks run short); the oracle (``exact_steps``) 
 
     member.computed = member.base + step          (known is one more: a member always awaits its next token)
     member samples its last token at step s       when base + s + 1 == total: a heap of those steps
+    and the last of those first shown             when base + s + 1 == shown: another
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Cohort:
 
     ``late`` members joined while the others stood still: their next token is stamped singly, because it does not come
     as long after their previous one. ``last_end_ns`` is when everybody else's latest token came, at the end of the step
-    composed at count ``last_step``.
+    composed at count ``last_step``. ``unshown`` members have yet to sample what their client is handed first.
     """
 
     def __init__(self, blocks: BlockManager) -> None:
@@ -36,6 +37,7 @@ class Cohort:
         self.last_step: int | None = None
         self._growth = growth_of(blocks)
         self._leavers: list[tuple[int, int, Request]] = []
+        self.unshown: list[tuple[int, int, Request]] = []
         self._joined = 0
 
     def join(self, request: Request, *, late: bool) -> None:
@@ -44,6 +46,8 @@ class Cohort:
         request.joined = self.step + 1 if late else self.step
         self._growth.join(request)
         heappush(self._leavers, (request.total - 1 - request.base, self._joined, request))
+        if request.known < request.shown:
+            heappush(self.unshown, (request.shown - 1 - request.base, self._joined, request))
         self._joined += 1
         self.size += 1
         self.context += request.computed
@@ -83,6 +87,14 @@ class Cohort:
             request.pending += 1
         return late
 
+    def show(self) -> list[tuple[int, Request]]:
+        """Members who have sampled the tokens that their client is handed first, with the step that did it."""
+        shown = []
+        while self.unshown and self.unshown[0][0] <= self.step:
+            step, _, request = heappop(self.unshown)
+            shown.append((step, request))
+        return shown
+
     def leave(self, requests: Iterable[Request]) -> None:
         """Let members go whose last token is being sampled."""
         for request in requests:
@@ -100,6 +112,7 @@ class Cohort:
             if self.last_step is not None and request.joined <= self.last_step:
                 request.last_token_ns = self.last_end_ns
         self._leavers.clear()
+        self.unshown.clear()
         self.late.clear()
         self.size = self.context = 0
 

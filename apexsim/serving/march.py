@@ -119,12 +119,14 @@ class March(Stretch):
         late, step, through = cohort.take_late(), cohort.step - ahead, self.silent + 1 - self._first
         marches = min(compositions, cohort.steps_to_leave)
         leaving = composed = cohort.march(marches)
+        showing = self._show(step, through)
         time_ns = self._from_ns
         if through > 0:
             time_ns = self._record(through, step, late, recorder, (held, blocks.held))
         for count in range(max(1, through + 1), ahead + marches + 1):
             times_ns = time_ns, self.end_ns(self._first + count)
             in_flight.append(self._batch(count, step, late, times_ns))
+            in_flight[-1].showing = showing.get(count, ())
             time_ns = times_ns[1]
         if through == ahead + marches:
             left = leaving
@@ -160,6 +162,7 @@ class March(Stretch):
             recorder.ended(in_flight.popleft(), cohort, held)
         late, step = cohort.take_late(), cohort.step - ahead
         leaving = cohort.march(steps)
+        self._show(step, through)
         self._from_ns = self._record(through, step, late, recorder, (held, blocks.held))
         cohort.leave(leaving)
         self._ahead = self.silent + self._owed - steps
@@ -211,6 +214,19 @@ class March(Stretch):
         recorder.step(self._stats, self._first_labels, (self._from_ns, last_ns), through, held)
         cohort.last_step, cohort.last_end_ns = step + through - 1, last_ns
         return last_ns
+
+    def _show(self, step: int, through: int) -> dict[int, list[Request]]:
+        """Hand clients their first tokens as far as C(1) to C(``through``) bring them.
+
+        ``step`` is the cohort's count before C(1). Returns whose come with which later C.
+        """
+        later: dict[int, list[Request]] = {}
+        for at, request in self._cohort.show():
+            if at - step <= through:
+                request.shown_ns = self.end_ns(self._first + at - step)
+            else:
+                later.setdefault(at - step, []).append(request)
+        return later
 
     def _stay(self, start_ns: int) -> Batch:
         """The step of those who stay while the last token of the others is in flight."""

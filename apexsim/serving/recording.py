@@ -104,6 +104,8 @@ class Recorder:
     def ended(self, batch: Batch, cohort: Cohort, held: int) -> None:
         """A batch ended: every request in it has a token more, cohort members all after the same gap."""
         end_ns = batch.end_ns
+        if batch.showing:
+            batch.show()
         if batch.samples:
             self.tokens(batch.samples, end_ns)
         if batch.whole:
@@ -150,7 +152,7 @@ class Recorder:
             "replica": np.array([np.nan if r.replica is None else r.replica for r in requests], dtype=np.float64),
             "arrival_s": np.array([request.arrival_ns for request in requests], dtype=np.float64) / NS_PER_S,
             "scheduled_s": _seconds([request.scheduled_ns for request in requests], 0),
-            "first_token_s": _seconds([request.first_token_ns for request in requests], response_ns),
+            "first_token_s": _seconds([r.shown_ns if r.shown else r.first_token_ns for r in requests], response_ns),
             "last_token_s": _seconds([request.last_token_ns for request in requests], response_ns),
             "prompt_tokens": np.array([request.prompt_tokens for request in requests], dtype=np.int64),
             "output_tokens": np.array([request.output_tokens for request in requests], dtype=np.int64),

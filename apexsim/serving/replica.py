@@ -25,7 +25,10 @@ from apexsim.specs.engine import SchedulerDefaults
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSettings:
-    """What every replica of a pool shares. ``windows`` are the model's attention windows, ascending."""
+    """What every replica of a pool shares. ``windows`` are the model's attention windows, ascending.
+
+    A request reaches the queue after ``frontend_ns`` in a serial frontend and ``wait_ns`` beside others.
+    """
 
     cost: StepTimes
     scheduler: SchedulerDefaults
@@ -33,6 +36,7 @@ class ReplicaSettings:
     windows: tuple[int, ...]
     frontend_ns: int
     exact_steps: bool
+    wait_ns: int = 0
 
     @property
     def lookahead(self) -> int:
@@ -82,19 +86,20 @@ class Replica:
     # -- arrivals ---------------------------------------------------------------------------------------------
 
     @property
-    def frontend_ns(self) -> int:
-        """How long the serial frontend takes for a request."""
-        return self._set.frontend_ns
+    def ways_ns(self) -> tuple[int, int]:
+        """How long the serial frontend takes for a request, and how long it waits after that."""
+        return self._set.frontend_ns, self._set.wait_ns
 
     def submit(self, request: Request) -> None:
         """A request arrives; it joins the queue after the serial frontend has handled it."""
         request.replica = self.index
         self.unfinished += 1
-        if not self._set.frontend_ns:
+        frontend_ns, wait_ns = self.ways_ns
+        if not (frontend_ns or wait_ns):
             self._enqueue(request)
             return
-        self._frontend_free = max(self._clock.now_ns, self._frontend_free) + self._set.frontend_ns
-        self._clock.at(self._frontend_free, ARRIVAL, lambda _: self._enqueue(request))
+        self._frontend_free = max(self._clock.now_ns, self._frontend_free) + frontend_ns
+        self._clock.at(self._frontend_free + wait_ns, ARRIVAL, lambda _: self._enqueue(request))
 
     def take(self, request: Request) -> None:
         """A request leaves the frontend at this moment and joins the queue."""
@@ -233,7 +238,7 @@ class Replica:
         """Apply a ledger: preemptions, seats, blocks, tokens. None when nothing was scheduled."""
         self._ledger = ledger
         for request in ledger.preempted:
-            self._blocks.release(request)
+            self._blocks.preempt(request)
             request.computed = 0
             request.decoding = False
             request.preemptions += 1
@@ -252,7 +257,11 @@ class Replica:
         """Admitted requests are the last chunks of a ledger and the first of the queue."""
         for request, tokens in ledger.chunks[-ledger.admitted :]:
             self.running.append(self.waiting.popleft())
-            self._blocks.grow(request, ledger.held_after(request, tokens))
+            held = ledger.held_after(request, tokens)
+            if request.preemptions:
+                request.computed = ledger.recovered[request]
+                self._blocks.recover(request, request.computed)
+            self._blocks.grow(request, held)
             if request.scheduled_ns is None:
                 request.scheduled_ns = self._clock.now_ns
 

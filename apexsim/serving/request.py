@@ -18,6 +18,8 @@ class Request:
     device has finished; ``pending`` counts the sampled tokens still in flight. A request is ``decoding`` once it has
     sampled from all it knows, and until it is preempted: it then always lacks exactly the token sampled last.
     While a request marches in a ``Cohort``, these counters stand still and the cohort's apply (``base``, ``joined``).
+    Tokens that are handed to the client several at a time are first seen once ``known`` has reached ``shown``, at
+    ``shown_ns``; where each is handed over as it comes, ``shown`` is 0.
     """
 
     __slots__ = (
@@ -37,13 +39,16 @@ class Request:
         "prompt_tokens",
         "replica",
         "scheduled_ns",
+        "shown",
+        "shown_ns",
         "total",
     )
 
-    def __init__(self, index: int, prompt_tokens: int, output_tokens: int) -> None:
+    def __init__(self, index: int, prompt_tokens: int, output_tokens: int, *, stream_interval: int = 1) -> None:
         self.index = index
         self.prompt_tokens = prompt_tokens
         self.total = prompt_tokens + output_tokens
+        self.shown = prompt_tokens + min(stream_interval, output_tokens) if stream_interval > 1 else 0
         self.known = prompt_tokens
         self.computed = 0
         self.decoding = False
@@ -58,6 +63,7 @@ class Request:
         self.scheduled_ns: int | None = None
         self.first_token_ns: int | None = None
         self.last_token_ns: int | None = None
+        self.shown_ns: int | None = None
 
     @property
     def output_tokens(self) -> int:

@@ -58,6 +58,7 @@ class Rotation(Stretch):
     ) -> StepEnd:
         composed = self._settle(in_flight, stage_free, recorder, blocks) if self.silent else ()
         batch = in_flight.popleft()
+        batch.show()
         recorder.tokens(batch.samples, batch.end_ns)
         recorder.step(batch.stats, batch.labels, (batch.start_ns, batch.end_ns), 1, (blocks.held, blocks.held))
         return StepEnd(batch.end_ns, batch.leaving, composed)
@@ -83,8 +84,12 @@ class Rotation(Stretch):
 def _pass(batch: Batch, ends_ns: Sequence[int], recorder: Recorder, blocks: BlockManager) -> None:
     """Let steps of a decode batch end, each followed by its composition anew."""
     held, steps, first_ns, last_ns = blocks.held, len(ends_ns), ends_ns[0], ends_ns[-1]
+    batch.show()
     recorder.tokens(batch.samples, first_ns)
+    batch.showing = [request for request in batch.samples if request.shown == request.known + steps]
     for request in batch.samples:
+        if request.known < request.shown < request.known + steps:
+            request.shown_ns = ends_ns[request.shown - request.known]
         request.pending += 1
         request.last_token_ns = last_ns
         request.known += steps

@@ -19,7 +19,7 @@ from apexsim.costs.steps import build_step_cost
 from apexsim.costs.timing import StepTimes
 from apexsim.errors import BadInput, nearest
 from apexsim.results import SimulationResult
-from apexsim.serving.batching import POLICIES
+from apexsim.serving.batching import POLICIES, BatchPolicy
 from apexsim.serving.clock import ARRIVAL, Clock
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.recording import Recorder
@@ -27,6 +27,7 @@ from apexsim.serving.replica import Replica, ReplicaSettings
 from apexsim.serving.request import Request
 from apexsim.serving.routing import ROUTERS, Router
 from apexsim.specs.deployment import Deployment
+from apexsim.specs.engine import SchedulerDefaults
 from apexsim.specs.slo import SLO
 from apexsim.specs.workload import Requests, Workload
 from apexsim.units import NS_PER_S, to_ns
@@ -51,6 +52,7 @@ def simulate(
     """
     started_s = time.perf_counter()
     requests = workload.sample(seed=seed) if isinstance(workload, Workload) else workload
+    deployment = deployment.for_load(int(requests.prompt_tokens.max()), requests.concurrency)
     pool = deployment.pools[0]
     memory = plan_memory(deployment, pool)
     cost = build_step_cost(deployment, pool, prompts=requests.prompt_tokens)
@@ -58,8 +60,7 @@ def simulate(
     with _no_cycle_collection():
         run = Run(deployment, requests, cost=cost, memory=memory, exact_steps=exact_steps, progress=progress)
         run.go()
-    simulated_s = time.perf_counter()
-    recorder = run.recorder
+    recorder, simulated_s = run.recorder, time.perf_counter()
     steps, chunks = recorder.steps(), recorder.chunks()
     return SimulationResult.from_run(
         deployment=deployment,
@@ -110,8 +111,9 @@ class Run:
     ) -> None:
         self.clock = Clock()
         self.recorder = Recorder(deployment.model.windows)
+        stream_interval = deployment.scheduler.stream_interval
         self.requests = [
-            Request(index, prompt, output)
+            Request(index, prompt, output, stream_interval=stream_interval)
             for index, (prompt, output) in enumerate(
                 zip(requests.prompt_tokens.tolist(), requests.output_tokens.tolist(), strict=True)
             )
@@ -122,6 +124,8 @@ class Run:
         self._response_ns = to_ns(deployment.engine.host.response_s)
         self._turnaround_ns = None if requests.concurrency is None else max(1, to_ns(requests.turnaround_s))
         self._clients = requests.concurrency
+        self._waves = requests.waves
+        self._out = 0
         self.request_ns = 0
         self._next = 0
         self._done = 0
@@ -136,9 +140,10 @@ class Run:
         settings = ReplicaSettings(
             cost=cost,
             scheduler=scheduler,
-            policy=make_policy(scheduler.policy)(scheduler),
+            policy=make_policy(scheduler),
             windows=deployment.model.windows,
             frontend_ns=to_ns(deployment.engine.host.frontend_per_request_s),
+            wait_ns=to_ns(deployment.request_wait_s),
             exact_steps=exact_steps,
         )
         return [
@@ -146,7 +151,13 @@ class Run:
                 index,
                 clock=self.clock,
                 settings=settings,
-                blocks=BlockManager(memory.blocks, memory.block_size, memory.blocks_for, steady=memory.steady),
+                blocks=BlockManager(
+                    memory.blocks,
+                    memory.block_size,
+                    memory.blocks_for,
+                    steady=memory.steady,
+                    remembers=scheduler.prefix_caching,
+                ),
                 recorder=self.recorder,
                 on_finish=self._finished,
             )
@@ -166,8 +177,8 @@ class Run:
     # -- arrivals -----------------------------------------------------------------------------------------------
 
     def _open_loop(self, arrival_s: NDArray[np.float64]) -> list[tuple[int, Request]]:
-        """When each request is to be routed; with one replica and so nothing to route, when its frontend is done."""
-        frontend_ns = self.replicas[0].frontend_ns if len(self.replicas) == 1 else 0
+        """When each request is to be routed; with one replica and so nothing to route, when it reaches the queue."""
+        frontend_ns, wait_ns = self.replicas[0].ways_ns if len(self.replicas) == 1 else (0, 0)
         free_ns, coming = 0, []
         for request, arrival_ns in zip(
             self.requests, np.rint(arrival_s * NS_PER_S).astype(np.int64).tolist(), strict=True
@@ -175,7 +186,7 @@ class Run:
             request.arrival_ns = arrival_ns
             if not self._refused(request):
                 free_ns = max(free_ns, arrival_ns) + frontend_ns
-                coming.append((free_ns, request))
+                coming.append((free_ns + wait_ns, request))
         return coming
 
     def _arrive(self, _: Event) -> None:
@@ -193,6 +204,7 @@ class Run:
             self.clock.at(coming[self._next][0], ARRIVAL, self._arrive)
 
     def _start_clients(self, _: Event) -> None:
+        """All clients of a closed loop send a request; those of one in waves do so again and again."""
         assert self._clients is not None
         for _client in range(min(self._clients, len(self.requests))):
             self._send()
@@ -204,6 +216,7 @@ class Run:
             self._next += 1
             request.arrival_ns = self.clock.now_ns
             if not self._refused(request):
+                self._out += 1
                 self._route(request)
                 return
 
@@ -222,8 +235,11 @@ class Run:
     def _finished(self, request: Request) -> None:
         self.request_ns += self.clock.now_ns - request.arrival_ns
         self._count()
-        if self._turnaround_ns is not None and self._next < len(self.requests):
-            self.clock.at(self.clock.now_ns + self._response_ns + self._turnaround_ns, ARRIVAL, lambda _: self._send())
+        self._out -= 1
+        if self._turnaround_ns is None or self._next == len(self.requests) or (self._waves and self._out):
+            return
+        send = self._start_clients if self._waves else lambda _: self._send()
+        self.clock.at(self.clock.now_ns + self._response_ns + self._turnaround_ns, ARRIVAL, send)
 
     def _count(self) -> None:
         self._done += 1
@@ -266,15 +282,26 @@ class Door:
         return ""
 
 
-def make_policy(name: str) -> Callable[..., Any]:
-    """The batching policy of that name, or the class that ``module:Name`` points to."""
-    return _named(name, POLICIES, "policy")
+def make_policy(scheduler: SchedulerDefaults) -> BatchPolicy:
+    """The batching policy that a scheduler names: one of ``POLICIES``, or of the class that ``module:Name`` gives."""
+    policy: BatchPolicy = _made(scheduler.policy, POLICIES, "policy", scheduler)
+    return policy
 
 
 def make_router(name: str) -> Router:
     """A router by name, or an instance of the class that ``module:Name`` points to."""
-    router: Router = _named(name, ROUTERS, "router")()
+    router: Router = _made(name, ROUTERS, "router")
     return router
+
+
+def _made(name: str, known: Mapping[str, Callable[..., Any]], what: str, *arguments: object) -> Any:
+    """An instance of the class of that name, built from ``arguments``."""
+    found = _named(name, known, what)
+    try:
+        return found(*arguments)
+    except TypeError as error:
+        takes = "the scheduler's settings" if arguments else "nothing"
+        raise BadInput(f"cannot be built ({error}); its constructor takes {takes}", key=what, got=name) from None
 
 
 def _named(name: str, known: Mapping[str, Callable[..., Any]], what: str) -> Callable[..., Any]:

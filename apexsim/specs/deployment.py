@@ -112,6 +112,11 @@ class Deployment(Spec):
         device = self.cluster.device
         return self.engine.scheduler_for(self.context_limit, device.name, device.datasheet)
 
+    @property
+    def request_wait_s(self) -> float:
+        """Seconds that every request waits before the queue, beside others."""
+        return self.engine.host.moe_request_s if self.model.moe else 0.0
+
     def for_load(self, longest_prompt: int, concurrency: int | None) -> Deployment:
         """This deployment with its token budget set by its rule, if it has one, for prompts up to ``longest_prompt``.
 

@@ -75,6 +75,10 @@ class SchedulerDefaults(Spec):
     instead (see ``token_budget``). ``lookahead_steps`` 1 composes a step while
     the one before runs; on one stage only, since a pipeline's other batches hide the host anyway. ``pipeline_split``
     spreads decodes over the batches of a pipeline or lets each take all it can.
+
+    ``prefix_caching`` lets a preempted request find again those of its blocks that nobody has taken meanwhile; prefixes
+    that requests share are not looked for. ``stream_interval`` hands tokens to the client so many at a time: the first
+    token of a request is seen with the ``stream_interval``-th (its last, if it has fewer), later ones as they come.
     """
 
     policy: str
@@ -86,6 +90,8 @@ class SchedulerDefaults(Spec):
     admission: Literal["prompt", "full"] = "prompt"
     lookahead_steps: Literal[0, 1] = 0
     pipeline_split: Literal["greedy", "balanced"] = "greedy"
+    prefix_caching: bool = False
+    stream_interval: int = Field(1, gt=0)
     max_model_len: int | None = Field(None, gt=0)
 
     @property

@@ -199,11 +199,15 @@ class AllAtOnce(Spec):
 
 
 class ClosedLoop(Spec):
-    """``concurrency`` clients; each sends its next request ``turnaround_s`` after its last answer ended."""
+    """``concurrency`` clients; each sends its next request ``turnaround_s`` after its last answer ended.
+
+    In ``waves`` all of them wait for the last answer of all and send together.
+    """
 
     kind: Literal["closed_loop"] = "closed_loop"
     concurrency: int = Field(ge=1)
     turnaround_s: float = Field(0.0, ge=0, le=MAX_TURNAROUND_S)
+    waves: bool = False
 
 
 Arrivals = Annotated[

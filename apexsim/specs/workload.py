@@ -36,7 +36,8 @@ class Requests:
     """Requests in order of arrival, as read-only columns of one length.
 
     ``arrival_s`` seconds, sorted, not negative; ``None`` in a closed loop, where ``concurrency`` clients each send
-    their next request ``turnaround_s`` after the last answer ended. ``prompt_tokens`` counts the whole prompt,
+    their next request ``turnaround_s`` after their last answer ended; in ``waves``, all together, after the last answer
+    of all. ``prompt_tokens`` counts the whole prompt,
     ``output_tokens`` every generated token. ``extra`` holds optional columns by name; ``notes`` are sentences on what
     was done to the rows on their way here (columns ignored, arrivals drawn), for a result to repeat.
     Raises BadInput, with the 1-based row, on a column that breaks this.
@@ -48,6 +49,7 @@ class Requests:
     arrival_s: Floats | None = None
     concurrency: int | None = None
     turnaround_s: float = 0.0
+    waves: bool = False
     extra: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -113,16 +115,19 @@ class Requests:
     def arriving(self, process: RenewalArrivals, *, seed: int = 0) -> Requests:
         """The same requests at times drawn from ``process``, with a note that says so."""
         arrival_s = process.draw_s(_streams(seed, self.name)[0], len(self))
-        drawn = replace(self, arrival_s=arrival_s, concurrency=None, turnaround_s=0.0)
+        drawn = replace(self, arrival_s=arrival_s, concurrency=None, turnaround_s=0.0, waves=False)
         return drawn._noting(f"arrival times drawn: {process!r}")
 
     def all_at_once(self) -> Requests:
         """The same requests, all arriving at time 0."""
-        return replace(self, arrival_s=np.zeros(len(self)), concurrency=None, turnaround_s=0.0)
+        return replace(self, arrival_s=np.zeros(len(self)), concurrency=None, turnaround_s=0.0, waves=False)
 
-    def closed_loop(self, concurrency: int, turnaround_s: float = 0.0) -> Requests:
-        """The same requests sent in order by ``concurrency`` clients, each waiting ``turnaround_s`` after an answer."""
-        return replace(self, arrival_s=None, concurrency=concurrency, turnaround_s=turnaround_s)
+    def closed_loop(self, concurrency: int, turnaround_s: float = 0.0, *, waves: bool = False) -> Requests:
+        """The same requests sent in order by ``concurrency`` clients, each waiting ``turnaround_s`` after an answer.
+
+        In ``waves`` they wait for one another's answers and send together.
+        """
+        return replace(self, arrival_s=None, concurrency=concurrency, turnaround_s=turnaround_s, waves=waves)
 
     def _noting(self, note: str) -> Requests:
         return replace(self, notes=(*self.notes, note))
@@ -190,7 +195,9 @@ class Workload(Spec):
             output_tokens=self.output_tokens.draw(output_score),
             arrival_s=law.draw_s(arrivals, count) if isinstance(law, RenewalArrivals) else np.zeros(count),
         )
-        return rows.closed_loop(law.concurrency, law.turnaround_s) if isinstance(law, ClosedLoop) else rows
+        if not isinstance(law, ClosedLoop):
+            return rows
+        return rows.closed_loop(law.concurrency, law.turnaround_s, waves=law.waves)
 
 
 def _streams(seed: int, where: object) -> list[np.random.Generator]:
