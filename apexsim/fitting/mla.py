@@ -57,8 +57,8 @@ PREFILL_KNOTS = {
 # attention kernel alone (TensorRT-LLM on Blackwell) does not, and no product does: what grows is beside them.
 GROWING_BATCH = 64.0
 DOUBLING = Coefficient("module_doubling_s", 2e-6, 0.01e-6, 8e-6, "growth outside attention per doubling of the batch")
-# Where the decode kernel alone was measured (TensorRT-LLM's, which vLLM and SGLang run there too, in CUDA graphs) it says
-# more than modules, which serve to judge projections and prompts. vLLM 0.14's tables of it show only launches.
+# Where the decode kernel alone was measured (TensorRT-LLM's, which vLLM and SGLang run there too, in CUDA graphs), it
+# says more than modules, which serve to judge projections and prompts. vLLM 0.14's tables of it show only launches.
 KERNEL_FOLDERS = ("b200_sxm", "b300_sxm", "gb200", "gb300")
 LAUNCH = Coefficient("launch_s", 8e-6, 1e-6, 20e-6, "t0: launch and drain")
 HIDDEN_PASSES = Coefficient("hidden_passes", 2.0, 0.05, 12.0, "passes over hidden states: copies, quantising")
