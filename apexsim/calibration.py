@@ -42,8 +42,8 @@ ROWS_PER_GROUP = 20
 TTFT_WEIGHT = 0.5
 # Beyond this (log) error the pull of a row stays constant: it is a fault of the row or of a kernel, not host time.
 ROBUST = 0.1
-# Two terms whose effects on all rows are this much alike cannot be told apart by them.
-MOST_ALIKE = 0.98
+# Effects of the terms as unit columns: a smaller least singular value means that two of them cannot be told apart.
+LEAST_APART = 0.1
 # A term that moves no row by this share when raised by its step is not seen by the rows.
 LEAST_EFFECT = 1e-3
 REWEIGHTINGS = 10
@@ -115,6 +115,7 @@ class _Fit:
         self._of = np.repeat(np.arange(len(groups)), [len(group.runs) for group in groups])
         self._measured = np.array([_measured(run) for run in self._runs])
         self._weights = np.where(np.isfinite(self._measured), [1.0, TTFT_WEIGHT], 0.0)
+        self._everywhere = np.ones(len(self._runs), dtype=bool)
         self._jobs = jobs
         self._progress = progress
         self._done = 0
@@ -122,33 +123,35 @@ class _Fit:
 
     def choose(self, terms: Sequence[str] | None) -> None:
         """Settle which terms are fitted; refuse a set that these rows cannot separate."""
-        wanted = tuple(terms or STEPS_S)
+        # Without overlap every step pays both terms of a step: one of them says it all.
+        usual = [term for term in STEPS_S if self._start.overlapped or term != "exposed_step_s"]
+        wanted = tuple(terms or usual)
         for term in wanted:
             if term not in STEPS_S:
                 raise BadInput(f"no such host term; there is: {', '.join(STEPS_S)}", where="--terms", got=term)
         self.terms = wanted
         errors = self._errors(self._start)
         effects = self._effects(self._start, errors)
-        seen = np.abs(effects * self._spans()).max(axis=0) > LEAST_EFFECT
+        seen = np.abs(effects * self._spans()).max(axis=(0, 1)) > LEAST_EFFECT
         if terms and not seen.all():
             unseen = [term for term, sees in zip(wanted, seen, strict=True) if not sees]
             raise BadInput("no row is moved by it; leave it out", where="--terms", got=", ".join(unseen))
         self.terms = tuple(term for term, sees in zip(wanted, seen, strict=True) if sees)
-        self._refuse_alike(effects[:, seen])
+        self._refuse_alike(effects[:, :, seen])
 
     def solve(self) -> HostTerms:
         """The host terms with the least robust error."""
         host = self._start
         for _ in range(ROUNDS):
             errors = self._errors(host)
-            host = self._moved(host, errors, self._effects(host, errors), np.ones(len(self._runs), dtype=bool))
+            host = self._moved(host, errors, self._effects(host, errors), self._everywhere)
         return host
 
     def calibrated(self, host: HostTerms, errors: Floats, effects: Floats) -> dict[str, CalibratedTerm]:
         """Every fitted term with its standard error, from the curvature of the weighted squares at the optimum."""
-        weights = self._robust(errors, np.ones(len(self._runs), dtype=bool))
+        weights = self._robust(errors, self._everywhere)
         scaled = effects.reshape(-1, len(self.terms)) * weights.reshape(-1, 1)
-        left = errors.reshape(-1) * weights.reshape(-1)
+        left = np.nan_to_num(errors).reshape(-1) * weights.reshape(-1)
         degrees = max(1, int((weights > 0).sum()) - len(self.terms))
         covariance = np.linalg.pinv(scaled.T @ scaled) * float(left @ left) / degrees
         spread = np.sqrt(np.diag(covariance))
@@ -180,7 +183,7 @@ class _Fit:
 
     def _errors(self, host: HostTerms, only: npt.NDArray[np.bool_] | None = None) -> Floats:
         """log(predicted / measured) of TPOT and TTFT, one row a run; NaN where either is missing."""
-        chosen = np.ones(len(self._runs), dtype=bool) if only is None else only
+        chosen = self._everywhere if only is None else only
         found = np.full((len(self._runs), 2), np.nan)
         found[chosen] = self._predict(host, np.flatnonzero(chosen))
         return np.asarray(np.log(found / self._measured))
@@ -236,11 +239,15 @@ class _Fit:
         return host.model_copy(update={term: _rounded(float(x)) for term, x in zip(self.terms, at, strict=True)})
 
     def _refuse_alike(self, effects: Floats) -> None:
-        columns = (effects * np.nan_to_num(self._weights)[:, :, None]).reshape(-1, len(self.terms))
+        """Refuse terms of which some mixture moves all rows together hardly at all: only their sum is known."""
+        columns = (effects * self._robust(np.zeros_like(self._measured), self._everywhere)[:, :, None]).reshape(
+            -1, len(self.terms)
+        )
         columns = columns / np.linalg.norm(columns, axis=0)
-        alike = np.triu(columns.T @ columns, 1)
-        if (alike > MOST_ALIKE).any():
-            first, second = (self.terms[int(at)] for at in np.argwhere(alike > MOST_ALIKE)[0])
+        _, sizes, mixtures = np.linalg.svd(columns, full_matrices=False)
+        if sizes[-1] < LEAST_APART:
+            worst = np.argsort(-np.abs(mixtures[-1]))[:2]
+            first, second = (self.terms[at] for at in sorted(worst.tolist()))
             said = f"the rows cannot tell {first} from {second}; name the terms to fit without one of them"
             raise BadInput(said, where="--terms", got=", ".join(self.terms))
 
