@@ -22,7 +22,7 @@ FORMATS = (".png", ".pdf", ".svg")
 _BINS = 300
 # Okabe and Ito (2008): eight colours that everyone can tell apart.
 _BLUE, _ORANGE, _GREEN, _RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-_KIND_COLOURS = (_BLUE, _ORANGE, _GREEN, _RED, "#CC79A7")
+_KIND_COLOURS = {"dense": _BLUE, "moe": _ORANGE, "mla": _GREEN, "hybrid": _RED, "unknown": "#CC79A7"}
 _VALIDATED = ("ttft_mean_s", "tpot_mean_s", "itl_mean_s", "itl_p50_s", "power_w", "energy_per_output_token_j")
 _STYLE: Any = {
     "font.size": 8,
@@ -87,7 +87,8 @@ def plot_validation(table: pd.DataFrame, path: Path | str) -> None:
 def _draw_parity(parity: Any, errors: Any, table: pd.DataFrame, name: str) -> None:
     """Predicted over measured on log scales, and below it the distribution of relative errors."""
     rows = table[(table[f"predicted_{name}"] > 0) & (table[name] > 0)]
-    for colour, (kind, group) in zip(_KIND_COLOURS, rows.groupby("model_kind"), strict=False):
+    for kind, group in rows.groupby("model_kind"):
+        colour = _KIND_COLOURS[str(kind)]
         predicted, measured = group[f"predicted_{name}"], group[name]
         parity.scatter(measured, predicted, s=4, lw=0, alpha=0.5, color=colour, label=f"{kind} ({len(group)})")
         percent = np.sort(100 * (predicted / measured - 1))
@@ -96,6 +97,8 @@ def _draw_parity(parity: Any, errors: Any, table: pd.DataFrame, name: str) -> No
         ends = [rows[[name, f"predicted_{name}"]].min().min(), rows[[name, f"predicted_{name}"]].max().max()]
         parity.plot(ends, ends, color="black", lw=0.7)
     parity.set(xscale="log", yscale="log", title=name, xlabel="measured", ylabel="predicted")
+    for axis in (parity.xaxis, parity.yaxis):  # labels between the decades run into each other
+        axis.set_minor_formatter("")
     parity.legend(loc="upper left")
     errors.axvline(0, color="black", lw=0.7)
     errors.set(xlim=(-100, 100), ylim=(0, 1), xlabel="error (%)", ylabel="share of runs")
