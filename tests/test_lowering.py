@@ -162,6 +162,26 @@ def test_all_to_all_dispatch_replaces_the_closing_all_reduce() -> None:
     assert dispatch.bytes_per_row == 2 * 2048 * 8 / 4  # a rank sends its quarter of the tokens to 8 experts each
 
 
+def test_exchanges_that_merge_copies_send_a_token_once_to_a_rank() -> None:
+    deployment = deployed("qwen3-30b-a3b", Plan(tensor=4, expert=4))
+    sent = {}
+    for library in ("all_to_all", "deepep", "deepep_ll", "trtllm"):
+        communication = deployment.engine.communication.model_copy(update={"moe_dispatch": library})
+        engine = deployment.engine.model_copy(update={"communication": communication})
+        changed = deployment.model_copy(update={"engine": engine})
+        (block,) = lower(changed, changed.pools[0]).blocks
+        dispatch = next(op for op in block.rows if op.name == "dispatch")
+        assert isinstance(dispatch, Collective)
+        sent[dispatch.kind, dispatch.key] = dispatch.bytes_per_row / (2 * 2048 / 4)
+    merged = 4 * (1 - 0.75**8)
+    assert sent == {
+        ("all_to_all", "nccl_4"): 8,
+        ("deepep_dispatch", "ranks_4"): merged,
+        ("deepep_ll_dispatch", "ranks_4"): 8,
+        ("trtllm_dispatch", "ranks_4"): merged,
+    }
+
+
 def test_shared_experts_run_beside_the_routed_ones() -> None:
     base = catalog.load("model", "qwen3-30b-a3b")
     assert base.moe is not None

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from apexsim.costs.collectives import copies_sent
 from apexsim.costs.fitted import AttentionShape, MoeLayer
 from apexsim.costs.mixing import Mixing
 from apexsim.costs.mla import LatentMixing, projections
@@ -19,6 +20,7 @@ from apexsim.costs.operators import (
     ACTIVATION_BYTES,
     Attention,
     Collective,
+    CollectiveKind,
     Elementwise,
     Experts,
     Gemm,
@@ -32,6 +34,17 @@ from apexsim.specs.deployment import Deployment, Pool
 if TYPE_CHECKING:
     from apexsim.specs.model import LayerKind, MoESpec
 
+# Measured exchanges of expert layers, by what an engine profile calls them.
+EXCHANGES: dict[tuple[str, str], CollectiveKind] = {
+    ("all_to_all", "dispatch"): "all_to_all",
+    ("all_to_all", "combine"): "all_to_all",
+    ("deepep", "dispatch"): "deepep_dispatch",
+    ("deepep", "combine"): "deepep_combine",
+    ("deepep_ll", "dispatch"): "deepep_ll_dispatch",
+    ("deepep_ll", "combine"): "deepep_ll_combine",
+    ("trtllm", "dispatch"): "trtllm_dispatch",
+    ("trtllm", "combine"): "trtllm_combine",
+}
 Operator = RowOperator | Mixing
 
 
@@ -257,8 +270,8 @@ def _ffn_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> list[list[
 def _moe_part(deployment: Deployment, pool: Pool) -> list[list[RowOperator]]:
     """Router and routed experts; shared experts beside them as one dense FFN.
 
-    With ``all_to_all`` every rank sends its share of the tokens to the ranks of their experts and gets them back;
-    with ``all_reduce`` every rank holds all tokens already and its partial sums meet in the closing all-reduce.
+    With ``all_reduce`` every rank holds all tokens already and its partial sums meet in the closing all-reduce; with
+    any other ``moe_dispatch`` it sends its share of the tokens to the ranks of their experts and gets them back.
     """
     model, plan = deployment.model, pool.plan
     moe = _moe_of(deployment)
@@ -274,15 +287,22 @@ def _moe_part(deployment: Deployment, pool: Pool) -> list[list[RowOperator]]:
     )
     routed: list[RowOperator] = [Gemm("router", moe.experts, model.hidden, "bf16"), Experts("experts", layer)]
     if _dispatches(deployment, pool):
-        sent = ACTIVATION_BYTES * model.hidden * moe.active / plan.expert
-        routed.insert(1, Collective("dispatch", "all_to_all", plan.expert, sent))
-        routed.append(Collective("combine", "all_to_all", plan.expert, sent))
+        routed = [routed[0], _exchange(deployment, pool, "dispatch"), routed[1], _exchange(deployment, pool, "combine")]
     if not moe.shared_width:
         return [routed]
     shared = _ffn(deployment, moe.shared_width // plan.tensor, "shared_")
     if moe.shared_gate:
         shared.append(Gemm("shared_gate", 1, model.hidden, "bf16"))
     return [routed, shared]
+
+
+def _exchange(deployment: Deployment, pool: Pool, phase: Literal["dispatch", "combine"]) -> Collective:
+    """Tokens to the ranks of their experts, or back: a copy an expert, or a rank where the library merges copies."""
+    library, ranks, active = deployment.engine.communication.moe_dispatch, pool.plan.expert, _moe_of(deployment).active
+    copies = copies_sent(active, ranks) if library in ("deepep", "trtllm") else active
+    return Collective(
+        phase, EXCHANGES[library, phase], ranks, ACTIVATION_BYTES * deployment.model.hidden * copies / ranks
+    )
 
 
 def _closing(deployment: Deployment, pool: Pool, kind: LayerKind, branches: int) -> list[RowOperator]:
@@ -300,7 +320,7 @@ def _closing(deployment: Deployment, pool: Pool, kind: LayerKind, branches: int)
 def _dispatches(deployment: Deployment, pool: Pool) -> bool:
     """Whether tokens travel to their experts; only where every rank holds whole experts (expert = tensor degree)."""
     whole = pool.plan.expert > 1 and pool.plan.moe_tensor == 1
-    return whole and deployment.engine.communication.moe_dispatch == "all_to_all"
+    return whole and deployment.engine.communication.moe_dispatch != "all_reduce"
 
 
 def _moe_of(deployment: Deployment) -> MoESpec:

@@ -159,12 +159,13 @@ class CommunicationDefaults(Spec):
     """Which collective kernels an engine uses: its own all-reduce up to ``custom_all_reduce_max_bytes``, else NCCL.
 
     ``moe_dispatch`` says how tokens reach experts that are whole on a rank (expert = tensor degree > 1); where experts
-    are cut by tensor parallelism every rank has all tokens, and partial sums are all-reduced.
+    are cut by tensor parallelism every rank has all tokens, and partial sums are all-reduced. ``all_to_all`` is NCCL's;
+    ``deepep`` and ``deepep_ll`` (low latency) are the kernels of DeepEP, ``trtllm`` those of TensorRT-LLM over NVLink.
     """
 
     custom_all_reduce: bool = True
     custom_all_reduce_max_bytes: int = Field(8 << 20, ge=0)
-    moe_dispatch: Literal["all_reduce", "all_to_all"] = "all_reduce"
+    moe_dispatch: Literal["all_reduce", "all_to_all", "deepep", "deepep_ll", "trtllm"] = "all_reduce"
 
 
 class CalibratedTerm(Spec):
