@@ -15,8 +15,8 @@ FITTED = [(name, kind, key) for name, p in PROFILES.items() for kind in KINDS fo
 # Median and 90th percentile of absolute errors of whole modules.
 RANDOM = {"mla_prefill": (0.025, 0.08), "mla_decode": (0.03, 0.09)}
 LARGEST = {"mla_prefill": (0.05, 0.17), "mla_decode": (0.13, 0.28)}
-# Where the bar is missed, and by how much: FlashMLA's short modules jump on H100, products of other engines stand in for
-# the modules' own on Blackwell, and Triton kernels on L40S and RTX PRO have steps that no form here knows.
+# Where the bar is missed, and by how much: FlashMLA's short modules jump on H100, products of other engines stand in
+# for the modules' own on Blackwell, and Triton kernels on L40S and RTX PRO have steps that no form here knows.
 MISSED = {
     ("h100-sxm", "mla_decode"): (0.035, 0.09),
     ("b200-sxm", "mla_prefill"): (0.03, 0.08),

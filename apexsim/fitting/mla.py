@@ -28,7 +28,7 @@ from apexsim.fitting.fit import Knots, fit_coefficients, fit_residual
 from apexsim.fitting.problems import SEED, Problem, random_fifth, solve, summary
 from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
 from apexsim.specs.device import DeviceProfile, FittedOperator, HoldOut, ResidualGrid
-from apexsim.specs.latent import LatentAttention
+from apexsim.specs.latent import FOUR_BIT, LatentAttention
 from apexsim.units import dtype_bytes
 
 # The model of the tables: DeepSeek-V3 (its config.json).
@@ -113,12 +113,15 @@ def operators(profile: DeviceProfile, kernels: Path, folder: str) -> dict[str, d
 
 
 def _rows(table: Path, kv_dtype: str, costs: OperatorCosts) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Modules that compute prompts in bf16, on products that the device has costs for; one row a size."""
+    """Modules that compute prompts in bf16, on products that the device has costs for; one row a size.
+
+    Not those in four bits: no checkpoint has such projections (``specs.latent.FOUR_BIT``).
+    """
     sizes = ["heads", "batch", "q_len", "kv_len"]
     frame = read_table(table, [*sizes, "latency_us"], ["dtype", "kv_dtype", "gemm_dtype"])
     frame = frame[(frame["kv_dtype"] == kv_dtype) & (frame["dtype"] == "bf16")]
-    known = frame["gemm_dtype"].isin(list(costs.profile.operators["gemm"]))
-    dropped = {"products of a dtype without a cost": int((~known).sum())} if not known.all() else {}
+    known = frame["gemm_dtype"].isin(set(costs.profile.operators["gemm"]) - set(FOUR_BIT))
+    dropped = {"products that no checkpoint has, or without a cost": int((~known).sum())} if not known.all() else {}
     frame = frame[known].groupby(["gemm_dtype", *sizes])["latency_us"].median().reset_index()
     frame["seconds"] = frame["latency_us"] * SECONDS_PER_US
     return frame, dropped
