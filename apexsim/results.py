@@ -56,13 +56,14 @@ class Usage:
     """What the devices did, all of them together: joules while working, work done, and working seconds by operator.
 
     ``seconds`` maps operator -> evidence (fitted, estimated, extrapolated) -> device seconds. None of it is known for
-    a cost model that was injected.
+    a cost model that was injected. ``energy_range_j``: least and most joules at a clock that was not measured.
     """
 
     energy_j: dict[str, float] = field(default_factory=dict)
     flops: float = math.nan
     bytes_moved: float = math.nan
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
+    energy_range_j: tuple[float, float] | None = None
 
     @classmethod
     def of(cls, accounting: Accounting) -> Usage:
@@ -71,7 +72,7 @@ class Usage:
         for (operator, evidence), spent_s in sorted(accounting.seconds.items()):
             seconds.setdefault(operator, {})[evidence] = float(spent_s)
         energy_j = {operator: float(joules) for operator, joules in sorted(accounting.energy_j.items())}
-        return cls(energy_j, float(accounting.flops), float(accounting.bytes_moved), seconds)
+        return cls(energy_j, float(accounting.flops), float(accounting.bytes_moved), seconds, accounting.energy_range_j)
 
     @property
     def working_s(self) -> float:
@@ -255,7 +256,9 @@ class SimulationResult:
         except (OSError, ValueError):
             raise BadInput("give a folder that SimulationResult.save wrote", where=source) from None
         gaps = _read_parquet(source / "gaps.parquet")
-        usage: dict[str, Any] = {key: math.nan if value is None else value for key, value in record["usage"].items()}
+        saved = dict(record["usage"])
+        possible = saved.pop("energy_range_j", None)
+        usage: dict[str, Any] = {key: math.nan if value is None else value for key, value in saved.items()}
         return cls(
             deployment=Deployment.model_validate(record["deployment"]),
             workload_name=record["workload_name"],
@@ -264,7 +267,7 @@ class SimulationResult:
             step_columns=_read_parquet(source / "steps.parquet"),
             gaps=(gaps["gap_ns"], gaps["tokens"]),
             kv_blocks=record["kv_blocks"],
-            usage=Usage(**usage),
+            usage=Usage(**usage, energy_range_j=tuple(possible) if possible else None),
             timing=timing,
             notes=tuple(record["notes"]),
         )
@@ -330,5 +333,7 @@ def _deployment_notes(deployment: Deployment) -> tuple[str, ...]:
     assumed = [name for name, evidence in power.evidence.items() if evidence in ("scaled", "prior")]
     if assumed:
         notes.append(f"energy is estimated: {', '.join(assumed)} of {cluster.device.name} were not measured on it")
+    if cluster.device.clock_mhz is not None:
+        notes.append(f"times and power at {cluster.device.clock_mhz:g} MHz are extrapolated from the highest clock")
     notes.append(f"price of {cluster.device.name}: {price.usd_per_hour:g} USD/hour ({price.source}, {price.date})")
     return tuple(notes)

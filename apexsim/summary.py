@@ -75,16 +75,36 @@ def _slo(result: SimulationResult) -> dict[str, float]:
     return {"attainment": float(good.mean()), "good_requests_per_s": ratio(int(good.sum()), result.duration_s)}
 
 
-def _energy(result: SimulationResult, output_tokens: int) -> dict[str, float]:
-    """Joules of the whole cluster: working devices by operator, every other device second at idle power."""
+def _energy(result: SimulationResult, output_tokens: int) -> dict[str, Any]:
+    """Joules of the whole cluster: working devices by operator, every other device second at idle power.
+
+    Top level: devices alone. ``server`` and ``facility`` add what stands around them (``Overhead`` of the cluster).
+    ``idle_j`` is the part of devices that had nothing to do. ``range_j``: least and most joules of the devices at a
+    clock that was not measured; None at the measured one.
+    """
     cluster, usage = result.deployment.cluster, result.usage
-    idle_s = max(0.0, cluster.devices * result.duration_s - usage.working_s)
-    working_j = math.fsum(usage.energy_j.values()) if usage.seconds else math.nan
-    total_j = working_j + cluster.device.power.idle_w * idle_s
+    device_s = cluster.devices * result.duration_s
+    known = bool(usage.seconds)
+    idle_j = cluster.device.power.idle_w * max(0.0, device_s - usage.working_s) if known else math.nan
+    working_j = math.fsum(usage.energy_j.values()) if known else math.nan
+    server_j = cluster.overhead.server_j(working_j + idle_j, device_s)
+    prompt_tokens = int(result.request_columns["prompt_tokens"][result.finished].sum())
+
+    def figures(total_j: float) -> dict[str, float]:
+        return {
+            "total_j": total_j,
+            "per_output_token_j": ratio(total_j, output_tokens),
+            "per_total_token_j": ratio(total_j, output_tokens + prompt_tokens),
+            "mean_power_w": ratio(total_j, result.duration_s),
+        }
+
+    possible = usage.energy_range_j
     return {
-        "total_j": total_j,
-        "per_output_token_j": ratio(total_j, output_tokens),
-        "mean_power_w": ratio(total_j, result.duration_s),
+        **figures(working_j + idle_j),
+        "idle_j": idle_j,
+        "range_j": [working + idle_j for working in possible] if possible else None,
+        "server": figures(server_j),
+        "facility": figures(cluster.overhead.pue * server_j),
     }
 
 

@@ -100,6 +100,7 @@ ACCOUNTING = SimpleNamespace(
     flops=4000.0,
     bytes_moved=500.0,
     seconds={("gemm", "fitted"): 6.0, ("gemm", "extrapolated"): 3.0, ("attention", "estimated"): 6.0},
+    energy_range_j=None,
 )
 
 
@@ -127,7 +128,10 @@ SECTIONS = {
     "throughput": {"requests_per_s", "output_tokens_per_s", "total_tokens_per_s"},
     **dict.fromkeys(("ttft_s", "tpot_s", "itl_s", "e2e_s", "queue_s"), MARKS),
     "slo": {"attainment", "good_requests_per_s"},
-    "energy": {"total_j", "per_output_token_j", "mean_power_w"},
+    "energy": {
+        *("total_j", "per_output_token_j", "per_total_token_j", "mean_power_w"),
+        *("idle_j", "range_j", "server", "facility"),
+    },
     "cost": {"usd_per_hour", "usd_per_million_output_tokens"},
     "utilization": {"mfu", "mbu", "busy", "kv_cache_mean", "kv_cache_peak"},
     "preemptions": None,
@@ -185,7 +189,22 @@ def test_without_an_slo_its_figures_are_unknown() -> None:
 def test_energy_counts_idle_devices() -> None:
     # 4 devices for 10 s, 15 device seconds worked: 25 of idling at 10 W beside the 500 J of work.
     energy = result().summary()["energy"]
-    assert energy == {"total_j": 750.0, "per_output_token_j": 50.0, "mean_power_w": 75.0}
+    assert {key: energy[key] for key in ("total_j", "per_output_token_j", "mean_power_w", "idle_j")} == {
+        "total_j": 750.0,
+        "per_output_token_j": 50.0,
+        "mean_power_w": 75.0,
+        "idle_j": 250.0,
+    }
+
+
+def test_servers_and_buildings_draw_more_than_devices() -> None:
+    # 1.1 x 750 J and 200 W in each of 4 slots for 10 s; then 1.2 times that.
+    energy = result().summary()["energy"]
+    assert energy["server"]["total_j"] == pytest.approx(1.1 * 750 + 200 * 4 * 10)
+    assert energy["facility"]["total_j"] == pytest.approx(1.2 * energy["server"]["total_j"])
+    assert energy["server"]["per_output_token_j"] == pytest.approx(energy["server"]["total_j"] / 15)
+    assert energy["per_total_token_j"] < energy["per_output_token_j"]
+    assert energy["range_j"] is None
 
 
 def test_cost_counts_idle_devices() -> None:
@@ -216,7 +235,9 @@ def test_provenance_shares_add_up_and_notes_say_what_is_estimated() -> None:
 
 def test_an_injected_cost_model_leaves_energy_unknown() -> None:
     summary = result(accounting=None).summary()
-    assert set(summary["energy"].values()) == {None}
+    energy = summary["energy"]
+    around = [energy.pop("server"), energy.pop("facility")]
+    assert {value for part in (energy, *around) for value in part.values()} == {None}
     assert summary["utilization"]["mfu"] is None
     assert summary["provenance"] == {}
 

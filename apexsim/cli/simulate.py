@@ -158,7 +158,9 @@ def _figures(summary: dict[str, Any], result: SimulationResult) -> list[tuple[st
         ("SLO", _slo_line(result, slo)),
         (
             "energy",
-            f"{_figure(energy['per_output_token_j'])} J/output token, {_figure(energy['mean_power_w'])} W on average",
+            f"{_figure(energy['per_output_token_j'])} J/output token, {_figure(energy['mean_power_w'])} W on average; "
+            f"with servers {_figure(energy['server']['per_output_token_j'])}, "
+            f"building {_figure(energy['facility']['per_output_token_j'])} J/output token",
         ),
         (
             "cost",

@@ -14,6 +14,7 @@ import numpy as np
 from apexsim.costs.energy import limited
 from apexsim.costs.steps import StepCost
 from apexsim.costs.work import Columns, work_of
+from apexsim.specs.power import CLOCK_VARIANTS
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,15 @@ class Accounting:
     """Totals over all devices. ``energy_j`` by operator; ``seconds`` of device time by (operator, evidence).
 
     Operators are the kinds of a device profile, and ``host``. Evidence is ``fitted``, ``estimated``, or
-    ``extrapolated`` where a size lay outside what was measured.
+    ``extrapolated`` where a size lay outside what was measured. ``energy_range_j``: least and most joules where the
+    device runs at a clock that was not measured; None at the measured one.
     """
 
     energy_j: dict[str, float]
     flops: float
     bytes_moved: float
     seconds: dict[tuple[str, str], float]
+    energy_range_j: tuple[float, float] | None = None
 
 
 def account(cost: StepCost, steps: Columns, chunks: Columns, *, time_scale: float = 1.0) -> Accounting:
@@ -35,7 +38,8 @@ def account(cost: StepCost, steps: Columns, chunks: Columns, *, time_scale: floa
 
     A scale other than 1 puts a measured step time in place of the predicted one.
     """
-    power = cost.tables.costs.profile.power
+    profile = cost.tables.costs.profile
+    power = profile.power if profile.clock_mhz is None else profile.power.at(profile.clock_mhz)
     works = list(work_of(cost, steps, chunks))
     energy_j: defaultdict[str, float] = defaultdict(float)
     seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
@@ -48,4 +52,9 @@ def account(cost: StepCost, steps: Columns, chunks: Columns, *, time_scale: floa
                 seconds[work.kind, how] += some_s
     flops = sum(work.total(work.flops) for work in works)
     bytes_moved = sum(work.total(work.bytes_moved) for work in works)
-    return Accounting(dict(energy_j), flops, bytes_moved, dict(seconds))
+    possible = None
+    if profile.clock_mhz is not None:
+        variants = [profile.power.at(profile.clock_mhz, variant) for variant in CLOCK_VARIANTS]
+        totals = [sum(limited(each, works, len(steps["repeats"]), time_scale)) for each in variants]
+        possible = min(totals), max(totals)
+    return Accounting(dict(energy_j), flops, bytes_moved, dict(seconds), possible)

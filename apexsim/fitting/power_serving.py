@@ -17,7 +17,7 @@ from apexsim.costs.energy import limited
 from apexsim.costs.forms.hardware import Array
 from apexsim.costs.steady import SteadyLoad, SteadyState, steady_state
 from apexsim.costs.steps import build_step_cost
-from apexsim.errors import ApexsimError
+from apexsim.errors import ApexsimError, BadInput
 from apexsim.fitting.power_tables import fit_error
 from apexsim.specs.device import DeviceProfile
 from apexsim.specs.power import FitError, PowerModel
@@ -56,8 +56,11 @@ def served_runs(profile: DeviceProfile, root: Path) -> list[ServedRun]:
     """The text runs of a device whose model is known, worked through with the times of ``profile``."""
     path = root / RUNS
     rows = [run.row for run in read_runs(path)] if path.is_file() else []
-    found = (_served(row, profile) for row in rows if row.device == profile.name and row.task in TASKS)
-    return [run for run in found if run is not None]
+    mine = [row for row in rows if row.device == profile.name and row.task in TASKS]
+    found = [run for row in mine if (run := _served(row, profile)) is not None]
+    if mine and not any(run.kind == "dense" for run in found):
+        raise BadInput(f"no dense run of {profile.name} can be worked through", where=path)
+    return found
 
 
 def _served(row: RunRow, profile: DeviceProfile) -> ServedRun | None:

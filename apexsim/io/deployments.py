@@ -21,7 +21,7 @@ from apexsim import catalog
 from apexsim.errors import BadInput, nearest
 from apexsim.io.yaml_files import load_spec, write_yaml
 from apexsim.specs.base import Spec, parse_spec
-from apexsim.specs.cluster import MAX_DEVICES, Cluster
+from apexsim.specs.cluster import MAX_DEVICES, Cluster, Overhead
 from apexsim.specs.deployment import Deployment, Plan, Pool
 from apexsim.specs.device import DeviceProfile
 from apexsim.specs.engine import EngineProfile
@@ -44,6 +44,8 @@ class DeploymentFile(Spec):
     power and price count. With neither given the cluster is one node of exactly the devices used, or, above
     8 devices, as many whole nodes of 8 as hold them. ``engine`` is a profile, ``vllm@0.19.0``, or ``vllm`` for the
     newest; ``engine_options`` are fields of the profile. Without ``kv_cache`` the engine's own default holds.
+    ``clock_mhz`` holds the multiprocessors at a lower clock than the highest, ``overhead`` is what servers and building
+    draw beside the devices.
     """
 
     model: str
@@ -60,6 +62,8 @@ class DeploymentFile(Spec):
     weights: str = "bf16"
     moe_weights: str | None = None
     kv_cache: str | None = None
+    clock_mhz: float | None = Field(None, gt=0)
+    overhead: Overhead = Overhead()
 
     @property
     def plan(self) -> Plan:
@@ -114,7 +118,7 @@ def resolve_deployment(file: DeploymentFile, where: object) -> Deployment:
     _check_catalog("engine", file.engine, where)
     engine: EngineProfile = catalog.load("engine", file.engine)
     model: ModelSpec = catalog.load("model", file.model)
-    device: DeviceProfile = catalog.load("device", file.device)
+    device = _clocked(catalog.load("device", file.device), file.clock_mhz, where)
     deployment = Deployment(
         model=model,
         cluster=_cluster(file, device, where),
@@ -200,7 +204,18 @@ def _cluster(file: DeploymentFile, device: DeviceProfile, where: object) -> Clus
         raise BadInput(
             f"the replicas use {used} devices, the cluster has {have}", where=where, key="nodes", got=file.nodes
         )
-    return Cluster(device=device, devices_per_node=per_node, nodes=nodes)
+    return Cluster(device=device, devices_per_node=per_node, nodes=nodes, overhead=file.overhead)
+
+
+def _clocked(device: DeviceProfile, clock_mhz: float | None, where: object) -> DeviceProfile:
+    """The device at a clock; as it was measured for None and at its highest clock."""
+    clock = device.power.clock
+    if clock_mhz is None or (clock and clock_mhz == clock.nominal_mhz):
+        return device
+    if clock is None or clock_mhz > clock.nominal_mhz:
+        would_do = f"give at most {clock.nominal_mhz:g}" if clock else f"no clocks of {device.name} are known"
+        raise BadInput(would_do, where=where, key="clock_mhz", got=clock_mhz)
+    return device.at_clock(clock_mhz)
 
 
 def _fits(plan: Plan, tensor: int, model: ModelSpec, cluster: Cluster) -> bool:

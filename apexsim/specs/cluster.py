@@ -14,12 +14,31 @@ from apexsim.specs.device import DeviceProfile
 MAX_DEVICES = 10_000
 
 
+class Overhead(Spec):
+    """What a server and its building draw beyond the devices: ``per_device`` x their watts (power supplies, fans)
+    + ``slot_w`` a device slot (processors, memory, network), and ``pue`` times all of that for the building.
+    """
+
+    per_device: float = Field(1.10, ge=1)
+    slot_w: float = Field(200.0, ge=0)
+    pue: float = Field(1.2, ge=1)
+    source: str = (
+        "8 devices at 700 W make 7.76 kW; an 8 x H100 node draws 7.75 kW in training (arXiv 2506.14551), 8.4 kW at "
+        "most (arXiv 2412.08602); PUE between 1.09 (Google) and an average of 1.4 to 1.6"
+    )
+
+    def server_j(self, devices_j: float, device_s: float) -> float:
+        """Joules of the servers: those of their devices, and ``device_s`` seconds of all device slots."""
+        return self.per_device * devices_j + self.slot_w * device_s
+
+
 class Cluster(Spec):
     """``nodes`` x ``devices_per_node`` devices of one kind."""
 
     device: DeviceProfile
     devices_per_node: int = Field(8, ge=1, le=MAX_DEVICES)
     nodes: int = Field(1, ge=1, le=MAX_DEVICES)
+    overhead: Overhead = Overhead()
 
     @property
     def devices(self) -> int:

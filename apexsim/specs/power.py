@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from apexsim.errors import BadInput, Unsupported
 from apexsim.specs.base import Spec
 
 PowerEvidence = Literal["kernel", "serving", "scaled", "prior"]
@@ -33,6 +35,35 @@ class OperatorPower(Spec):
     j_per_flop: dict[str, float] = Field(default_factory=dict)
     evidence: PowerEvidence
 
+    def at(self, watts: Callable[[float], float], flops: float) -> OperatorPower:
+        """The same with ``active_w`` put through ``watts`` and joules per FLOP times ``flops``."""
+        active_w = None if self.active_w is None else watts(self.active_w)
+        return self.model_copy(
+            update={"active_w": active_w, "j_per_flop": {dtype: flops * j for dtype, j in self.j_per_flop.items()}}
+        )
+
+
+class ClockVariant(NamedTuple):
+    """What nobody measured of a clock's power: shifts of the voltage curve, the share of ``active_w`` above idle that
+    is the memory's, and the share of ``idle_w`` that is there."""
+
+    voltage: float = 0.0
+    knee_mhz: float = 0.0
+    memory: float = 0.0
+    idle: float = 1.0
+
+
+# All that the data leave open; the spread of what they give is the interval that results carry.
+CLOCK_VARIANTS = (
+    ClockVariant(),
+    ClockVariant(voltage=-0.1),
+    ClockVariant(voltage=0.1),
+    ClockVariant(knee_mhz=-300.0),
+    ClockVariant(knee_mhz=300.0),
+    ClockVariant(memory=0.7),
+    ClockVariant(idle=0.7),
+)
+
 
 class ClockPower(Spec):
     """How clock and voltage go together: ``least_voltage`` (of that at ``nominal_mhz``) up to ``knee_mhz``, then
@@ -44,10 +75,11 @@ class ClockPower(Spec):
     evidence: PowerEvidence
     source: str
 
-    def voltage(self, mhz: float) -> float:
+    def voltage(self, mhz: float, variant: ClockVariant = CLOCK_VARIANTS[0]) -> float:
         """Voltage at a clock over that at the nominal one."""
-        above = max(0.0, mhz - self.knee_mhz) / (self.nominal_mhz - self.knee_mhz)
-        return self.least_voltage + (1 - self.least_voltage) * above
+        knee_mhz, least = self.knee_mhz + variant.knee_mhz, self.least_voltage + variant.voltage
+        above = max(0.0, mhz - knee_mhz) / (self.nominal_mhz - knee_mhz)
+        return least + (1 - least) * above
 
 
 class FitError(NamedTuple):
@@ -95,6 +127,52 @@ class PowerModel(Spec):
             return KernelPower(self.active_w, self.j_per_byte, shared)
         active_w = self.active_w if own.active_w is None else own.active_w
         return KernelPower(active_w, self.j_per_byte, own.j_per_flop.get(dtype, shared))
+
+    def at(self, mhz: float, variant: ClockVariant = CLOCK_VARIANTS[0]) -> PowerModel:
+        """Coefficients at another clock f, with the voltage v that goes with it; all relative to the nominal clock.
+
+        What runs above idle, and gaps and collectives above it, go with f v^2, FLOPs with v^2, bytes with v^2 in the
+        part that is not the memory's own. Raises Unsupported where the clock is not known or above the nominal one.
+        """
+        if self.clock is None or mhz > self.clock.nominal_mhz:
+            known = f"up to {self.clock.nominal_mhz:g} MHz" if self.clock else "of none"
+            raise Unsupported(f"power at {mhz:g} MHz is not known; {known}")
+        squared = self.clock.voltage(mhz, variant) ** 2
+        memory = MEMORY_PART + (1 - MEMORY_PART) * squared
+        above = (1 - variant.memory) * mhz / self.clock.nominal_mhz * squared + variant.memory * memory
+        idle_w = self.idle_w * variant.idle
+
+        def slowed(watts: float) -> float:
+            return min(watts, idle_w) + max(0.0, watts - idle_w) * above
+
+        fields = ("active_w", "comm_w", "gap_w")
+        return self.model_copy(
+            update={
+                **{name: slowed(getattr(self, name)) for name in fields},
+                "j_per_byte": self.j_per_byte * memory,
+                "j_per_flop": {dtype: joules * squared for dtype, joules in self.j_per_flop.items()},
+                "operators": {kind: own.at(slowed, squared) for kind, own in self.operators.items()},
+            }
+        )
+
+    def anchored(self, predicted_w: float, measured_w: float) -> PowerModel:
+        """Coefficients whose part above idle is rescaled by one measured load: ``measured_w`` where they say
+        ``predicted_w`` (watts of one device)."""
+        if min(predicted_w, measured_w) <= self.idle_w:
+            raise BadInput(f"give a load that draws more than idle ({self.idle_w:g} W)", key="anchor", got=measured_w)
+        factor = (measured_w - self.idle_w) / (predicted_w - self.idle_w)
+
+        def rescaled(watts: float) -> float:
+            return self.idle_w + (watts - self.idle_w) * factor
+
+        return self.model_copy(
+            update={
+                **{name: rescaled(getattr(self, name)) for name in ("active_w", "gap_w")},
+                "j_per_byte": self.j_per_byte * factor,
+                "j_per_flop": {dtype: joules * factor for dtype, joules in self.j_per_flop.items()},
+                "operators": {kind: own.at(rescaled, factor) for kind, own in self.operators.items()},
+            }
+        )
 
 
 def _check_evidence(evidence: Evidences, fields: list[str], j_per_flop: dict[str, float]) -> None:
