@@ -150,6 +150,17 @@ def test_a_row_becomes_the_deployment_it_states() -> None:
     assert (memory.gpu_memory_utilization, memory.kv_blocks) == (0.8, 5000)
 
 
+@pytest.mark.parametrize(
+    ("source", "budget"),
+    [("inferencex_csv_dump", 1088), ("nvidia_gap_analysis", 2 * 1000 + 4), ("elsewhere", 8192)],
+)
+def test_recipes_of_tensorrt_llm_set_its_token_budget(source: str, budget: int) -> None:
+    row = {"engine": "trtllm", "engine_version": "1.0.0rc3", "source": source}
+    assert case(**row).deployment.for_load(1000, 4).scheduler.token_budget == budget
+    stated = case(**row, max_num_batched_tokens=4096).deployment
+    assert stated.for_load(1000, 4).scheduler.token_budget == 4096
+
+
 def test_flags_become_engine_options_and_the_rest_is_listed() -> None:
     flags = (
         "vllm 0.6.0 (docker vllm/vllm-openai:v0.6.0); --max-model-len 24272 --disable-custom-all-reduce "

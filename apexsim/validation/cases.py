@@ -43,6 +43,9 @@ _SAID_ELSEWHERE = (
 # model card, on Hugging Face). TensorRT-LLM quantises by itself, one scale a tensor.
 _BLOCK_SCALED = ("deepseek-", "minimax-", "qwen3-")
 
+# How the recipes behind a source set the token budget of TensorRT-LLM, which none of their rows states.
+_TRTLLM_BUDGETS = {"inferencex": "one_prompt", "nvidia": "two_prompts"}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -149,6 +152,10 @@ def _engine_options(row: RunRow) -> tuple[dict[str, Any], list[str]]:
     options |= {name: getattr(row, name) for name in _OPTION_COLUMNS if getattr(row, name) is not None}
     unknown = " ".join(left.replace(";", " ").split())
     notes = [f"flags without effect here: {unknown}"] if unknown else []
+    if row.engine == "trtllm" and row.max_num_batched_tokens is None:
+        rule = next((rule for source, rule in _TRTLLM_BUDGETS.items() if row.source.startswith(source)), None)
+        options["token_budget_rule"] = rule
+        notes.append(f"max_num_batched_tokens not known: {rule or 'the default'}")
     if row.prefix_caching:
-        notes.append("prefix caching is not simulated")
+        notes.append("prefixes that requests share are not looked for")
     return options, notes

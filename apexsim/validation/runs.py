@@ -42,6 +42,7 @@ class RunRow(Spec):
     """
 
     run_id: str
+    source: str = ""
     engine: str
     engine_version: str = ""
     model: str
