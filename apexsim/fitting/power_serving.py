@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from apexsim import catalog
 from apexsim.costs.energy import limited
 from apexsim.costs.forms.hardware import Array
 from apexsim.costs.steady import SteadyLoad, SteadyState, steady_state
@@ -65,8 +66,10 @@ def served_runs(profile: DeviceProfile, root: Path) -> list[ServedRun]:
 
 def _served(row: RunRow, profile: DeviceProfile) -> ServedRun | None:
     """None where the simulator does not know the model or its plan."""
+    # A device that is fitted for the first time is not in the catalog yet; another holds its place.
+    known = row if row.device in catalog.names("device") else row.model_copy(update={"device": "h100-sxm"})
     try:
-        deployment = case_of(row).deployment
+        deployment = case_of(known).deployment
         cluster = deployment.cluster.model_copy(update={"device": profile})
         deployment = deployment.model_copy(update={"cluster": cluster})
         cost = build_step_cost(deployment, deployment.pools[0])
