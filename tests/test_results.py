@@ -28,16 +28,16 @@ NS = 1_000_000_000
 
 
 def device() -> DeviceProfile:
-    """A device with round figures: 1000 bf16 FLOP/s, 100 bytes/s, 10 W idle, 3.6 USD an hour."""
+    """A device with round figures: 1000 bf16 GFLOP/s, 100 GB/s, 10 W idle, 3.6 USD an hour."""
     power = {"limit_w": 100, "idle_w": 10, "active_w": 20, "comm_w": 30, "gap_w": 15, "j_per_byte": 0}
     links = dict.fromkeys(("intra_node_bytes_per_s", "inter_node_bytes_per_s", "pcie_bytes_per_s"), 1e9)
     data: dict[str, Any] = {
         "name": "toy",
         "datasheet": {
-            "memory_bytes": 1000,
-            "memory_bytes_per_s": 100,
-            "flops_per_s": {"bf16": 1000},
-            "l2_bytes": 1,
+            "memory_bytes": 10**9,
+            "memory_bytes_per_s": 100e9,
+            "flops_per_s": {"bf16": 1000e9},
+            "l2_bytes": 1024,
             "sms": 1,
             "tdp_w": 100,
             "nccl_bytes": {2: 1},
@@ -97,8 +97,8 @@ STEPS = {
 }
 ACCOUNTING = SimpleNamespace(
     energy_j={"gemm": 300.0, "attention": 200.0},
-    flops=4000.0,
-    bytes_moved=500.0,
+    flops=4000e9,
+    bytes_moved=500e9,
     seconds={("gemm", "fitted"): 6.0, ("gemm", "extrapolated"): 3.0, ("attention", "estimated"): 6.0},
     energy_range_j=None,
 )

@@ -21,6 +21,7 @@ from apexsim.costs.fitted import OperatorCosts
 from apexsim.costs.forms.hardware import Array
 from apexsim.costs.mixing import ChunkCost, Mixing
 from apexsim.costs.operators import Attention, RowOperator
+from apexsim.errors import BadInput
 from apexsim.specs.device import DeviceProfile
 from apexsim.units import NS_PER_S, to_ns
 
@@ -31,10 +32,14 @@ FIRST_CONTEXTS = 1024
 # Decode tables of 8-byte integers and remembered chunks kept per device: 64 MB and some 25 MB at most.
 MAX_DECODE_ENTRIES = 8_000_000
 MAX_CHUNKS = 100_000
+# Half of what 63 bits of nanoseconds hold: a prefix table doubles, so all before its last part is less than that part.
+MAX_TABLE_S = 4e9
 
 
 def to_ns_array(seconds: Array) -> NDArray[np.int64]:
-    """Seconds to whole nanoseconds, rounded to the nearest."""
+    """Seconds to whole nanoseconds, rounded to the nearest; BadInput where their sum could not be held."""
+    if not seconds.sum() < MAX_TABLE_S:
+        raise BadInput("its operators take longer than the clock can count; check its rates", where="device profile")
     return np.rint(seconds * NS_PER_S).astype(np.int64)
 
 

@@ -27,18 +27,19 @@ Permille = Annotated[
 class Datasheet(Spec):
     """Facts of the hardware. Rates are peaks of one device; links are one way.
 
-    ``nccl_bytes`` is the device memory that the collective library takes, by group size.
+    ``nccl_bytes`` is the device memory that the collective library takes, by group size. Figures a thousand times
+    beyond any accelerator of 2026 are mistakes of unit and refused.
     """
 
-    memory_bytes: int = Field(gt=0)
-    memory_bytes_per_s: float = Field(gt=0)
-    flops_per_s: dict[str, float]
-    l2_bytes: int = Field(gt=0)
-    sms: int = Field(gt=0)
-    tdp_w: float = Field(gt=0)
-    intra_node_bytes_per_s: float = Field(gt=0)
-    inter_node_bytes_per_s: float = Field(gt=0)
-    pcie_bytes_per_s: float = Field(gt=0)
+    memory_bytes: int = Field(ge=10**8, le=10**15)
+    memory_bytes_per_s: float = Field(ge=1e9, le=1e16)
+    flops_per_s: dict[str, Annotated[float, Field(ge=1e9, le=1e19)]]
+    l2_bytes: int = Field(ge=2**10, le=10**12)
+    sms: int = Field(ge=1, le=10**6)
+    tdp_w: float = Field(ge=1, le=1e5)
+    intra_node_bytes_per_s: float = Field(ge=1e6, le=1e16)
+    inter_node_bytes_per_s: float = Field(ge=1e6, le=1e16)
+    pcie_bytes_per_s: float = Field(ge=1e6, le=1e16)
     nccl_bytes: dict[int, int]
     source: str
 
