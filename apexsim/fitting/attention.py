@@ -21,14 +21,21 @@ NUMBERS = ["batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim", "latency
 PREFILL_KNOTS = {
     "window": (1.0, 2.0),
     "group": (1.0, 4.0, 8.0),
-    "heads_in_flight": (1.0, 16.0, 64.0, 256.0, 4096.0),
-    "chunk": (16.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 16384.0),
+    "heads_in_flight": (1.0, 8.0, 32.0, 128.0, 512.0, 4096.0),
+    "chunk": (16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 16384.0),
+}
+# Finer ones for the head size that most models have.
+COARSE_PREFILL_KNOTS = {
+    "window": (1.0, 2.0),
+    "group": (1.0, 8.0),
+    "heads_in_flight": (1.0, 16.0, 128.0, 4096.0),
+    "chunk": (16.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 4096.0, 16384.0),
 }
 DECODE_KNOTS = {
     "window": (1.0, 2.0),
-    "group": (1.0, 4.0, 8.0),
-    "pairs": (1.0, 8.0, 32.0, 128.0, 512.0, 4096.0),
-    "keys": (16.0, 64.0, 256.0, 1024.0, 2048.0, 4096.0, 8192.0, 32768.0, 131072.0),
+    "group": (1.0, 8.0),
+    "pairs": (1.0, 8.0, 64.0, 512.0, 4096.0),
+    "keys": (16.0, 128.0, 512.0, 2048.0, 8192.0, 32768.0, 131072.0),
 }
 
 DECODE_KERNEL = Rule(
@@ -162,7 +169,7 @@ def prefill_problem(table: Path, heads: Heads, causal_skip: float = 1.0) -> Prob
         predict=form.predict,
         coefficients=[*prefill.COEFFICIENTS, *(() if full.all() else (prefill.WINDOW_EFFICIENCY,))],
         coordinates=form.coordinates,
-        knots=_knots(PREFILL_KNOTS, frame),
+        knots=_knots(PREFILL_KNOTS if heads.head_dim == 128 else COARSE_PREFILL_KNOTS, frame),
         valid={"chunk": "q_len", "history": "history", "heads": "heads", "kv_heads": "kv_heads"},
         holdouts={
             "random": (random_fifth(len(frame)), {"random": everything, "random_served_full": served & full}),

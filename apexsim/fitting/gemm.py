@@ -19,9 +19,15 @@ from apexsim.fitting.served import gemm_shapes
 from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
 
 KNOTS = {
-    "n": (32.0, 512.0, 1536.0, 4096.0, 8192.0, 65536.0),
-    "k": (32.0, 512.0, 1536.0, 4096.0, 8192.0, 65536.0),
-    "m": (1.0, 16.0, 64.0, 128.0, 256.0, 512.0, 1536.0, 4096.0, 32768.0),
+    "n": (64.0, 512.0, 2048.0, 5120.0, 8192.0, 65536.0),
+    "k": (64.0, 512.0, 2048.0, 8192.0, 65536.0),
+    "m": (1.0, 16.0, 64.0, 192.0, 512.0, 1536.0, 4096.0, 32768.0),
+}
+# Weight-only products are carried to most devices: a coarse correction will do.
+COARSE_KNOTS = {
+    "n": (128.0, 1024.0, 6144.0, 65536.0),
+    "k": (128.0, 1024.0, 6144.0, 65536.0),
+    "m": (1.0, 16.0, 64.0, 128.0, 256.0, 1024.0, 8192.0),
 }
 # Kernels with own library choices per dtype: cuBLAS cuts k, the fp8 kernels do not but quantise activations.
 EXTRA = {
@@ -109,7 +115,7 @@ def problem(table: Path, dtype: str) -> Problem:
         predict=form.predict,
         coefficients=[*gemm.COEFFICIENTS, *EXTRA[dtype]],
         coordinates=form.coordinates,
-        knots=KNOTS,
+        knots=COARSE_KNOTS if dtype.endswith("_wo") else KNOTS,
         valid={"m": "m", "n": "n", "k": "k"},
         holdouts={
             "random": (random_fifth(len(frame)), {"random": ordinary}),

@@ -34,7 +34,6 @@ _FLOAT = re.compile(
     r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
 )
 _ODD_BREAKS = re.compile("[\r\x85\u2028\u2029]")
-_ROWS = re.compile(r"(?:-?[0-9]+(?: -?[0-9]+)*\n)+")
 _SCALARS = (str, int, float, bool, type(None))
 
 
@@ -72,10 +71,15 @@ def _represent_list(dumper: yaml.SafeDumper, data: Any) -> yaml.Node:
     return dumper.represent_sequence(_TAG + "seq", data, flow_style=flat)
 
 
+def _represent_dict(dumper: yaml.SafeDumper, data: dict[Any, Any]) -> yaml.Node:
+    """Mappings to fractions on one line: coefficients of a form."""
+    flat = len(data) > 1 and all(isinstance(value, float) for value in data.values())
+    return dumper.represent_mapping(_TAG + "map", data, flow_style=flat)
+
+
 def _represent_str(dumper: yaml.SafeDumper, data: str) -> yaml.Node:
-    """Rows of numbers as lines; other line breaks than newline lose themselves outside double quotes."""
-    style = "|" if _ROWS.fullmatch(data) else '"' if _ODD_BREAKS.search(data) else None
-    return dumper.represent_scalar(_TAG + "str", data, style=style)
+    """Other line breaks than newline lose themselves outside double quotes."""
+    return dumper.represent_scalar(_TAG + "str", data, style='"' if _ODD_BREAKS.search(data) else None)
 
 
 _Loader.add_implicit_resolver(_TAG + "bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
@@ -83,6 +87,7 @@ _Loader.add_implicit_resolver(_TAG + "null", re.compile(r"(?:~|null|Null|NULL|)$
 for _rule in (_Loader, _Dumper):
     _rule.add_implicit_resolver(_TAG + "int", _INT, list("-+0123456789"))
     _rule.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+.0123456789"))
+_Dumper.add_representer(dict, _represent_dict)
 _Dumper.add_representer(list, _represent_list)
 _Dumper.add_representer(str, _represent_str)
 _Dumper.add_representer(tuple, _represent_list)

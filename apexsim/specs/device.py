@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic import Field, field_serializer, model_validator
 
 from apexsim.errors import Unsupported
 from apexsim.specs.base import Spec
 from apexsim.specs.power import PowerModel
 
 Evidence = Literal["fitted", "estimated"]
-
-
-# Rows of integers; as text, one row a line.
-Permille = Annotated[
-    tuple[tuple[int, ...], ...],
-    BeforeValidator(lambda rows: [row.split() for row in rows.splitlines()] if isinstance(rows, str) else rows),
-    PlainSerializer(
-        lambda rows: "".join(" ".join(map(str, row)) + "\n" for row in rows), return_type=str, when_used="json"
-    ),
-]
 
 
 class Datasheet(Spec):
@@ -56,11 +46,25 @@ class ResidualGrid(Spec):
     """A smooth correction, multiplied in: exp(permille / 1000), multilinear in the logarithms of the coordinates.
 
     ``axes`` name the coordinates with their knots (ascending); ``permille`` holds one row per combination of knots of
-    all axes but the last, in row-major order. Outside the knots the nearest edge holds.
+    all axes but the last, in row-major order; in files they are one text of numbers. Outside the knots the nearest edge
+    holds.
     """
 
     axes: dict[str, tuple[float, ...]]
-    permille: Permille
+    permille: tuple[tuple[int, ...], ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rows_of_text(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("permille"), str | int) or not data.get("axes"):
+            return data
+        width = max(1, len([*data["axes"].values()][-1]))
+        numbers = str(data["permille"]).split()
+        return {**data, "permille": [numbers[at : at + width] for at in range(0, len(numbers), width)]}
+
+    @field_serializer("permille", when_used="json")
+    def _as_text(self, rows: tuple[tuple[int, ...], ...]) -> str:
+        return " ".join(str(value) for row in rows for value in row)
 
     @model_validator(mode="after")
     def _shape_fits(self) -> ResidualGrid:
