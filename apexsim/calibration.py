@@ -34,7 +34,7 @@ STEPS_S = {
     "exposed_step_s": 3e-4,
     "frontend_per_request_s": 5e-4,
     "response_s": 3e-3,
-    "moe_request_s": 1e-2,
+    "launch_s": 3e-6,
 }
 ROUNDS = 3
 ROWS_PER_GROUP = 20

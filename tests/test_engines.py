@@ -12,18 +12,19 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from pydantic import ValidationError
 
 from apexsim import catalog
+from apexsim.costs.steps import BatchStats, build_step_cost
 from apexsim.errors import BadInput
 from apexsim.io.deployments import deployment_from
 from apexsim.serving.batching import ChunkedPrefill
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.request import Request
 from apexsim.serving.simulator import Run, simulate
-from apexsim.specs.engine import HostTerms, SchedulerDefaults, token_budget
+from apexsim.specs.engine import SchedulerDefaults, token_budget
 from apexsim.specs.workload import Requests
 from apexsim.testing import Case, check_case
+from apexsim.units import NS_PER_S
 
 ENGINES = [catalog.load("engine", name) for name in catalog.names("engine")]
 
@@ -226,18 +227,6 @@ def test_clients_in_waves_send_together() -> None:
     assert len({request.arrival_ns for request in served(**case).requests}) == 4
 
 
-def test_requests_to_models_with_experts_wait_beside_one_another() -> None:
-    load = Requests(name="two", arrival_s=np.zeros(2), prompt_tokens=np.full(2, 100), output_tokens=np.full(2, 5))
-    first = {}
-    for model in ("llama-3.1-8b", "gpt-oss-20b"):
-        for wait_s in (0.0, 0.05):
-            options = {"moe_request_s": wait_s, "frontend_per_request_s": 0.0}
-            made = deployment_from(None, {"model": model, "device": "h100-sxm", "engine_options": options})
-            first[model, wait_s] = simulate(made, load).requests["ttft_s"].to_numpy()
-    assert first["llama-3.1-8b", 0.05] == pytest.approx(first["llama-3.1-8b", 0.0])
-    assert first["gpt-oss-20b", 0.05] == pytest.approx(first["gpt-oss-20b", 0.0] + 0.05)
-
-
 @pytest.mark.parametrize("key", ["policy", "router"])
 def test_a_class_that_cannot_be_built_is_bad_input(key: str) -> None:
     name = f"{__name__}:Demanding"
@@ -259,23 +248,36 @@ class Demanding(ChunkedPrefill):
         return self.more % len(loads)
 
 
-def test_eager_launches_lengthen_every_step() -> None:
-    load = Requests(name="one", arrival_s=np.zeros(1), prompt_tokens=np.array([9]), output_tokens=np.array([9]))
-    spent = []
-    for graphs in (True, False):
-        options = {"cuda_graphs": graphs, "per_layer_s": 1e-3}
-        made = deployment_from(
-            None, {"model": "llama-3.1-8b", "device": "h100-sxm", "engine": "vllm@0.11", "engine_options": options}
-        )
-        spent.append(simulate(made, load).requests["tpot_s"].to_numpy())
-    assert spent[1] == pytest.approx(spent[0] + 32e-3)
+def stage_s(options: dict[str, object], stats: BatchStats, **choices: object) -> list[float]:
+    """Seconds of a step on every stage of Llama-3.1-8B."""
+    given = {"model": "llama-3.1-8b", "device": "h100-sxm", "engine": "vllm@0.11", "engine_options": options}
+    made = deployment_from(None, {**given, **choices})
+    return [ns / NS_PER_S for ns in build_step_cost(made, made.pools[0]).stage_ns(stats)]
 
 
-def test_launches_are_paid_by_the_layer_only_without_cuda_graphs() -> None:
-    host = HostTerms(exposed_step_s=1e-3, per_layer_s=0.5e-3)
-    assert host.serial_s(32) == 1e-3
-    assert host.model_copy(update={"cuda_graphs": False}).serial_s(32) == 17e-3
-    with pytest.raises(ValidationError, match="per_layer_s"):
-        HostTerms(cuda_graphs=False)
-    with pytest.raises(BadInput, match="cuda_graphs off needs per_layer_s"):
-        deployment_from(None, {"model": "llama-3.1-8b", "device": "h100-sxm", "engine_options": {"cuda_graphs": False}})
+NO_HOST = {"step_s": 0.0, "per_sequence_s": 0.0, "exposed_step_s": 0.0, "launch_s": 0.0}
+DECODES = BatchStats(4, 4000, (), (), 4)
+
+
+def test_a_step_that_no_graph_replays_waits_for_its_launches() -> None:
+    """Llama-3.1-8B: 10 kernels a layer (norm, QKV, rope, cache write, attention, O, norm, gate/up, activation, down),
+    embedding, last norm, LM head and sampling."""
+    launches = 32 * 10 + 4
+    slow = {**NO_HOST, "launch_s": 1e-3}
+    (step,) = stage_s({**slow, "cuda_graphs": False}, DECODES)
+    assert step == pytest.approx(launches * 1e-3)
+    assert stage_s(slow, DECODES) == stage_s(NO_HOST, DECODES)
+    (first, second) = stage_s({**slow, "cuda_graphs": False}, DECODES, pipeline=2)
+    assert first + second == pytest.approx((launches + 1) * 1e-3)  # one more to send
+
+
+def test_graphs_replay_prompts_up_to_a_number_of_tokens() -> None:
+    slow = {**NO_HOST, "launch_s": 1e-3, "graph_tokens": 256}
+    short, long = BatchStats(0, 0, (), ((256, 0),), 1), BatchStats(0, 0, (), ((257, 0),), 1)
+    assert stage_s(slow, short) == stage_s(NO_HOST, short)
+    assert stage_s(slow, long)[0] > 0.3 > stage_s(NO_HOST, long)[0]
+
+
+def test_launches_hide_behind_kernels_that_take_longer() -> None:
+    long = BatchStats(0, 0, (), ((8000, 0),), 1)
+    assert stage_s({**NO_HOST, "launch_s": 20e-6}, long) == stage_s(NO_HOST, long)

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from apexsim.costs.steps import BatchStats, DecodeRun
+from apexsim.costs.runs import DecodeRun
+from apexsim.costs.steps import BatchStats
 from apexsim.serving.batching import BatchPolicy, ChunkedPrefill, Ledger
 from apexsim.serving.clock import ARRIVAL, Clock
 from apexsim.serving.kv_cache import BlockManager

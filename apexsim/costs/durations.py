@@ -7,7 +7,7 @@ from array import array
 import numpy as np
 from numpy.typing import NDArray
 
-from apexsim.costs.steps import PlainRun
+from apexsim.costs.runs import PlainRun
 from apexsim.costs.timing import RunTimes
 
 

@@ -25,11 +25,12 @@ from apexsim.costs.operators import (
     Experts,
     Gemm,
     RowOperator,
+    Rows,
     Sampling,
 )
 from apexsim.costs.recurrent import StateUpdate
 from apexsim.errors import InfeasiblePlan
-from apexsim.specs.deployment import Deployment, Pool
+from apexsim.specs.deployment import Deployment, Plan, Pool
 
 if TYPE_CHECKING:
     from apexsim.specs.model import LayerKind, MoESpec
@@ -75,14 +76,30 @@ class StageLayers:
         """Every operator that costs by tokens of the step, with the times it runs."""
         return [(op, count) for block, count in self.blocks for op in block.rows] + [(op, 1) for op in self.once]
 
+    @property
+    def launches(self) -> int:
+        """Kernels that an engine launches in a step that no CUDA graph replays."""
+        mixing = sum(count * block.attention.launches for block, count in self.blocks if block.attention)
+        rows = sum(count * op.launches for op, count in self.row_operators())
+        return mixing + rows + sum(op.launches for op in self.head)
+
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """A model on a plan: the distinct blocks, and the pipeline stages made of them, each on ``tensor`` devices."""
+    """A model on a plan: the distinct blocks, and the pipeline stages made of them.
+
+    A stage runs on ``attention_data`` ranks of ``tensor`` devices each.
+    """
 
     tensor: int
+    attention_data: int
     blocks: tuple[Block, ...]
     stages: tuple[StageLayers, ...]
+
+    @property
+    def stage_devices(self) -> int:
+        """Devices of one stage, all of which run its operators."""
+        return self.tensor * self.attention_data
 
     @property
     def attentions(self) -> tuple[Mixing, ...]:
@@ -109,7 +126,7 @@ def lower(deployment: Deployment, pool: Pool) -> Lowered:
         last = index == plan.pipeline - 1
         once = (*(_entry(deployment, pool) if index == 0 else ()), *_exit(deployment, last))
         stages.append(StageLayers(layers, counted, once, _head(deployment, pool) if last else ()))
-    return Lowered(plan.tensor, tuple(blocks.values()), tuple(stages))
+    return Lowered(plan.tensor, plan.attention_data, tuple(blocks.values()), tuple(stages))
 
 
 def split_layers(layers: int, stages: int) -> tuple[range, ...]:
@@ -270,8 +287,9 @@ def _ffn_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> list[list[
 def _moe_part(deployment: Deployment, pool: Pool) -> list[list[RowOperator]]:
     """Router and routed experts; shared experts beside them as one dense FFN.
 
-    With ``all_reduce`` every rank holds all tokens already and its partial sums meet in the closing all-reduce; with
-    any other ``moe_dispatch`` it sends its share of the tokens to the ranks of their experts and gets them back.
+    With ``all_reduce`` every rank holds all tokens already, or gathers those of the other attention-data ranks and
+    hands back their sums, and partial sums meet in the closing all-reduce; with any other ``moe_dispatch`` it sends its
+    share of the tokens to the ranks of their experts and gets them back.
     """
     model, plan = deployment.model, pool.plan
     moe = _moe_of(deployment)
@@ -285,9 +303,8 @@ def _moe_part(deployment: Deployment, pool: Pool) -> list[list[RowOperator]]:
         routing=moe.routing,
         gated=model.gated,
     )
-    routed: list[RowOperator] = [Gemm("router", moe.experts, model.hidden, "bf16"), Experts("experts", layer)]
-    if _dispatches(deployment, pool):
-        routed = [routed[0], _exchange(deployment, pool, "dispatch"), routed[1], _exchange(deployment, pool, "combine")]
+    routed: list[RowOperator] = [Gemm("router", moe.experts, model.hidden, "bf16")]
+    routed += _carried(deployment, pool, Experts("experts", layer, rows=_expert_rows(plan)))
     if not moe.shared_width:
         return [routed]
     shared = _ffn(deployment, moe.shared_width // plan.tensor, "shared_")
@@ -296,13 +313,27 @@ def _moe_part(deployment: Deployment, pool: Pool) -> list[list[RowOperator]]:
     return [routed, shared]
 
 
+def _expert_rows(plan: Plan) -> Rows:
+    return "all_tokens" if plan.attention_data > 1 else "tokens"
+
+
+def _carried(deployment: Deployment, pool: Pool, experts: Experts) -> list[RowOperator]:
+    """The experts between what brings tokens to them from other ranks and what takes them back."""
+    if _dispatches(deployment, pool):
+        return [_exchange(deployment, pool, "dispatch"), experts, _exchange(deployment, pool, "combine")]
+    ranks, width = pool.plan.attention_data, ACTIVATION_BYTES * deployment.model.hidden
+    if ranks == 1:
+        return [experts]
+    gather = Collective("gather", "all_gather", ranks, width, rows="all_tokens")
+    return [gather, experts, Collective("scatter", "reduce_scatter", ranks, width, rows="all_tokens")]
+
+
 def _exchange(deployment: Deployment, pool: Pool, phase: Literal["dispatch", "combine"]) -> Collective:
     """Tokens to the ranks of their experts, or back: a copy an expert, or a rank where the library merges copies."""
     library, ranks, active = deployment.engine.communication.moe_dispatch, pool.plan.expert, _moe_of(deployment).active
     copies = copies_sent(active, ranks) if library in ("deepep", "trtllm") else active
-    return Collective(
-        phase, EXCHANGES[library, phase], ranks, ACTIVATION_BYTES * deployment.model.hidden * copies / ranks
-    )
+    sent, rows = ACTIVATION_BYTES * deployment.model.hidden * copies / ranks, _expert_rows(pool.plan)
+    return Collective(phase, EXCHANGES[library, phase], ranks, sent, rows=rows)
 
 
 def _closing(deployment: Deployment, pool: Pool, kind: LayerKind, branches: int) -> list[RowOperator]:
@@ -313,12 +344,14 @@ def _closing(deployment: Deployment, pool: Pool, kind: LayerKind, branches: int)
     if not branches:
         return []
     if kind.moe and _dispatches(deployment, pool):
+        if pool.plan.tensor == 1:
+            return [*joined, *post]
         return [*joined, Collective("ffn_all_gather", "all_gather", pool.plan.tensor, width), *post]
     return [*joined, *_all_reduce(deployment, pool, "ffn_all_reduce"), *post]
 
 
 def _dispatches(deployment: Deployment, pool: Pool) -> bool:
-    """Whether tokens travel to their experts; only where every rank holds whole experts (expert = tensor degree)."""
+    """Whether tokens travel to their experts; only where every rank holds whole experts."""
     whole = pool.plan.expert > 1 and pool.plan.moe_tensor == 1
     return whole and deployment.engine.communication.moe_dispatch != "all_reduce"
 

@@ -49,6 +49,10 @@ class Mixing(Protocol):
     def widest(self) -> int:
         """Elements of a token's tensors that live together around it: inputs and output."""
 
+    @property
+    def launches(self) -> int:
+        """Kernels that an engine launches for it."""
+
     def decode_s(self, costs: OperatorCosts, batch: int, mean_context: Array) -> Array: ...
 
     def chunk_cost(self, costs: OperatorCosts) -> ChunkCost: ...

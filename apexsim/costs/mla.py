@@ -68,6 +68,7 @@ class LatentMixing:
     weight_bytes = 0.0
     kind = "attention"
     kinds = ("mla_decode", "mla_prefill")
+    launches = 6  # split and write the cache, join queries, the kernel, and the two absorbed products
     window = None
 
     @property

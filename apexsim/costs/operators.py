@@ -1,9 +1,11 @@
 """The operators of a transformer, each with the shape that one rank runs.
 
-A row operator costs by its number of rows: tokens of the step, or survivors (sequences whose logits are needed).
+A row operator costs by its number of rows: tokens of the step, or survivors (sequences whose logits are needed), those
+of its attention-data rank alone; ``all_tokens`` are the tokens of all such ranks, where there are several.
 Attention alone costs by sequence. Every operator answers for its seconds, FLOPs and bytes on one rank, vectorised over
 rows, and for the weights it keeps in memory; ``kind`` and ``key`` name the fitted operator of a device profile behind
-it, and ``sizes`` what its measured range is checked against. Activations are bf16 whatever the weights are.
+it, ``sizes`` what its measured range is checked against, and ``launches`` how many kernels an engine launches for it.
+Activations are bf16 whatever the weights are.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from apexsim.costs.forms.prefill import causal_pairs
 from apexsim.units import dtype_bytes
 
 Sizes = Mapping[str, Array | int]
-Rows = Literal["tokens", "survivors"]
+Rows = Literal["tokens", "all_tokens", "survivors"]
 CollectiveKind = Literal[
     "all_reduce",
     "all_gather",
+    "reduce_scatter",
     "all_to_all",
     "send_recv",
     "deepep_dispatch",
@@ -36,6 +39,13 @@ CollectiveKind = Literal[
 ]
 
 ACTIVATION_BYTES = 2.0
+
+# Kernels that an engine launches around the one that is timed, counted in vLLM's sources: finding the largest value and
+# quantising activations (one scale a tensor), quantising them (by blocks); top-k, sorting tokens by expert, two
+# products with their quantisation, activation, weighted sum; writing the KV cache.
+QUANTISE_LAUNCHES = {"fp8": 2, "fp8_block": 1, "nvfp4": 1}
+EXPERT_LAUNCHES = 9
+ATTENTION_LAUNCHES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +62,10 @@ class Gemm:
     @property
     def key(self) -> str:
         return self.dtype
+
+    @property
+    def launches(self) -> int:
+        return 1 + QUANTISE_LAUNCHES.get(self.dtype, 0)
 
     @property
     def weight_bytes(self) -> float:
@@ -78,6 +92,7 @@ class Experts:
     layer: MoeLayer
     rows: Rows = "tokens"
     kind = "moe"
+    launches = EXPERT_LAUNCHES
 
     @property
     def key(self) -> str:
@@ -120,6 +135,7 @@ class Elementwise:
     rows: Rows = "tokens"
     kind = "elementwise"
     key = "any"
+    launches = 1
     weight_bytes = 0.0
 
     def seconds(self, costs: OperatorCosts, rows: Array) -> Array:
@@ -144,6 +160,7 @@ class Sampling:
     rows: Rows = "survivors"
     kind = "sampling"
     key = "any"
+    launches = 1
     weight_bytes = 0.0
 
     def seconds(self, costs: OperatorCosts, rows: Array) -> Array:
@@ -173,6 +190,7 @@ class Collective:
     bytes_per_row: float
     custom_max_bytes: float = 0.0
     rows: Rows = "tokens"
+    launches = 1
     weight_bytes = 0.0
 
     @property
@@ -211,6 +229,7 @@ class Attention:
     weight_bytes = 0.0
     kind = "attention"
     kinds = ("decode_attention", "prefill_attention")
+    launches = ATTENTION_LAUNCHES
 
     @property
     def key(self) -> str:

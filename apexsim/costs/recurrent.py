@@ -37,6 +37,7 @@ class StateUpdate:
     tensor: int
     kind = "recurrent"
     kinds = ("recurrent", "recurrent")
+    launches = CHUNK_KERNELS
     key = "any"
     dtype = "bf16"
     window = RECURRENT_WINDOW

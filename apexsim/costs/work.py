@@ -214,18 +214,26 @@ def _attention(
 def _host_s(cost: StepCost, steps: Columns, sequences: NDArray[np.int64], first_s: Array) -> Array:
     """Seconds in which a step's first stage waits for the host, beyond its ``first_s`` of device time."""
     host = cost.engine.host
-    serial_s = host.serial_s(len(cost.lowered.stages[0].layers))
     busy_s = _floats(host.step_s + host.per_sequence_s * sequences)
-    if not host.overlapped:
-        return np.asarray(busy_s + serial_s)
-    waits_s = np.maximum(0.0, busy_s - first_s)
-    for row in np.flatnonzero(_may_cross(steps, busy_s, first_s)):
+    after_s = host.exposed_step_s + (0.0 if host.overlapped else busy_s)
+    floor_s = np.maximum(_launching_s(cost, steps), busy_s if host.overlapped else 0.0)
+    waits_s = np.maximum(0.0, floor_s - first_s)
+    for row in np.flatnonzero(_may_cross(steps, floor_s, first_s)):
         repeats = int(steps["repeats"][row])
         run = cost.decode_run(_stats(cost, steps, int(row)))
         if run is not None:
             spent_ns = sum(stages[0] for stages in run.stages_ns(0, repeats))
-            waits_s[row] = max(0.0, spent_ns / NS_PER_S / repeats - serial_s - first_s[row])
-    return np.asarray(waits_s + serial_s)
+            other_s = np.broadcast_to(after_s, first_s.shape)[row] + first_s[row]
+            waits_s[row] = max(0.0, spent_ns / NS_PER_S / repeats - other_s)
+    return np.asarray(waits_s + after_s)
+
+
+def _launching_s(cost: StepCost, steps: Columns) -> Array:
+    """Seconds that the host takes to launch the kernels of a step's first stage; 0 where a CUDA graph replays them."""
+    host, tokens = cost.engine.host, steps["decodes"] + steps["chunk_tokens"]
+    replayed = (steps["chunk_tokens"] == 0) | (tokens <= host.graph_tokens)
+    launching_s = host.launch_s * cost.lowered.stages[0].launches
+    return np.where(replayed & host.cuda_graphs, 0.0, launching_s)
 
 
 def _may_cross(steps: Columns, busy_s: Array, first_s: Array) -> Mask:

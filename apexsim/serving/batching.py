@@ -23,7 +23,7 @@ class Ledger:
     """
 
     __slots__ = (
-        "_cohort", "_full", "_manager", "admitted", "blocks", "chunks", "decodes", "lookahead", "marching", "preempted",
+        "_cohort", "_full", "_manager", "_most", "admitted", "blocks", "chunks", "decodes", "lookahead", "marching", "preempted",
         "recovered", "seats", "sequences", "tokens",
     )  # fmt: skip
 
@@ -44,6 +44,7 @@ class Ledger:
         self.recovered: dict[Request, int] = {}
         self._manager = manager
         self._full = scheduler.admission == "full"
+        self._most = scheduler.max_chunk_tokens if scheduler.chunked_prefill else None
         self._cohort = cohort
 
     def wants(self, request: Request) -> int:
@@ -51,8 +52,10 @@ class Ledger:
         if request.pending > self.lookahead:
             return 0
         if request.preemptions and not request.computed:
-            return request.known - self._manager.cached(request, self.blocks)
-        return request.known - request.computed
+            left = request.known - self._manager.cached(request, self.blocks)
+        else:
+            left = request.known - request.computed
+        return left if self._most is None else min(left, self._most)
 
     def can_give(self, request: Request, tokens: int) -> bool:
         """Whether the blocks for ``tokens`` more of a running request are there."""

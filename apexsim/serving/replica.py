@@ -27,7 +27,7 @@ from apexsim.specs.engine import SchedulerDefaults
 class ReplicaSettings:
     """What every replica of a pool shares. ``windows`` are the model's attention windows, ascending.
 
-    A request reaches the queue after ``frontend_ns`` in a serial frontend and ``wait_ns`` beside others.
+    A request reaches the queue after ``frontend_ns`` in a serial frontend.
     """
 
     cost: StepTimes
@@ -36,7 +36,6 @@ class ReplicaSettings:
     windows: tuple[int, ...]
     frontend_ns: int
     exact_steps: bool
-    wait_ns: int = 0
 
     @property
     def lookahead(self) -> int:
@@ -86,20 +85,19 @@ class Replica:
     # -- arrivals ---------------------------------------------------------------------------------------------
 
     @property
-    def ways_ns(self) -> tuple[int, int]:
-        """How long the serial frontend takes for a request, and how long it waits after that."""
-        return self._set.frontend_ns, self._set.wait_ns
+    def frontend_ns(self) -> int:
+        """How long the serial frontend takes for a request."""
+        return self._set.frontend_ns
 
     def submit(self, request: Request) -> None:
         """A request arrives; it joins the queue after the serial frontend has handled it."""
         request.replica = self.index
         self.unfinished += 1
-        frontend_ns, wait_ns = self.ways_ns
-        if not (frontend_ns or wait_ns):
+        if not self.frontend_ns:
             self._enqueue(request)
             return
-        self._frontend_free = max(self._clock.now_ns, self._frontend_free) + frontend_ns
-        self._clock.at(self._frontend_free + wait_ns, ARRIVAL, lambda _: self._enqueue(request))
+        self._frontend_free = max(self._clock.now_ns, self._frontend_free) + self.frontend_ns
+        self._clock.at(self._frontend_free, ARRIVAL, lambda _: self._enqueue(request))
 
     def take(self, request: Request) -> None:
         """A request leaves the frontend at this moment and joins the queue."""

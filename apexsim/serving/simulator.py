@@ -72,7 +72,7 @@ def simulate(
         chunks=chunks,
         accounting=account(cost, steps, chunks),
         memory=memory,
-        notes=(*requests.notes, *_not_simulated(requests)),
+        notes=(*requests.notes, *_not_simulated(requests), *pool.plan.assumptions),
         timing=_timing(started_s, built_s, simulated_s),
     )
 
@@ -143,7 +143,6 @@ class Run:
             policy=make_policy(scheduler),
             windows=deployment.model.windows,
             frontend_ns=to_ns(deployment.engine.host.frontend_per_request_s),
-            wait_ns=to_ns(deployment.request_wait_s),
             exact_steps=exact_steps,
         )
         return [
@@ -178,7 +177,7 @@ class Run:
 
     def _open_loop(self, arrival_s: NDArray[np.float64]) -> list[tuple[int, Request]]:
         """When each request is to be routed; with one replica and so nothing to route, when it reaches the queue."""
-        frontend_ns, wait_ns = self.replicas[0].ways_ns if len(self.replicas) == 1 else (0, 0)
+        frontend_ns = self.replicas[0].frontend_ns if len(self.replicas) == 1 else 0
         free_ns, coming = 0, []
         for request, arrival_ns in zip(
             self.requests, np.rint(arrival_s * NS_PER_S).astype(np.int64).tolist(), strict=True
@@ -186,7 +185,7 @@ class Run:
             request.arrival_ns = arrival_ns
             if not self._refused(request):
                 free_ns = max(free_ns, arrival_ns) + frontend_ns
-                coming.append((free_ns + wait_ns, request))
+                coming.append((free_ns, request))
         return coming
 
     def _arrive(self, _: Event) -> None:
@@ -265,9 +264,11 @@ class Door:
     def __init__(self, deployment: Deployment, memory: MemoryPlan) -> None:
         scheduler = deployment.scheduler
         self._context_limit = deployment.context_limit
-        self._prompt_limit = scheduler.max_num_batched_tokens if not scheduler.chunked_prefill else self._context_limit
+        budget = scheduler.max_chunk_tokens or scheduler.max_num_batched_tokens
+        self._prompt_limit = budget if not scheduler.chunked_prefill else self._context_limit
         self._memory_limit = memory.max_tokens
-        self._blocks = memory.blocks
+        holder = "a replica" if memory.ranks == 1 else "an attention-data rank"
+        self._blocks = f"{memory.rank_blocks} KV blocks that {holder} has"
 
     def refuses(self, request: Request) -> str:
         """Why the request cannot be served; empty when it can."""
@@ -278,7 +279,7 @@ class Door:
             limit = f"the budget of {self._prompt_limit} tokens a step"
             return f"a prompt of {prompt} tokens exceeds {limit}, and prompts are not chunked"
         if self._memory_limit is not None and total > self._memory_limit:
-            return f"{total} tokens need more than the {self._blocks} KV blocks that a replica has"
+            return f"{total} tokens need more than the {self._blocks}"
         return ""
 
 

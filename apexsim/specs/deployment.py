@@ -15,27 +15,47 @@ Stage = Literal["encode", "prefill", "decode"]
 
 
 class Plan(Spec):
-    """Parallel degrees of one replica. ``expert`` divides ``tensor``: experts are spread over that many ranks."""
+    """Parallel degrees of one replica.
+
+    Each pipeline stage runs on ``tensor`` x ``attention_data`` ranks. Attention and everything dense are repeated
+    ``attention_data`` times, each copy cut over ``tensor`` ranks and at work on sequences of its own; the experts lie
+    on all those ranks, spread over ``expert`` of them (which divides their number) and cut over the rest.
+    """
 
     tensor: int = Field(1, ge=1)
+    attention_data: int = Field(1, ge=1)
     pipeline: int = Field(1, ge=1)
     expert: int = Field(1, ge=1)
 
     @property
     def devices(self) -> int:
         """Devices of one replica."""
-        return self.tensor * self.pipeline
+        return self.stage_devices * self.pipeline
+
+    @property
+    def stage_devices(self) -> int:
+        """Devices of one pipeline stage: the ranks that share its experts."""
+        return self.tensor * self.attention_data
 
     @property
     def moe_tensor(self) -> int:
         """Tensor degree inside each expert."""
-        return max(1, self.tensor // self.expert)
+        return max(1, self.stage_devices // self.expert)
 
     @property
     def name(self) -> str:
-        """Short name such as ``tp4-pp2`` or ``tp8-ep8``."""
-        parts = [f"tp{self.tensor}", f"pp{self.pipeline}"]
-        return "-".join(parts + [f"ep{self.expert}"] * (self.expert > 1))
+        """Short name such as ``tp4-pp2``, ``tp8-pp1-ep8`` or ``tp2-adp4-pp1-ep8``."""
+        ranks, experts = [f"adp{self.attention_data}"], [f"ep{self.expert}"]
+        parts = [f"tp{self.tensor}", *ranks * (self.attention_data > 1), f"pp{self.pipeline}"]
+        return "-".join(parts + experts * (self.expert > 1))
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """What is taken for granted of this plan, for people to read."""
+        if self.attention_data == 1:
+            return ()
+        ranks = f"{self.attention_data} attention-data ranks are taken to be evenly loaded"
+        return (f"estimated: {ranks}, as far as whole prompts go; real ones wait longer for the fullest",)
 
     def lawful(self, model: ModelSpec, cluster: Cluster) -> tuple[str, ...]:
         """Reasons why the plan cannot be laid out for this model on this cluster; empty when it can."""
@@ -48,14 +68,7 @@ class Plan(Spec):
         checks.append(
             (model.layers >= self.pipeline, f"pipeline degree {self.pipeline} exceeds the {model.layers} layers")
         )
-        checks.append((t % self.expert == 0, f"expert degree {self.expert} does not divide the tensor degree {t}"))
-        if model.moe is None:
-            checks.append((self.expert == 1, f"expert degree {self.expert} on a model without experts"))
-        else:
-            experts = model.moe.experts
-            checks.append(
-                (experts % self.expert == 0, f"expert degree {self.expert} does not divide the {experts} experts")
-            )
+        checks += self._expert_checks(model)
         widths = model.sharded_widths(self.moe_tensor, t)
         checks += [
             (width % degree == 0, f"tensor degree {degree} does not divide the {what} of {width}")
@@ -64,10 +77,24 @@ class Plan(Spec):
         checks.append(
             (self.devices <= cluster.devices, f"needs {self.devices} devices, the cluster has {cluster.devices}")
         )
-        checks.append(
-            (t <= cluster.devices_per_node, f"tensor degree {t} crosses nodes of {cluster.devices_per_node} devices")
-        )
+        node = cluster.devices_per_node
+        checks.append((t <= node, f"tensor degree {t} crosses nodes of {node} devices"))
+        if t <= node and self.attention_data > 1:
+            cut = f"experts cut over ranks of {self.attention_data} x {t} devices cross nodes of {node} devices"
+            checks.append((self.stage_devices <= node or self.moe_tensor == 1, cut))
         return tuple(reason for holds, reason in checks if not holds)
+
+    def _expert_checks(self, model: ModelSpec) -> list[tuple[bool, str]]:
+        """What experts ask of the ranks they share, as (whether it holds, the reason if not)."""
+        ranks, expert = self.attention_data, self.expert
+        over = f"the tensor degree {self.tensor}" + f" x {ranks} attention-data ranks" * (ranks > 1)
+        checks = [(self.stage_devices % expert == 0, f"expert degree {expert} does not divide {over}")]
+        if model.moe is None:
+            same = f"{ranks} attention-data ranks of a model without experts share nothing: give --replicas {ranks}"
+            checks.append((ranks == 1, same))
+            return [*checks, (expert == 1, f"expert degree {expert} on a model without experts")]
+        experts = model.moe.experts
+        return [*checks, (experts % expert == 0, f"expert degree {expert} does not divide the {experts} experts")]
 
 
 class Pool(Spec):
@@ -107,26 +134,26 @@ class Deployment(Spec):
         return min(self.model.max_context, self.engine.scheduler.max_model_len or self.model.max_context)
 
     @property
-    def scheduler(self) -> SchedulerDefaults:
-        """The engine's scheduler settings for this context limit, every one resolved."""
+    def rank_scheduler(self) -> SchedulerDefaults:
+        """The engine's scheduler settings for this context limit, every one resolved, on an attention-data rank."""
         device = self.cluster.device
         return self.engine.scheduler_for(self.context_limit, device.name, device.datasheet)
 
     @property
-    def request_wait_s(self) -> float:
-        """Seconds that every request waits before the queue, beside others."""
-        return self.engine.host.moe_request_s if self.model.moe else 0.0
+    def scheduler(self) -> SchedulerDefaults:
+        """The same of a whole replica."""
+        return self.rank_scheduler.of_ranks(self.pools[0].plan.attention_data)
 
     def for_load(self, longest_prompt: int, concurrency: int | None) -> Deployment:
         """This deployment with its token budget set by its rule, if it has one, for prompts up to ``longest_prompt``.
 
         As many sequences are counted as run together: ``concurrency``, or all seats where the load has no bound.
         """
-        scheduler = self.scheduler
+        scheduler = self.rank_scheduler
         if scheduler.token_budget_rule is None:
             return self
-        seats = scheduler.max_num_seqs
-        sequences = seats if concurrency is None else min(seats, concurrency)
+        seats, ranks = scheduler.max_num_seqs, self.pools[0].plan.attention_data
+        sequences = seats if concurrency is None else min(seats, -(-concurrency // ranks))
         budget = token_budget(scheduler.token_budget_rule, prompt_tokens=longest_prompt, sequences=sequences)
         return self.model_copy(update={"engine": self.engine.with_token_budget(budget)})
 

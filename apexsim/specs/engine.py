@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from apexsim.specs.base import Spec
 from apexsim.specs.device import Datasheet
@@ -22,10 +22,10 @@ class HostTerms(Spec):
     ``exposed_step_s`` is what no overlap hides. ``frontend_per_request_s`` is a serial queue before the scheduler
     (tokenise, admit); ``response_s`` is the way of a token from the device to the client.
 
-    ``per_layer_s`` is paid in every step by every layer, on top of its kernels, where they are launched one by one
-    (``cuda_graphs`` off); None where no run has told it. ``moe_request_s`` is what a request to a model with experts
-    waits besides, before the queue and beside others: runs of such models on SGLang and TensorRT-LLM start that much
-    later at every prompt length, which is neither a step's time nor a queue's.
+    ``launch_s`` is what the host takes to launch one kernel. Where no CUDA graph replays the kernels of a step, the
+    device cannot end it before the host has launched the last: such a step takes at least ``launch_s`` x kernels,
+    however small they are. Graphs replay the steps that only decode, and steps that compute prompts up to
+    ``graph_tokens`` tokens; without ``cuda_graphs`` none.
     """
 
     step_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
@@ -33,21 +33,14 @@ class HostTerms(Spec):
     exposed_step_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
     frontend_per_request_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
     response_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
-    per_layer_s: float | None = Field(None, ge=0, le=MAX_HOST_S)
-    moe_request_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
+    launch_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
+    graph_tokens: int = Field(0, ge=0)
     overlapped: bool = False
     cuda_graphs: bool = True
 
-    @model_validator(mode="after")
-    def _launches_are_known(self) -> HostTerms:
-        if not self.cuda_graphs and self.per_layer_s is None:
-            raise ValueError("cuda_graphs off needs per_layer_s, the seconds to launch the kernels of a layer")
-        return self
-
-    def serial_s(self, layers: int) -> float:
-        """Seconds that a step of ``layers`` layers takes on top of its kernels, whatever overlaps."""
-        launches_s = 0.0 if self.cuda_graphs else layers * (self.per_layer_s or 0.0)
-        return self.exposed_step_s + launches_s
+    def replays(self, tokens: int, *, prompts: bool) -> bool:
+        """Whether a CUDA graph replays a step of so many tokens, with or without prompts among them."""
+        return self.cuda_graphs and (not prompts or tokens <= self.graph_tokens)
 
 
 TokenBudgetRule = Literal["one_prompt", "two_prompts"]
@@ -79,6 +72,10 @@ class SchedulerDefaults(Spec):
     ``prefix_caching`` lets a preempted request find again those of its blocks that nobody has taken meanwhile; prefixes
     that requests share are not looked for. ``stream_interval`` hands tokens to the client so many at a time: the first
     token of a request is seen with the ``stream_interval``-th (its last, if it has fewer), later ones as they come.
+
+    ``max_chunk_tokens`` is the most that one prompt gets of a step (``long_prefill_token_threshold`` of vLLM). With
+    attention-data ranks, ``max_num_batched_tokens`` and ``max_num_seqs`` are those of each rank (``limits_per_rank``:
+    vLLM, TensorRT-LLM) or of all together (SGLang).
     """
 
     policy: str
@@ -92,7 +89,20 @@ class SchedulerDefaults(Spec):
     pipeline_split: Literal["greedy", "balanced"] = "greedy"
     prefix_caching: bool = False
     stream_interval: int = Field(1, gt=0)
+    max_chunk_tokens: int | None = Field(None, gt=0)
+    limits_per_rank: bool = True
     max_model_len: int | None = Field(None, gt=0)
+
+    def of_ranks(self, ranks: int) -> SchedulerDefaults:
+        """Settled settings of ``ranks`` attention-data ranks together, none of which takes more of one prompt."""
+        if ranks == 1:
+            return self
+        budget, seats = self.token_budget, self.max_num_seqs
+        if not self.limits_per_rank:
+            budget, seats = max(1, budget // ranks), max(1, seats // ranks)
+        chunk = min(budget, self.max_chunk_tokens or budget)
+        limits = {"max_num_batched_tokens": ranks * budget, "max_num_seqs": ranks * seats, "max_chunk_tokens": chunk}
+        return self.model_copy(update=limits)
 
     @property
     def token_budget(self) -> int:
