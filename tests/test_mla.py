@@ -21,12 +21,14 @@ from apexsim.costs.operators import Gemm
 from apexsim.costs.steps import BatchStats, build_step_cost
 from apexsim.errors import Unsupported
 from apexsim.fitting import mla as fitting
+from apexsim.serving.simulator import simulate
 from apexsim.specs.base import parse_spec
 from apexsim.specs.cluster import Cluster
 from apexsim.specs.deployment import Deployment, Plan, Pool
 from apexsim.specs.device import DeviceProfile, FittedOperator
 from apexsim.specs.latent import LatentAttention
 from apexsim.specs.model import KVGroup, ModelSpec
+from apexsim.specs.workload import Requests
 
 DEEPSEEK, GLM = catalog.load("model", "deepseek-r1"), catalog.load("model", "glm-5")
 H200 = catalog.load("device", "h200-sxm")
@@ -266,3 +268,24 @@ def test_a_fit_recovers_modules_made_of_the_forms(tmp_path: Path) -> None:
         assert fitted.quality["largest"].median < 0.03
         assert fitted.coefficients["module_fp8_block_s"] == pytest.approx(40e-6, rel=0.3)
     assert fitting.operators(H200, tmp_path, "elsewhere") == {}
+
+
+# End to end
+
+
+@pytest.mark.parametrize("name", ["deepseek-r1", "glm-5"])
+def test_a_run_is_the_same_by_steps_and_says_what_it_rests_on(name: str) -> None:
+    deployment = deployed(catalog.load("model", name))
+    count = np.arange(24)
+    requests = Requests(
+        name="some", arrival_s=0.05 * count, prompt_tokens=200 + 90 * count, output_tokens=20 + 7 * count
+    )
+    fast, exact = (simulate(deployment, requests, exact_steps=steps) for steps in (False, True))
+    pd.testing.assert_frame_equal(fast.requests, exact.requests)
+    summary = fast.summary()
+    assert summary["requests"]["finished"] == 24
+    assert summary["energy"]["total_j"] > 0
+    evidence = {kind: set(shares) for kind, shares in summary["provenance"].items() if kind.startswith("mla_")}
+    assert set(evidence) == {"mla_decode", "mla_prefill"}
+    # These coefficients have no measured range, so nothing lies outside one.
+    assert all(shares == ({"fitted"} if name == "deepseek-r1" else {"estimated"}) for shares in evidence.values())
