@@ -32,4 +32,5 @@ def _mean_over_largest(experts: int, ranks: int, reached: float) -> float:
     counts = range(experts + 1)
     chances = np.array([comb(experts, n) * reached**n * (1 - reached) ** (experts - n) for n in counts])
     largest = float((1 - np.minimum(np.cumsum(chances), 1.0) ** ranks).sum())
-    return experts * reached / largest if largest else 1.0
+    # Somebody reads an expert: independent experts would leave all ranks without now and then.
+    return experts * reached / max(largest, 1.0)
