@@ -118,7 +118,9 @@ class OperatorCosts:
             "gemm", dtype, gemm.residual_coordinates(shape)
         )
         floor = gemm.roofline_s(shape, hw)
-        return np.asarray(np.where(np.asarray(m) > 0, np.maximum(seconds, floor) * self.sustained_factor(rows), 0.0))
+        return np.asarray(
+            np.where(np.asarray(m) > 0, np.maximum(seconds, floor) * self.sustained_factor(rows, dtype), 0.0)
+        )
 
     def _prefill_attention(self, shape: AttentionShape) -> PrefillCost:
         """Prepared cost of chunks under one attention shape: call it with floats, or ``many`` of it with arrays."""
@@ -164,7 +166,7 @@ class OperatorCosts:
         seconds = seconds * self._correction("moe", layer.key, moe.residual_coordinates(shape))
         floor = moe.roofline_s(shape, width, hw)
         per_expert = shape.tokens * layer.topk / layer.experts
-        factor = self.sustained_factor(np.maximum(per_expert, 1.0))
+        factor = self.sustained_factor(np.maximum(per_expert, 1.0), layer.dtype)
         return np.asarray(np.where(np.asarray(tokens) > 0, np.maximum(seconds, floor) * factor, 0.0))
 
     def elementwise_s(self, moved_bytes: Any, name: str = "any") -> Array:
@@ -209,8 +211,10 @@ class OperatorCosts:
             return f"ranks_{group}"
         return f"{'custom' if custom else 'nccl'}_{group}"
 
-    def sustained_factor(self, rows: Any) -> Array:
-        """How much slower than a short burst a product of ``rows`` rows runs under sustained load."""
+    def sustained_factor(self, rows: Any, dtype: str) -> Array:
+        """How much slower than a short burst a product of ``rows`` rows in ``dtype`` runs under sustained load."""
+        if dtype in self.profile.sustained.unaffected:
+            return np.ones(np.shape(rows))
         return np.asarray(np.interp(np.log(rows), *self._clock))
 
     def _hardware(self, dtype: str, *, attention: bool = False) -> Hardware:

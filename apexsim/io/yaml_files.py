@@ -71,9 +71,17 @@ def _represent_list(dumper: yaml.SafeDumper, data: Any) -> yaml.Node:
     return dumper.represent_sequence(_TAG + "seq", data, flow_style=flat)
 
 
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, float)
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, int | float) for item in value)
+
+
 def _represent_dict(dumper: yaml.SafeDumper, data: dict[Any, Any]) -> yaml.Node:
-    """Mappings to fractions on one line: coefficients of a form."""
-    flat = len(data) > 1 and all(isinstance(value, float) for value in data.values())
+    """Mappings to fractions, or to lists of numbers, flow: coefficients of a form, ranges, errors."""
+    flat = len(data) > 1 and (all(map(_is_fraction, data.values())) or all(map(_is_row, data.values())))
     return dumper.represent_mapping(_TAG + "map", data, flow_style=flat)
 
 

@@ -124,11 +124,13 @@ class FittedOperator(Spec):
 class SustainedClock(Spec):
     """How much slower compute-bound kernels run under sustained load than in short bursts.
 
-    ``factors`` at ``tokens`` (the rows of the matrix product), linear in log tokens, constant outside.
+    ``factors`` at ``tokens`` (the rows of the matrix product), linear in log tokens, constant outside. ``unaffected``
+    are dtypes whose kernels stay below the power limit.
     """
 
     tokens: tuple[float, ...] = (1.0,)
     factors: tuple[float, ...] = (1.0,)
+    unaffected: tuple[str, ...] = ()
     evidence: Evidence
     source: str
 
