@@ -58,13 +58,12 @@ def steady_figures(
 
 
 def _steady_part(steps: Columns, chunks: Columns, last_arrival_ns: int) -> tuple[Columns, Columns]:
-    """The rows of steps, and of their chunks, from the first that only decodes, with all clients served, on.
+    """The rows of steps, and of their chunks, while the server is full.
 
-    They end with the last arrival. Requests come to the scheduler one by one, through the frontend; from when all but a
-    twentieth of those that ever meet there have, the clients count as served.
+    They begin when it runs, but for a twentieth, as many requests as it ever does (requests come through the frontend
+    one by one, and not all may fit), and end with the last arrival.
     """
-    present = steps["running"] + steps["waiting"]
-    settled = np.flatnonzero((steps["chunk_tokens"] == 0) & (np.maximum.accumulate(present) >= 0.95 * present.max()))
+    settled = np.flatnonzero(steps["running"] >= 0.95 * steps["running"].max())
     begin = int(settled[0]) if len(settled) else len(steps["end_ns"])
     end = int(np.searchsorted(steps["end_ns"], last_arrival_ns, side="right"))
     if end - begin < 1:
