@@ -15,7 +15,7 @@ FITTED = [(name, kind, key) for name, p in PROFILES.items() for kind in KINDS fo
 # Median and 90th percentile of absolute errors, as a study of whole modules reached them.
 RANDOM = {"mla_prefill": (0.025, 0.08), "mla_decode": (0.03, 0.09)}
 LARGEST = {"mla_prefill": (0.05, 0.17), "mla_decode": (0.13, 0.28)}
-# Where the bar is missed, and by how much. Prompts on Blackwell: products of other engines stand in for the modules' own.
+# Where the bar is missed, and by how much. Prompts on Blackwell: other engines' products stand in for the modules' own.
 # Decodes there are fitted to the kernel's own table, whose key splits jump; the bar is one of whole modules, in which
 # such jumps drown. L40S and RTX PRO: Triton kernels have steps that no form here knows.
 BLACKWELL = ("b200-sxm", "b300-sxm", "gb200", "gb300")
