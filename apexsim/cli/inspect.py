@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from apexsim.cli import facts
+from apexsim.cli.options import with_flags
 from apexsim.errors import BadInput
 
 
@@ -36,22 +38,33 @@ def list_names(listing: Annotated[Listing, typer.Argument(metavar="KIND", help="
     facts.print_tables(facts.LISTINGS[listing.value]())
 
 
+@dataclass(frozen=True)
+class GraphFlags:
+    """What ``show`` lowers a model under, to print its operators."""
+
+    graph: Annotated[bool, typer.Option("--graph", help="Operators of the blocks of a model.")] = False
+    tensor: Annotated[int, typer.Option(help="Tensor degree of the graph.")] = 1
+    attention_data: Annotated[int, typer.Option(help="Attention-data ranks of the graph.")] = 1
+    expert: Annotated[int, typer.Option(help="Expert degree of the graph.")] = 1
+    weights: Annotated[str, typer.Option(help="Dtype of the weights in the graph.")] = "bf16"
+
+
+@with_flags
 def show(
     kind: Annotated[Kind, typer.Argument(metavar="KIND", help="model, device, engine or workload.")],
     name: Annotated[str, typer.Argument(help="A listed name, or a YAML file.")],
-    graph: Annotated[bool, typer.Option("--graph", help="Operators of the blocks of a model.")] = False,
-    tensor: Annotated[int, typer.Option(help="Tensor degree of the graph.")] = 1,
-    expert: Annotated[int, typer.Option(help="Expert degree of the graph.")] = 1,
-    weights: Annotated[str, typer.Option(help="Dtype of the weights in the graph.")] = "bf16",
+    *,
+    plan: GraphFlags,
 ) -> None:
     """Show one model, device, engine or workload: its spec and what follows from it."""
     from apexsim import catalog
     from apexsim.io.yaml_files import format_yaml
 
-    if graph:
+    if plan.graph:
         if kind is not Kind.model:
             raise BadInput("only a model has a graph", where="--graph", got=kind.value)
-        facts.print_tables(*facts.graph_tables(name, {"tensor": tensor, "expert": expert, "weights": weights}))
+        choices = {key: value for key, value in vars(plan).items() if key != "graph"}
+        facts.print_tables(*facts.graph_tables(name, choices))
         return
     spec: Any = catalog.load(kind.value, name)
     if kind is Kind.device:

@@ -50,7 +50,11 @@ class DeploymentFlags:
     tensor: Annotated[int | None, typer.Option(help="Tensor-parallel degree.", rich_help_panel=_DEPLOYMENT)] = None
     pipeline: Annotated[int | None, typer.Option(help="Pipeline stages.", rich_help_panel=_DEPLOYMENT)] = None
     expert: Annotated[
-        int | None, typer.Option(help="Expert-parallel degree; divides --tensor.", rich_help_panel=_DEPLOYMENT)
+        int | None,
+        typer.Option(help="Expert degree; divides --tensor x --attention-data.", rich_help_panel=_DEPLOYMENT),
+    ] = None
+    attention_data: Annotated[
+        int | None, typer.Option(help="Data-parallel ranks of attention (MoE).", rich_help_panel=_DEPLOYMENT)
     ] = None
     replicas: Annotated[int | None, typer.Option(help="Data-parallel replicas.", rich_help_panel=_DEPLOYMENT)] = None
     router: Annotated[

@@ -23,7 +23,8 @@ class MemoryPlan:
     everything take ``units`` blocks for every ``block_size`` tokens of a sequence; windowed ones stop growing once they
     hold the window and one block more (the one being filled while the oldest still counts). With one kind of layers
     there is one unit, and a block is a block. ``fixed_blocks`` is what the recurrent layers' state of a sequence takes,
-    however long it is.
+    however long it is. With ``ranks`` attention-data ranks a sequence lies on one of them, whole; ``blocks`` are those
+    of all.
     """
 
     weights_bytes: float
@@ -35,6 +36,12 @@ class MemoryPlan:
     blocks: int
     groups: tuple[tuple[int, int | None], ...] = ((1, None),)
     fixed_blocks: int = 0
+    ranks: int = 1
+
+    @property
+    def rank_blocks(self) -> int:
+        """Blocks that one sequence may take: those of an attention-data rank."""
+        return self.blocks // self.ranks
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that a sequence of ``tokens`` cached tokens holds."""
@@ -59,9 +66,10 @@ class MemoryPlan:
         """Longest sequence that the cache holds alone; None where all layers are windowed and no length is too much."""
         size = self.block_size
         windows = [window for _, window in self.groups if window is not None]
-        if len(windows) == len(self.groups) and self.blocks_for(max(windows) + 2 * size) <= self.blocks:
+        if len(windows) == len(self.groups) and self.blocks_for(max(windows) + 2 * size) <= self.rank_blocks:
             return None
-        return size * (bisect_right(range(self.blocks + 1), self.blocks, key=lambda n: self.blocks_for(n * size)) - 1)
+        most = self.rank_blocks
+        return size * (bisect_right(range(most + 1), most, key=lambda n: self.blocks_for(n * size)) - 1)
 
 
 def plan_memory(deployment: Deployment, pool: Pool) -> MemoryPlan:
@@ -89,12 +97,14 @@ def _stage_plan(deployment: Deployment, pool: Pool, lowered: Lowered, stage: int
         raise InfeasiblePlan([_shortage(parts, offered, offer) + where])
     layout = _kv_blocks(deployment, pool, lowered)
     block_bytes = layout.block_bytes[stage]
-    size = deployment.scheduler.block_size
-    blocks = memory.kv_blocks or int(kv_bytes // block_bytes)
-    plan = MemoryPlan(weights, activations, reserve, nccl, kv_bytes, size, blocks, layout.groups, layout.fixed)
-    if plan.blocks < plan.blocks_for(size):
+    size, ranks = deployment.scheduler.block_size, pool.plan.attention_data
+    blocks = memory.kv_blocks or ranks * int(kv_bytes // block_bytes)
+    plan = MemoryPlan(weights, activations, reserve, nccl, kv_bytes, size, blocks, layout.groups, layout.fixed, ranks)
+    if plan.rank_blocks < plan.blocks_for(size):
         left = f"{format_bytes(kv_bytes)} left of the {format_bytes(offered)} a device offers ({offer})"
-        raise InfeasiblePlan([f"{left} hold {plan.blocks} KV blocks of {format_bytes(block_bytes)}: too few{where}"])
+        raise InfeasiblePlan(
+            [f"{left} hold {plan.rank_blocks} KV blocks of {format_bytes(block_bytes)}: too few{where}"]
+        )
     return plan
 
 
@@ -136,18 +146,18 @@ def activation_bytes(deployment: Deployment, lowered: Lowered, stage: int) -> fl
 
     Every token holds its hidden state and residual, and the widest pair of tensors alive together inside a block: QKV
     and the attention output, gate/up and its activation, or the expert buffers (one row per visited expert; gate/up
-    and output share one buffer, as in vLLM's fused experts). The last stage adds fp32 logits of every sequence.
+    and output share one buffer, as in vLLM's fused experts). The last stage adds fp32 logits of every sequence. Tokens
+    and sequences are those of an attention-data rank; its experts meet the tokens of all ranks.
     """
-    model, scheduler = deployment.model, deployment.scheduler
-    budget = scheduler.max_num_batched_tokens
-    assert budget is not None, "a deployment's scheduler is resolved"
-    width = 2 * model.hidden + max(_widest(block) for block, _ in lowered.stages[stage].blocks)
-    logits = min(scheduler.max_num_seqs, budget) * model.vocab * LOGIT_BYTES if lowered.stages[stage].head else 0.0
+    model, scheduler, ranks = deployment.model, deployment.scheduler, lowered.attention_data
+    budget, seats = scheduler.token_budget // ranks, scheduler.max_num_seqs // ranks
+    width = 2 * model.hidden + max(_widest(block, ranks) for block, _ in lowered.stages[stage].blocks)
+    logits = min(seats, budget) * model.vocab * LOGIT_BYTES if lowered.stages[stage].head else 0.0
     return ACTIVATION_BYTES * budget * width + logits
 
 
-def _widest(block: Block) -> int:
-    """Elements per token of the widest tensors of a block that live together."""
+def _widest(block: Block, ranks: int) -> int:
+    """Elements per token of the widest tensors of a block that live together, on one of ``ranks`` data ranks."""
     widths = [block.attention.widest if block.attention else 0]
     for op in block.rows:
         if isinstance(op, Elementwise) and op.name.endswith("activation"):
@@ -155,7 +165,8 @@ def _widest(block: Block) -> int:
         if isinstance(op, Experts):
             layer = op.layer
             shared = max((2 if layer.gated else 1) * layer.inter, layer.hidden)
-            widths.append(layer.topk * (shared + layer.inter))
+            gathered = layer.hidden if ranks > 1 else 0
+            widths.append(ranks * (gathered + layer.topk * (shared + layer.inter)))
     return max(widths)
 
 

@@ -48,7 +48,7 @@ def steady_state(cost: StepCost, load: SteadyLoad) -> SteadyState:
     count = int(steps["repeats"].sum())
     device_s = sum(each.total(each.seconds) for each in work)
     # Stages of a pipeline work on other batches at the same time, so that one batch's step takes their sum.
-    return SteadyState(work, len(steps["repeats"]), count, device_s / count / cost.lowered.tensor)
+    return SteadyState(work, len(steps["repeats"]), count, device_s / count / cost.lowered.stage_devices)
 
 
 def steady_columns(cost: StepCost, load: SteadyLoad) -> tuple[Columns, Columns]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from apexsim.costs.lowering import Lowered, lower
 from apexsim.costs.operators import Collective
+from apexsim.costs.ranks import fullest, share
 from apexsim.costs.runs import DecodeRow, DecodeRun, PlainRun, add_stages
 from apexsim.costs.tables import OperatorTables, RowTable, tables_for
 from apexsim.specs.deployment import Deployment, Pool
@@ -53,6 +54,9 @@ class StepCost:
     So of the launch that a chunk's fitted cost contains, chunks of a step pay one in all, and none beside decodes,
     whose cost contains it. A chunk alone costs what was fitted, and no chunk less than the roofline. Where the profile
     says that chunks and decodes share a launch (FlashAttention 2), such a step costs what the launch does instead.
+
+    ``BatchStats`` are of the whole replica. With attention-data ranks a step takes what the fullest rank takes for its
+    own part (see ``ranks``), and the experts for the tokens of all.
     """
 
     def __init__(self, lowered: Lowered, tables: OperatorTables, engine: EngineProfile, *, max_context: int) -> None:
@@ -71,8 +75,11 @@ class StepCost:
         self._chunks = tuple(tables.chunks(attention) for attention in self.attentions)
         self._launches = [known.launch_ns for known in self._chunks]
         self._shared = tuple(tables.shared_launch(attention) for attention in self.attentions)
-        self._added = self._plain and not any(self._shared)
-        self._dense = RowTable(tables, [stage.row_operators() for stage in lowered.stages])
+        self._ranks = lowered.attention_data
+        self._added = self._plain and not any(self._shared) and self._ranks == 1
+        counted = [stage.row_operators() for stage in lowered.stages]
+        self._dense = RowTable(tables, [[each for each in ops if each[0].rows == "tokens"] for ops in counted])
+        self._gathered = RowTable(tables, [[each for each in ops if each[0].rows == "all_tokens"] for ops in counted])
         self._heads = RowTable(tables, [[(op, 1) for op in lowered.stages[-1].head]])
         self._rows: dict[int, DecodeRow] = {}
         host = engine.host
@@ -155,14 +162,17 @@ class StepCost:
 
     def _mixed_ns(self, stats: BatchStats) -> tuple[int, ...]:
         """A step with chunks, or with sequences that need no logits."""
-        decodes, _, _, chunks, survivors = stats
+        ranks, chunks = self._ranks, fullest(stats.chunks, self._ranks)
+        decodes, survivors = share(stats.decodes, ranks), share(stats.survivors, ranks)
         tokens = decodes + sum([chunk_tokens for chunk_tokens, _ in chunks])
         fixed, floors = self._fixed_ns(tokens, survivors, decodes + len(chunks), prompts=bool(chunks))
+        if ranks > 1:
+            self._add_gathered(fixed, stats.decodes + sum([chunk_tokens for chunk_tokens, _ in stats.chunks]))
         return add_stages(fixed, floors, self._layers, self._mixing_ns(stats))
 
     def _mixing_ns(self, stats: BatchStats) -> list[int]:
         """Nanoseconds of a layer of each kind of attention: its parts added up, or those of the launch they share."""
-        decodes, chunks = stats.decodes, stats.chunks
+        decodes, chunks = stats.decodes, fullest(stats.chunks, self._ranks)
         spent = self._launches
         if decodes:
             row, means = self._rows.get(decodes) or self._new_row(decodes), self._attended(stats)
@@ -170,7 +180,8 @@ class StepCost:
         spent = [ns + sum([known[chunk] for chunk in chunks]) for ns, known in zip(spent, self._chunks, strict=True)]
         if decodes and chunks and any(self._shared):
             both = zip(spent, self._shared, means, strict=True)
-            spent = [to_ns(launch(decodes, mean, chunks)) if launch else ns for ns, launch, mean in both]
+            own = share(decodes, self._ranks)
+            spent = [to_ns(launch(own, mean, chunks)) if launch else ns for ns, launch, mean in both]
         return spent
 
     def _plain_mixed_ns(self, stats: BatchStats) -> tuple[int]:
@@ -196,7 +207,10 @@ class StepCost:
     def _fixed_ns(
         self, tokens: int, survivors: int, sequences: int, *, prompts: bool = False
     ) -> tuple[list[int], list[int]]:
-        """Nanoseconds of every stage that do not depend on context, and the least that each takes with it."""
+        """Nanoseconds of every stage that do not depend on context, and the least that each takes with it.
+
+        Of the tokens, survivors and sequences on one attention-data rank.
+        """
         fixed = list(self._dense[tokens])
         fixed[-1] += self._heads[survivors][0]
         fixed[0] += self._exposed
@@ -209,9 +223,17 @@ class StepCost:
         floors[0] += host + self._exposed if floors[0] else 0
         return fixed, floors
 
+    def _add_gathered(self, fixed: list[int], tokens: int) -> None:
+        """Add what the tokens of all attention-data ranks take together."""
+        for stage, ns in enumerate(self._gathered[tokens]):
+            fixed[stage] += ns
+
     def _new_row(self, decodes: int) -> DecodeRow:
-        fixed, floors = self._fixed_ns(decodes, decodes, decodes)
-        tables = tuple(self.tables.decode(attention, decodes) for attention in self.attentions)
+        own = share(decodes, self._ranks)
+        fixed, floors = self._fixed_ns(own, own, own)
+        if self._ranks > 1:
+            self._add_gathered(fixed, decodes)
+        tables = tuple(self.tables.decode(attention, own) for attention in self.attentions)
         row = self._rows[decodes] = DecodeRow(tuple(fixed), tuple(floors), self._layers, tables)
         return row
 
@@ -226,7 +248,8 @@ def build_step_cost(deployment: Deployment, pool: Pool, *, prompts: Sequence[int
         tables.costs.operator(kind, key)
     tables.trim()
     cost = StepCost(lowered, tables, deployment.engine, max_context=deployment.model.max_context)
-    cost.expect(np.unique(np.minimum(prompts, deployment.scheduler.token_budget)).tolist())
+    scheduler = deployment.scheduler
+    cost.expect(np.unique(np.minimum(prompts, scheduler.max_chunk_tokens or scheduler.token_budget)).tolist())
     return cost
 
 

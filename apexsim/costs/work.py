@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 from apexsim.costs.forms.hardware import Array
 from apexsim.costs.mixing import Mixing
 from apexsim.costs.operators import Collective, Experts, Gemm, RowOperator
+from apexsim.costs.ranks import OwnPart, share
 from apexsim.costs.steps import BatchStats, StepCost
 from apexsim.costs.waiting import busy_share
 from apexsim.units import NS_PER_S
 
 Columns = Mapping[str, NDArray[np.int64]]
 Mask = NDArray[np.bool_]
+Sizes = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -67,20 +69,21 @@ def work_of(cost: StepCost, steps: Columns, chunks: Columns) -> Iterator[Work]:
     ``window_context_<window>`` of the first one, ``chunk_tokens``, ``survivors``. ``chunks``: ``step`` (row in
     ``steps``), ``tokens``, ``history``.
     """
-    first_s = yield from _rows(cost, steps)
-    chunks_of_step = np.bincount(chunks["step"], minlength=len(first_s))
-    launches = np.where(steps["decodes"] > 0, 0.0, 1.0 / np.maximum(chunks_of_step, 1))[chunks["step"]]
+    lowered = cost.lowered
+    own = OwnPart.of(steps, chunks, lowered.attention_data)
+    first_s = yield from _rows(cost, steps, own)
     for attention in cost.attentions:
-        layers = cost.lowered.layers_of(attention)
-        runs = float(sum(layers) * cost.lowered.tensor)
-        decode_s = yield from _decodes(cost, attention, steps, runs)
-        chunk_s = yield from _chunks(cost, attention, chunks, (launches, runs))
+        layers = lowered.layers_of(attention)
+        decode_s = yield from _decodes(cost, attention, steps, float(sum(layers) * lowered.stage_devices))
+        # A chunk runs on one attention-data rank alone.
+        chunk_s = yield from _chunks(cost, attention, chunks, (own.launches, float(sum(layers) * lowered.tensor)))
         first_s += layers[0] * decode_s / np.maximum(steps["repeats"], 1)
-        first_s += layers[0] * np.bincount(chunks["step"], weights=chunk_s, minlength=len(first_s))
-    yield _host(cost, _host_s(cost, steps, steps["decodes"] + chunks_of_step, first_s), steps["repeats"])
+        waited_s = np.where(own.rank == 0, chunk_s, 0.0)
+        first_s += layers[0] * np.bincount(chunks["step"], weights=waited_s, minlength=len(first_s))
+    yield _host(cost, _host_s(cost, steps, own, first_s), steps["repeats"])
 
 
-def _rows(cost: StepCost, steps: Columns) -> Generator[Work, None, Array]:
+def _rows(cost: StepCost, steps: Columns, own: OwnPart) -> Generator[Work, None, Array]:
     """Every operator that costs by rows; returns their seconds in each step on the first stage."""
     stages = cost.lowered.stages
     counts: Counter[RowOperator] = Counter()
@@ -91,25 +94,38 @@ def _rows(cost: StepCost, steps: Columns) -> Generator[Work, None, Array]:
     for operator, count in [*stages[0].row_operators(), *((op, 1) for op in stages[0].head)]:
         first[operator] += count
     first_s = np.zeros(len(steps["repeats"]))
-    for rows, of_step in (("tokens", steps["decodes"] + steps["chunk_tokens"]), ("survivors", steps["survivors"])):
-        sizes, where = np.unique(of_step, return_inverse=True)
-        runs = _floats(steps["repeats"] * cost.lowered.tensor)
+    runs = _floats(steps["repeats"] * cost.lowered.stage_devices)
+    for rows, fullest, of_all in _row_counts(steps, own):
+        span = int(fullest.max(initial=0)) + 1
+        pairs, where = np.unique(of_all * span + fullest, return_inverse=True)
+        ranks = 1 if rows == "all_tokens" else cost.lowered.attention_data
+        sizes, mean = pairs % span, pairs // span / ranks
         for operator in (op for op in counts if op.rows == rows):
             seconds = np.zeros(len(sizes))
             seconds[sizes > 0] = cost.tables.rows_s(operator, sizes[sizes > 0])
-            yield from _operator(cost, operator, seconds, (sizes, where, runs * counts[operator]))
+            yield from _operator(cost, operator, seconds, (sizes, mean, where, runs * counts[operator]))
             first_s += first[operator] * seconds[where]
     return first_s
 
 
+def _row_counts(steps: Columns, own: OwnPart) -> tuple[tuple[str, NDArray[np.int64], NDArray[np.int64]], ...]:
+    """What operators cost by: the rows on the rank that sets the time, and those on all ranks together."""
+    tokens = steps["decodes"] + steps["chunk_tokens"]
+    return (
+        ("tokens", own.tokens, tokens),
+        ("all_tokens", tokens, tokens),
+        ("survivors", own.survivors, steps["survivors"]),
+    )
+
+
 def _operator(
-    cost: StepCost, operator: RowOperator, seconds: Array, sized: tuple[NDArray[np.int64], NDArray[np.int64], Array]
+    cost: StepCost, operator: RowOperator, seconds: Array, sized: tuple[Sizes, Array, Sizes, Array]
 ) -> Iterator[Work]:
     """One operator at its distinct sizes; an all-reduce is told apart by the kernel it uses.
 
-    ``sized``: the sizes, which of them each step has, and how often it runs there.
+    ``sized``: the sizes, those of an average rank, which of them each step has, and how often it runs there.
     """
-    costs, (sizes, where, runs) = cost.tables.costs, sized
+    costs, (sizes, mean, where, runs) = cost.tables.costs, sized
     rows = sizes.astype(np.float64)
     some = rows > 0
     for kernel, mask in _kernels(operator, rows):
@@ -119,8 +135,8 @@ def _operator(
             kind=kernel.kind,
             dtype=_dtype_of(kernel),
             seconds=seconds[at],
-            flops=operator.flops(rows[at]),
-            bytes_moved=operator.bytes_moved(rows[at]),
+            flops=operator.flops(mean[at]),
+            bytes_moved=operator.bytes_moved(mean[at]),
             step=np.flatnonzero(here),
             at=(np.cumsum(at) - 1)[where[here]],
             runs=runs[here],
@@ -149,6 +165,7 @@ def _dtype_of(operator: RowOperator) -> str | None:
 def _decodes(cost: StepCost, attention: Mixing, steps: Columns, runs: float) -> Generator[Work, None, Array]:
     """Decode attention; returns the seconds of one layer in every row, all its repeats together."""
     window, batch, repeats = attention.window, steps["decodes"], steps["repeats"]
+    ranks = cost.lowered.attention_data
     attended = steps["context" if window is None else f"window_context_{window}"]
     growing = attended != batch * (window or 0)
     mean = attended // np.maximum(batch, 1)
@@ -159,13 +176,13 @@ def _decodes(cost: StepCost, attention: Mixing, steps: Columns, runs: float) -> 
         if size:
             at = order[start : start + count]
             ends = mean[at] + np.where(growing[at], repeats[at], 1)
-            table = cost.tables.decode(attention, size)
+            table = cost.tables.decode(attention, share(size, ranks))
             table.between(0, int(ends.max()))
             prefix = np.array(table.prefix, dtype=np.int64)
             seconds[at] = (prefix[ends] - prefix[mean[at]]) * np.where(growing[at], 1, repeats[at]) / NS_PER_S
     pairs = repeats * (attended + growing * batch * (repeats - 1) / 2)
-    done = attention.decode_work(_floats(batch * repeats), _floats(pairs))
-    every, sizes_now = np.arange(len(batch)), {"keys": mean, "batch": batch}
+    done = attention.decode_work(_floats(batch * repeats) / ranks, _floats(pairs) / ranks)
+    every, sizes_now = np.arange(len(batch)), {"keys": mean, "batch": share(batch, ranks)}
     yield from _attention(cost, (attention.kinds[0], attention), (every, seconds, *done, runs), sizes_now)
     return seconds
 
@@ -211,12 +228,12 @@ def _attention(
         )
 
 
-def _host_s(cost: StepCost, steps: Columns, sequences: NDArray[np.int64], first_s: Array) -> Array:
+def _host_s(cost: StepCost, steps: Columns, own: OwnPart, first_s: Array) -> Array:
     """Seconds in which a step's first stage waits for the host, beyond its ``first_s`` of device time."""
     host = cost.engine.host
-    busy_s = _floats(host.step_s + host.per_sequence_s * sequences)
+    busy_s = _floats(host.step_s + host.per_sequence_s * own.sequences)
     after_s = host.exposed_step_s + (0.0 if host.overlapped else busy_s)
-    floor_s = np.maximum(_launching_s(cost, steps), busy_s if host.overlapped else 0.0)
+    floor_s = np.maximum(_launching_s(cost, steps, own), busy_s if host.overlapped else 0.0)
     waits_s = np.maximum(0.0, floor_s - first_s)
     for row in np.flatnonzero(_may_cross(steps, floor_s, first_s)):
         repeats = int(steps["repeats"][row])
@@ -228,9 +245,9 @@ def _host_s(cost: StepCost, steps: Columns, sequences: NDArray[np.int64], first_
     return np.asarray(waits_s + after_s)
 
 
-def _launching_s(cost: StepCost, steps: Columns) -> Array:
+def _launching_s(cost: StepCost, steps: Columns, own: OwnPart) -> Array:
     """Seconds that the host takes to launch the kernels of a step's first stage; 0 where a CUDA graph replays them."""
-    host, tokens = cost.engine.host, steps["decodes"] + steps["chunk_tokens"]
+    host, tokens = cost.engine.host, own.tokens
     replayed = (steps["chunk_tokens"] == 0) | (tokens <= host.graph_tokens)
     launching_s = host.launch_s * cost.lowered.stages[0].launches
     return np.where(replayed & host.cuda_graphs, 0.0, launching_s)
@@ -256,7 +273,7 @@ def _stats(cost: StepCost, steps: Columns, row: int) -> BatchStats:
 
 def _host(cost: StepCost, host_s: Array, repeats: NDArray[np.int64]) -> Work:
     nothing = np.zeros_like(host_s)
-    runs = _floats(repeats) * cost.lowered.tensor
+    runs = _floats(repeats) * cost.lowered.stage_devices
     evidence = "fitted" if cost.engine.evidence == "serving" else "estimated"
     every = np.arange(len(host_s))
     return Work("host", None, host_s, nothing, nothing, every, every, runs, evidence)

@@ -55,6 +55,7 @@ class DeploymentFile(Spec):
     engine: str = DEFAULT_ENGINE
     engine_options: dict[str, EngineOption] = Field(default_factory=dict)
     tensor: int = Field(1, ge=1)
+    attention_data: int = Field(1, ge=1)
     pipeline: int = Field(1, ge=1)
     expert: int = Field(1, ge=1)
     replicas: int = Field(1, ge=1, le=MAX_DEVICES)
@@ -67,7 +68,7 @@ class DeploymentFile(Spec):
 
     @property
     def plan(self) -> Plan:
-        return Plan(tensor=self.tensor, pipeline=self.pipeline, expert=self.expert)
+        return Plan(tensor=self.tensor, attention_data=self.attention_data, pipeline=self.pipeline, expert=self.expert)
 
 
 def read_deployment(path: Path | str) -> DeploymentFile:
@@ -196,7 +197,8 @@ def _check_class(name: str, key: str, where: object) -> None:
 def _cluster(file: DeploymentFile, device: DeviceProfile, where: object) -> Cluster:
     used = file.plan.devices * file.replicas
     if used > MAX_DEVICES:
-        raise BadInput(f"tensor x pipeline x replicas may use up to {MAX_DEVICES} devices", where=where, got=used)
+        degrees = "tensor x attention_data x pipeline x replicas"
+        raise BadInput(f"{degrees} may use up to {MAX_DEVICES} devices", where=where, got=used)
     per_node = file.devices_per_node or (used if used <= DEVICES_PER_NODE and not file.nodes else DEVICES_PER_NODE)
     nodes = file.nodes or -(-used // per_node)
     if nodes * per_node < used:

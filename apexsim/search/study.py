@@ -77,6 +77,7 @@ class Study:
         return {
             "plan": candidate.name,
             "tensor": plan.tensor,
+            "attention_data": plan.attention_data,
             "pipeline": plan.pipeline,
             "expert": plan.expert,
             "replicas": candidate.replicas,

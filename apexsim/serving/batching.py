@@ -23,8 +23,8 @@ class Ledger:
     """
 
     __slots__ = (
-        "_cohort", "_full", "_manager", "_most", "admitted", "blocks", "chunks", "decodes", "lookahead", "marching", "preempted",
-        "recovered", "seats", "sequences", "tokens",
+        "_cohort", "_full", "_manager", "_most", "admitted", "blocks", "chunks", "decodes", "lookahead", "marching",
+        "preempted", "recovered", "seats", "sequences", "tokens",
     )  # fmt: skip
 
     def __init__(
