@@ -108,7 +108,7 @@ def test_the_residual_follows_a_smooth_error_and_stays_flat_without_one():
     grid = fit_residual(error + rng.normal(0, 0.02, 4000), np.ones(4000), [x, y], knots)
     assert np.abs(LogGrid.of(grid).log_factor(x, y) - error).mean() < 0.01
     flat = fit_residual(np.zeros(4000), np.ones(4000), [x, y], knots)
-    assert {value for row in flat.permille for value in row} == {0}
+    assert {value for row in flat.percent for value in row} == {0}
 
 
 def test_every_device_has_facts_that_agree_with_its_profile():
@@ -137,6 +137,6 @@ def test_a_refit_gives_the_shipped_operator_again(data):
     shipped = catalog.load("device", "a100-sxm").operators["decode_attention"]["bf16_d128"]
     again, was = (problem.predict(problem.frame, c) for c in (first[0], shipped.coefficients))
     np.testing.assert_allclose(again, was, rtol=0.01)
-    difference = np.array(first[1].permille) - np.array(shipped.residual.permille)
-    assert np.abs(difference).max() <= 20
+    difference = np.array(first[1].percent) - np.array(shipped.residual.percent)
+    assert np.abs(difference).max() <= 2
     assert shipped.rows_used == len(problem.frame)

@@ -147,7 +147,7 @@ def test_sampler_has_a_knee():
     assert fourth - third == pytest.approx(4 * (4 * 128000 / 1e12))
 
 
-GRID = ResidualGrid(axes={"a": (1.0, 10.0), "b": (1.0, 4.0, 16.0)}, permille=((0, 100, 200), (1000, -100, 0)))
+GRID = ResidualGrid(axes={"a": (1.0, 10.0), "b": (1.0, 4.0, 16.0)}, percent=((0, 10, 20), (100, -10, 0)))
 
 
 def test_residual_is_exact_at_knots_linear_in_logs_and_clamped():
@@ -163,10 +163,10 @@ def test_residual_is_exact_at_knots_linear_in_logs_and_clamped():
 
 
 def test_a_grid_of_the_wrong_shape_is_refused():
-    with pytest.raises(ValueError, match="permille must be 2 rows of 3"):
-        ResidualGrid(axes=GRID.axes, permille=((0, 1), (2, 3)))
+    with pytest.raises(ValueError, match="percent must be 2 rows of 3"):
+        ResidualGrid(axes=GRID.axes, percent=((0, 1), (2, 3)))
     with pytest.raises(ValueError, match="ascend"):
-        ResidualGrid(axes={"a": (2.0, 1.0)}, permille=((0, 1),))
+        ResidualGrid(axes={"a": (2.0, 1.0)}, percent=((0, 1),))
 
 
 @given(x=st.floats(-5, 5))

@@ -16,7 +16,8 @@ from apexsim.fitting.attention import Heads, decode_problem, prefill_problem
 from apexsim.fitting.facts import Facts, hardware, tables_of
 from apexsim.fitting.problems import Problem
 
-HEAD_DIMS = (64, 128, 256)
+# fp8 caches of heads of 256 are rare and follow those of 128.
+HEAD_DIMS = {"bf16": (64, 128, 256), "fp8": (64, 128)}
 # The judged one carries the error of the form on chunks behind a history, found on another device.
 JUDGED = ("bf16", 128)
 
@@ -29,7 +30,7 @@ def problems(device: Facts, kernels: Path) -> Iterator[Problem]:
     a100 = folder == "a100_sxm"
     for kv_dtype in ("bf16",) if a100 else ("bf16", "fp8"):
         hw = hardware(folder, kv_dtype)
-        for head_dim in (128,) if a100 else HEAD_DIMS:
+        for head_dim in (128,) if a100 else HEAD_DIMS[kv_dtype]:
             heads = Heads(kv_dtype, head_dim, hw)
             prompts = prefill_problem(tables / "context_attention.parquet", heads, skip)
             checks = {"chunk_with_history_on_rtx_pro_6000": check} if (kv_dtype, head_dim) == JUDGED else {}

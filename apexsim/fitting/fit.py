@@ -59,7 +59,7 @@ def fit_coefficients(
 
 
 def fit_residual(log_error: Array, weight: Array, coordinates: Sequence[Array], knots: Knots) -> ResidualGrid:
-    """Smooth grid of corrections that best explains ``log_error`` (log measured - log form), in whole permille.
+    """Smooth grid of corrections that best explains ``log_error`` (log measured - log form), in whole percent.
 
     Weighted least squares on the multilinear basis, with second differences along every axis and the values
     themselves held small, re-weighted twice so that outliers do not bend it.
@@ -80,9 +80,9 @@ def fit_residual(log_error: Array, weight: Array, coordinates: Sequence[Array], 
         normal = (basis.T @ scaled).toarray() + penalty
         values = np.linalg.solve(normal, np.asarray(scaled.T @ log_error))
         robust = 1 / np.sqrt(1 + ((log_error - basis @ values) / SOFT_ERROR) ** 2)
-    permille = np.rint(values * 1000).astype(int).reshape(-1, shape[-1])
+    percent = np.rint(values * 100).astype(int).reshape(-1, shape[-1])
     axes = {name: tuple(float(x) for x in points) for name, points in knots.items()}
-    return ResidualGrid(axes=axes, permille=tuple(tuple(row) for row in permille.tolist()))
+    return ResidualGrid(axes=axes, percent=tuple(tuple(row) for row in percent.tolist()))
 
 
 def _penalty(shape: Sequence[int]) -> Array:

@@ -339,8 +339,8 @@ def _fit(modules: _Modules, train: Mask, start: Coefficients) -> tuple[dict[str,
 
 def _added(first: ResidualGrid, second: ResidualGrid) -> ResidualGrid:
     """Two corrections on the same knots, one after the other."""
-    total = np.asarray(first.permille) + np.asarray(second.permille)
-    return ResidualGrid(axes=first.axes, permille=tuple(tuple(row) for row in total.tolist()))
+    total = np.asarray(first.percent) + np.asarray(second.percent)
+    return ResidualGrid(axes=first.axes, percent=tuple(tuple(row) for row in total.tolist()))
 
 
 def _errors(modules: _Modules, c: Coefficients, grid: ResidualGrid) -> Array:

@@ -23,7 +23,7 @@ NUMBERS = ["tokens", "hidden", "inter", "topk", "experts", "tp", "ep", "latency_
 KNOTS = {
     "routing": (1.0, 2.0),
     "sparsity": (4.0, 32.0),
-    "ep": (1.0, 2.0, 8.0, 64.0),
+    "ep": (1.0, 8.0, 64.0),
     "matrix": (2.5e5, 2e6, 1e7, 1e8),
     "tokens": (1.0, 8.0, 32.0, 128.0, 512.0, 1536.0, 4096.0, 16384.0),
 }

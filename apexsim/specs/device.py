@@ -43,26 +43,26 @@ class Price(Spec):
 
 
 class ResidualGrid(Spec):
-    """A smooth correction, multiplied in: exp(permille / 1000), multilinear in the logarithms of the coordinates.
+    """A smooth correction, multiplied in: exp(percent / 100), multilinear in the logarithms of the coordinates.
 
-    ``axes`` name the coordinates with their knots (ascending); ``permille`` holds one row per combination of knots of
+    ``axes`` name the coordinates with their knots (ascending); ``percent`` holds one row per combination of knots of
     all axes but the last, in row-major order; in files they are one text of numbers. Outside the knots the nearest edge
     holds.
     """
 
     axes: dict[str, tuple[float, ...]]
-    permille: tuple[tuple[int, ...], ...]
+    percent: tuple[tuple[int, ...], ...]
 
     @model_validator(mode="before")
     @classmethod
     def _rows_of_text(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or not isinstance(data.get("permille"), str | int) or not data.get("axes"):
+        if not isinstance(data, dict) or not isinstance(data.get("percent"), str | int) or not data.get("axes"):
             return data
         width = max(1, len([*data["axes"].values()][-1]))
-        numbers = str(data["permille"]).split()
-        return {**data, "permille": [numbers[at : at + width] for at in range(0, len(numbers), width)]}
+        numbers = str(data["percent"]).split()
+        return {**data, "percent": [numbers[at : at + width] for at in range(0, len(numbers), width)]}
 
-    @field_serializer("permille", when_used="json")
+    @field_serializer("percent", when_used="json")
     def _as_text(self, rows: tuple[tuple[int, ...], ...]) -> str:
         return " ".join(str(value) for row in rows for value in row)
 
@@ -72,8 +72,8 @@ class ResidualGrid(Spec):
         if not sizes or any(sorted(set(knots)) != list(knots) for knots in self.axes.values()):
             raise ValueError("knots of every axis must ascend")
         rows = math.prod(sizes[:-1])
-        if len(self.permille) != rows or any(len(row) != sizes[-1] for row in self.permille):
-            raise ValueError(f"permille must be {rows} rows of {sizes[-1]}")
+        if len(self.percent) != rows or any(len(row) != sizes[-1] for row in self.percent):
+            raise ValueError(f"percent must be {rows} rows of {sizes[-1]}")
         return self
 
 

@@ -27,7 +27,7 @@ class LogGrid:
     @classmethod
     def of(cls, grid: ResidualGrid) -> LogGrid:
         shape = [len(knots) for knots in grid.axes.values()]
-        return cls(list(grid.axes.values()), np.asarray(grid.permille, dtype=float).reshape(shape) / 1000)
+        return cls(list(grid.axes.values()), np.asarray(grid.percent, dtype=float).reshape(shape) / 100)
 
     def corners(self, coordinates: Sequence[Array]) -> list[Corner]:
         """(flat knot index, weight) of the 2^d knots around every point; weights of a point sum to 1."""
