@@ -9,7 +9,7 @@ P peak FLOP/s, BW HBM bytes/s. Routing is balanced or a power law: expert of ran
     per  = rl / act                  rows of an expert
     W    = act ng h I w              bytes of the weights read
     t_w  = W (1 - 3/4 hit) / (BW e_m)
-    t_c  = act max(per + pad min(per, 128), 16 pmin) 2 ng h I / (P e_c I / (I + I0))
+    t_c  = act hypot(per + 16 pad, 16 pmin) 2 ng h I / (P e_c I / (I + I0))
     T    = t0 + t_E E / 100 + pnorm(t_w, t_c) + (rows (h c1 + I c2) + rl (h + I) c3) 2 / BW
 
 ``A`` is min(E, T k) when balanced, else the expected number of distinct experts, sum of 1 - (1 - q_r)^T with q_r the
@@ -33,7 +33,7 @@ COEFFICIENTS = (
     Coefficient("cached_share", 0.4, 0.02, 1.0, "c: share of L2 that keeps weights between replays"),
     Coefficient("compute_efficiency", 0.6, 0.1, 0.98, "e_c: share of the tensor-core peak at great width"),
     Coefficient("half_width", 200.0, 1.0, 3000.0, "I0: expert width at which half of that is reached"),
-    Coefficient("padding", 0.5, 0.01, 3.0, "pad: rows wasted in the tiles of an expert"),
+    Coefficient("padding", 0.5, 0.01, 8.0, "pad: rows wasted in the tiles of an expert, in 16 rows"),
     Coefficient("least_tile", 1.0, 0.1, 8.0, "pmin: smallest tile, in 16 rows"),
     Coefficient("sharpness", 3.0, 1.0, 12.0, "p: how sharply the slowest resource wins"),
     Coefficient("skew", 0.2, 0.001, 1.0, "extra rows of the most loaded device under a power law, per doubling of ep"),
@@ -116,7 +116,7 @@ def moe_s(s: MoeShape, weight_bytes: float, c: Coefficients, hw: Hardware, *, co
     if not cold:
         read = read * (1 - (1 - 1 / L2_SPEED) / (1 + (read / (c["cached_share"] * hw.l2_bytes)) ** 4))
     weights = read / (hw.bytes_per_s * c["memory_efficiency"])
-    padded = np.maximum(per + c["padding"] * np.minimum(per, 128.0), 16 * c["least_tile"])
+    padded = np.hypot(per + 16 * c["padding"], 16 * c["least_tile"])
     rate = hw.flops_per_s * c["compute_efficiency"] * s.inter / (s.inter + c["half_width"])
     compute = active * padded * 2 * matrix / rate
     passes = rows * (s.hidden * c["hidden_passes"] + s.inter * c["inter_passes"])
