@@ -108,6 +108,7 @@ def test_kv_dtype_is_the_engines_unless_asked_for() -> None:
     assert [vllm.kv_dtype_for(("fp8", "fp8"), sheet) for sheet in (hopper, blackwell)] == ["bf16", "fp8"]
     assert vllm.kv_dtype_for(("bf16", "mxfp4"), blackwell) == "fp8"
     assert vllm.kv_dtype_for(("bf16", "int4_wo"), blackwell) == "bf16"
+    assert vllm.kv_dtype_for(("fp8_block", "fp8_block"), blackwell) == "bf16"
     assert trtllm.kv_dtype_for(("fp8", "fp8"), hopper) == "fp8"
     assert trtllm.kv_dtype_for(("bf16", "bf16"), hopper) == "bf16"
     assert sglang.kv_dtype_for(("fp8", "fp8"), blackwell) == "bf16"

@@ -161,6 +161,26 @@ def test_recipes_of_tensorrt_llm_set_its_token_budget(source: str, budget: int) 
     assert stated.for_load(1000, 4).scheduler.token_budget == 4096
 
 
+def test_runs_of_inferencex_are_launched_as_its_scripts_do() -> None:
+    row = {"engine": "sglang", "engine_version": "0.5.9", "model": "deepseek-r1", "tensor": 8, "weight_dtype": "nvfp4"}
+    launched = case(**row, device="b200-sxm", source="inferencex_csv_dump")
+    assert (launched.deployment.scheduler.token_budget, launched.deployment.kv_cache) == (16_384, "fp8")
+    assert any(note.startswith("as its benchmark launches it: max_num_batched_tokens") for note in launched.notes)
+    elsewhere = case(**row, device="b200-sxm").deployment
+    assert (elsewhere.scheduler.token_budget, elsewhere.kv_cache) == (8192, "bf16")
+    assert case(**row, device="b200-sxm", source="inferencex_csv_dump", kv_dtype="bf16").deployment.kv_cache == "bf16"
+
+
+def test_tensorrt_llm_budgets_and_waits_of_inferencex_follow_the_load() -> None:
+    row = {"engine": "trtllm", "engine_version": "", "source": "inferencex_csv_dump", "tensor": 8, "concurrency": 64}
+    long = {"model": "deepseek-r1", "device": "h200-sxm", "weight_dtype": "fp8_block", "prompt_tokens": 8192}
+    assert case(**row, **long).deployment.scheduler.token_budget == 8320
+    assert case(**row, **long | {"prompt_tokens": 1024}).deployment.scheduler.token_budget == 8192
+    llama = {"model": "llama-3.1-70b", "device": "h200-sxm", "prompt_tokens": 1024, "output_tokens": 1024}
+    assert case(**row, **llama).deployment.scheduler.stream_interval == 1
+    assert case(**row | {"tensor": 4}, **llama).deployment.scheduler.stream_interval == 20
+
+
 def test_flags_become_engine_options_and_the_rest_is_listed() -> None:
     flags = (
         "vllm 0.6.0 (docker vllm/vllm-openai:v0.6.0); --max-model-len 24272 --disable-custom-all-reduce "
@@ -266,11 +286,13 @@ def test_what_a_closed_loop_leaves_open_is_said(tmp_path: Path) -> None:
 def test_a_full_server_is_found_in_the_middle_of_its_life(tmp_path: Path) -> None:
     (run,) = runs_of(tmp_path, {**SATURATED, "max_num_seqs": 2000})
     found, notes = requests_of(run, longest=10_000, seed=0)
-    assert len(found) == 2000 + STEADY_REQUESTS
+    assert len(found) == 4000
     assert set((found.prompt_tokens + found.output_tokens).tolist()) == {550}
     assert found.prompt_tokens[:2000].mean() == pytest.approx(250 + 150, abs=8)
     assert set(found.prompt_tokens[2000:]) == {250}
     assert "prompt lengths not known: 250 tokens (gpqa)" in notes
+    (small,) = runs_of(tmp_path, {**SATURATED, "max_num_seqs": 10})
+    assert len(requests_of(small, longest=10_000, seed=0)[0]) == 10 + STEADY_REQUESTS
     cut, _ = requests_of(run, longest=300, seed=0)
     assert (cut.prompt_tokens + cut.output_tokens).max() == 300
 

@@ -12,11 +12,12 @@ from types import MappingProxyType
 from typing import Any
 
 from apexsim import catalog
-from apexsim.errors import BadInput, InfeasiblePlan, Unsupported
+from apexsim.errors import BadInput, InfeasiblePlan
 from apexsim.io.deployments import DeploymentFile, resolve_deployment
 from apexsim.specs.base import parse_spec
 from apexsim.specs.deployment import Deployment
 from apexsim.specs.model import ModelSpec
+from apexsim.validation.recipes import launched
 from apexsim.validation.runs import RunRow
 
 _OPTION_COLUMNS = (
@@ -43,9 +44,6 @@ _SAID_ELSEWHERE = (
 # model card, on Hugging Face). TensorRT-LLM quantises by itself, one scale a tensor.
 _BLOCK_SCALED = ("deepseek-", "minimax-", "qwen3-")
 
-# How the recipes behind a source set the token budget of TensorRT-LLM, which none of their rows states.
-_TRTLLM_BUDGETS = {"inferencex": "one_prompt", "nvidia": "two_prompts"}
-
 
 @dataclass(frozen=True)
 class Case:
@@ -61,7 +59,7 @@ def case_of(row: RunRow, engine_options: Mapping[str, Any] = MappingProxyType({}
     What it raises is the row's status, not a fault of its file.
 
     ``BadInput``: a model, device, engine or dtype that is not known. ``InfeasiblePlan``: a plan that cannot be laid
-    out. ``Unsupported``: something that no deployment can say.
+    out.
     """
     choice = catalog.engine_for(row.engine, row.engine_version)
     options, notes = _engine_options(row)
@@ -76,18 +74,20 @@ def case_of(row: RunRow, engine_options: Mapping[str, Any] = MappingProxyType({}
         "engine_options": {**engine_options, **options},
         "tensor": row.tensor or 1,
         "pipeline": row.pipeline or 1,
+        "attention_data": row.attention_data or 1,
         "expert": row.expert or 1,
         "replicas": row.replicas or 1,
         "weights": weights,
         "moe_weights": experts,
     }
-    if row.kv_dtype:
-        choices["kv_cache"] = row.kv_dtype
-    else:
-        notes.append("kv_dtype not known: the engine's default")
+    kv_dtype = launched(row)[1]
+    if row.kv_dtype or kv_dtype:
+        choices["kv_cache"] = row.kv_dtype or kv_dtype
+    if not row.kv_dtype:
+        notes.append(f"kv_dtype not known: {'as its benchmark launches it' if kv_dtype else 'the engine default'}")
     deployment = resolve_deployment(parse_spec(DeploymentFile, choices, "run"), "run")
     _check_plan(row, deployment)
-    notes += [choice.note] * (not choice.mapped)
+    notes += [choice.note] * (not choice.mapped) + list(deployment.pools[0].plan.assumptions)
     return Case(deployment, tuple(notes))
 
 
@@ -116,11 +116,10 @@ def kind_of(name: str) -> str:
 def _check_plan(row: RunRow, deployment: Deployment) -> None:
     """Refuse what a plan cannot say, and degrees that cannot be laid out or contradict each other."""
     plan = deployment.pools[0].plan
-    if row.attention_data not in (None, 1):
-        raise Unsupported(f"attention in {row.attention_data} data-parallel ranks is not simulated")
     reasons = list(plan.lawful(deployment.model, deployment.cluster))
     if deployment.model.moe and row.moe_tensor not in (None, plan.moe_tensor):
-        degrees = f"tensor {plan.tensor} and expert {plan.expert} give {plan.moe_tensor}"
+        ranks = f" x attention_data {plan.attention_data}" * (plan.attention_data > 1)
+        degrees = f"tensor {plan.tensor}{ranks} and expert {plan.expert} give {plan.moe_tensor}"
         reasons.append(f"moe_tensor is {row.moe_tensor}; {degrees}")
     if reasons:
         raise InfeasiblePlan(reasons)
@@ -149,13 +148,18 @@ def _engine_options(row: RunRow) -> tuple[dict[str, Any], list[str]]:
             left = left.replace(match[0], "")
     for pattern in _SAID_ELSEWHERE:
         left = re.sub(pattern, "", left)
+    launch = launched(row)[0]
+    options |= launch
+    if row.max_num_batched_tokens is not None:
+        options.pop("token_budget_rule", None)
     options |= {name: getattr(row, name) for name in _OPTION_COLUMNS if getattr(row, name) is not None}
+    if row.max_num_seqs and row.attention_data not in (None, 1):
+        # A row counts the sequences of the whole server; the flag behind it was given to every rank.
+        options["max_num_seqs"] = -(-row.max_num_seqs // row.attention_data)
     unknown = " ".join(left.replace(";", " ").split())
     notes = [f"flags without effect here: {unknown}"] if unknown else []
-    if row.engine == "trtllm" and row.max_num_batched_tokens is None:
-        rule = next((rule for source, rule in _TRTLLM_BUDGETS.items() if row.source.startswith(source)), None)
-        options["token_budget_rule"] = rule
-        notes.append(f"max_num_batched_tokens not known: {rule or 'the default'}")
+    if launch:
+        notes.append(f"as its benchmark launches it: {', '.join(f'{key} {value}' for key, value in launch.items())}")
     if row.prefix_caching:
         notes.append("prefixes that requests share are not looked for")
     return options, notes
