@@ -14,7 +14,8 @@ from apexsim.validation.runs import MeasuredRun, RunRow
 
 # A closed loop whose number of requests is not known runs so many for every one in flight (InferenceX's own rule).
 REQUESTS_PER_CLIENT = 10
-# Requests of a full server that end after its ramp: enough for a mean batch, context and step time.
+# Requests sent to a full server besides the first ones, at least: enough for a mean batch, context and step time. Large
+# servers get as many again as they hold, since the first ones come one by one and some have ended when the last has come.
 STEADY_REQUESTS = 256
 # Prompts of the ML.ENERGY tasks are unpublished; these are the means that the reference data suggest.
 _PROMPT_TOKENS = {"gpqa": 250, "lm-arena-chat": 120, "sourcegraph-fim": 800}
@@ -81,8 +82,9 @@ def _saturated(row: RunRow, longest: int, random: np.random.Generator) -> tuple[
     prompt = min(prompt, longest - 1)
     output = min(round(row.output_tokens), longest - prompt)
     age = random.integers(0, output, size=full)
-    prompts = np.full(full + STEADY_REQUESTS, prompt, dtype=np.int64)
-    outputs = np.full(full + STEADY_REQUESTS, output, dtype=np.int64)
+    count = full + max(full, STEADY_REQUESTS)
+    prompts = np.full(count, prompt, dtype=np.int64)
+    outputs = np.full(count, output, dtype=np.int64)
     prompts[:full] += age
     outputs[:full] -= age
     return _closed(row, [prompts, outputs], full), notes
