@@ -28,7 +28,9 @@ def joules(power: PowerModel, work: Work, time_scale: float = 1.0) -> Array:
     seconds = time_scale * work.seconds
     if work.dtype is None:
         return (power.gap_w if work.kind == "host" else power.comm_w) * seconds
-    drawn = power.of(work.kind, COMPUTE_DTYPE.get(work.dtype, work.dtype))
+    # MXFP4 experts run on fp8 tensor cores where the device has 4-bit ones, else on bf16 ones (see ``Hardware.of``).
+    wide = "fp8" if "nvfp4" in power.j_per_flop else "bf16"
+    drawn = power.of(work.kind, wide if work.dtype == "mxfp4" else COMPUTE_DTYPE.get(work.dtype, work.dtype))
     watts = drawn.active_w * work.busy + power.comm_w * (1 - work.busy)
     return watts * seconds + drawn.j_per_byte * work.bytes_moved + drawn.j_per_flop * work.flops
 

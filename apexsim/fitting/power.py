@@ -39,7 +39,7 @@ _TABLES: dict[str, tuple[str, PowerEvidence]] = {
 _SAME_DIE = {"h200-sxm": "h100-sxm", "gb200": "b200-sxm"}
 
 
-class _Kin(NamedTuple):
+class Kin(NamedTuple):
     """A device without figures: whose it takes, and its own watts, bytes/s and bf16 FLOP/s over those of its kin."""
 
     of: str
@@ -49,14 +49,14 @@ class _Kin(NamedTuple):
 
 
 _KIN = {
-    "b300-sxm": _Kin("b200-sxm", 1100 / 1000, 8.0 / 7.7, 1.0),
-    "gb300": _Kin("gb200", 1400 / 1200, 1.0, 1.0),
-    "l40s": _Kin("h100-sxm", 350 / 700, 0.864 / 3.35, 362 / 989),
-    "rtx-pro-6000": _Kin("h100-sxm", 600 / 700, 1.792 / 3.35, 504 / 989),
-    "rtx-4090": _Kin("h100-sxm", 450 / 700, 1.008 / 3.35, 165 / 989),
+    "b300-sxm": Kin("b200-sxm", 1100 / 1000, 8.0 / 7.7, 1.0),
+    "gb300": Kin("gb200", 1400 / 1200, 1.0, 1.0),
+    "l40s": Kin("h100-sxm", 350 / 700, 0.864 / 3.35, 362 / 989),
+    "rtx-pro-6000": Kin("h100-sxm", 600 / 700, 1.792 / 3.35, 504 / 989),
+    "rtx-4090": Kin("h100-sxm", 450 / 700, 1.008 / 3.35, 165 / 989),
 }
 # TDP and idle watts, clocks up, and pJ/FLOP by dtype.
-_HOPPER, _BLACKWELL = {"bf16": 1.0, "fp8": 0.6}, {"bf16": 0.8, "fp8": 0.5, "fp4": 0.25}
+_HOPPER, _BLACKWELL = {"bf16": 1.0, "fp8": 0.6}, {"bf16": 0.8, "fp8": 0.5, "nvfp4": 0.25}
 _PRIORS = {
     "h100-sxm": (700.0, 110.0, _HOPPER),
     "h200-sxm": (700.0, 126.0, _HOPPER),
@@ -83,7 +83,7 @@ def power_model(name: str) -> PowerModel:
     if name not in _CLOCKS:
         raise BadInput(f"its power is not known; {nearest(name, _CLOCKS)}", where="--device", got=name)
     if name in _KIN:
-        power = _scaled(power_model(_KIN[name].of), _KIN[name])
+        power = scaled(power_model(_KIN[name].of), _KIN[name])
     else:
         power = _prior(*_PRIORS[name]) if name in _PRIORS else _a100()
     nominal_mhz, knee_mhz, least = _CLOCKS[name]
@@ -101,7 +101,7 @@ def fit_power(profile: DeviceProfile, root: str | Path | None = None) -> PowerMo
     data, name, start = data_root(root), profile.name, power_model(profile.name)
     if name in _KIN:
         kin = _KIN[name]
-        return _scaled(catalog.load("device", kin.of).power, kin).model_copy(update={"clock": start.clock})
+        return scaled(catalog.load("device", kin.of).power, kin).model_copy(update={"clock": start.clock})
     if name not in _TABLES:
         return start
     folder, evidence = _TABLES[name]
@@ -142,7 +142,7 @@ def _with_tables(power: PowerModel, tables: KernelFit, evidence: PowerEvidence) 
     )
 
 
-def _scaled(power: PowerModel, kin: _Kin) -> PowerModel:
+def scaled(power: PowerModel, kin: Kin) -> PowerModel:
     """The coefficients of another device at the same shares of the limit."""
     fields = ("limit_w", "idle_w", "active_w", "comm_w", "gap_w")
     return power.model_copy(
@@ -158,12 +158,12 @@ def _scaled(power: PowerModel, kin: _Kin) -> PowerModel:
     )
 
 
-def _scaled_operator(own: OperatorPower, kin: _Kin) -> OperatorPower:
+def _scaled_operator(own: OperatorPower, kin: Kin) -> OperatorPower:
     active_w = None if own.active_w is None else _round(own.active_w * kin.watts)
     return OperatorPower(active_w=active_w, j_per_flop=_per_flop(own.j_per_flop, kin), evidence="scaled")
 
 
-def _per_flop(j_per_flop: dict[str, float], kin: _Kin) -> dict[str, float]:
+def _per_flop(j_per_flop: dict[str, float], kin: Kin) -> dict[str, float]:
     return {dtype: _round(joules * kin.watts / kin.flops_per_s) for dtype, joules in j_per_flop.items()}
 
 

@@ -27,13 +27,13 @@ GEMM_COPIES = 6
 # Within this share of the limit that the driver reports, a row is at it.
 AT_LIMIT = 0.97
 # Labels of the tables: width of a weight, and the tensor cores it computes on.
-_WEIGHTS = {"w4a16_mxfp4": ("mxfp4", "bf16"), "w4a8_mxfp4_mxfp8": ("mxfp4", "fp8"), "nvfp4": ("nvfp4", "fp4")} | {
+_WEIGHTS = {"w4a16_mxfp4": ("mxfp4", "bf16"), "w4a8_mxfp4_mxfp8": ("mxfp4", "fp8"), "nvfp4": ("nvfp4", "nvfp4")} | {
     "int4_wo": ("int4_wo", "bf16"),
     "fp8_block": ("fp8_block", "fp8"),
 }
 # Where the fit starts, and how far (as a factor's logarithm) it may stray: shares of the limit, pJ/byte, pJ/FLOP.
-_PRIOR = {"active": 0.5, "byte": 55.0, "bf16": 0.8, "fp8": 0.45, "fp4": 0.25}
-_SPREAD = {"active": 1.0, "byte": 0.5, "bf16": 1.5, "fp8": 1.5, "fp4": 1.5}
+_PRIOR = {"active": 0.5, "byte": 55.0, "bf16": 0.8, "fp8": 0.45, "nvfp4": 0.25}
+_SPREAD = {"active": 1.0, "byte": 0.5, "bf16": 1.5, "fp8": 1.5, "nvfp4": 1.5}
 # Weight of the prior beside the rows of one kind of kernel.
 _PRIOR_WEIGHT = 0.03
 
@@ -105,7 +105,7 @@ def _solve(predict: Callable[[Array], Array], watts: Array, given: tuple[Array, 
 
 def _clean(frame: pd.DataFrame, sheet: Datasheet) -> pd.DataFrame:
     """Rows that were replayed for long enough and keep within the peaks of the device."""
-    peaks = frame["dtype"].map({"bf16": 1.0, "fp8": 2.0, "fp4": 4.0}) * sheet.flops_per_s["bf16"]
+    peaks = frame["dtype"].map({"bf16": 1.0, "fp8": 2.0, "nvfp4": 4.0}) * sheet.flops_per_s["bf16"]
     keep = (frame["replay_s"] >= MIN_REPLAY_S) & (frame["bytes_per_s"] <= sheet.memory_bytes_per_s)
     return frame[keep & (frame["flops_per_s"] <= peaks)].reset_index(drop=True)
 
