@@ -36,7 +36,7 @@ STEPS_S = {
     "response_s": 3e-3,
     "launch_s": 3e-6,
 }
-ROUNDS = 3
+ROUNDS = 2
 ROWS_PER_GROUP = 20
 # An error of TTFT counts less than one of TPOT: repeats of one run differ twice as much in it (3.1 against 1.6 %).
 TTFT_WEIGHT = 0.5
@@ -119,6 +119,7 @@ class _Fit:
         self._jobs = jobs
         self._progress = progress
         self._done = 0
+        self._before = self._slopes = np.empty(0)
         self.terms: tuple[str, ...] = ()
 
     def choose(self, terms: Sequence[str] | None) -> None:
@@ -130,51 +131,38 @@ class _Fit:
             if term not in STEPS_S:
                 raise BadInput(f"no such host term; there is: {', '.join(STEPS_S)}", where="--terms", got=term)
         self.terms = wanted
-        errors = self._errors(self._start)
-        effects = self._effects(self._start, errors)
+        self._before = self._errors(self._start)
+        effects = self._effects(self._start, self._before)
         seen = np.abs(effects * self._spans()).max(axis=(0, 1)) > LEAST_EFFECT
         if terms and not seen.all():
             unseen = [term for term, sees in zip(wanted, seen, strict=True) if not sees]
             raise BadInput("no row is moved by it; leave it out", where="--terms", got=", ".join(unseen))
         self.terms = tuple(term for term, sees in zip(wanted, seen, strict=True) if sees)
-        self._refuse_alike(effects[:, :, seen])
+        self._slopes = effects[:, :, seen]
+        self._refuse_alike(self._slopes)
 
     def solve(self) -> HostTerms:
         """The host terms with the least robust error."""
-        host = self._start
-        for _ in range(ROUNDS):
+        host = self._moved(self._start, self._before, self._slopes, self._everywhere)
+        for _ in range(ROUNDS - 1):
             errors = self._errors(host)
-            host = self._moved(host, errors, self._effects(host, errors), self._everywhere)
+            self._slopes = self._effects(host, errors)
+            host = self._moved(host, errors, self._slopes, self._everywhere)
         return host
-
-    def calibrated(self, host: HostTerms, errors: Floats, effects: Floats) -> dict[str, CalibratedTerm]:
-        """Every fitted term with its standard error, from the curvature of the weighted squares at the optimum."""
-        weights = self._robust(errors, self._everywhere)
-        scaled = effects.reshape(-1, len(self.terms)) * weights.reshape(-1, 1)
-        left = np.nan_to_num(errors).reshape(-1) * weights.reshape(-1)
-        degrees = max(1, int((weights > 0).sum()) - len(self.terms))
-        covariance = np.linalg.pinv(scaled.T @ scaled) * float(left @ left) / degrees
-        spread = np.sqrt(np.diag(covariance))
-        return {
-            term: CalibratedTerm(value_s=getattr(host, term), standard_error_s=_rounded(float(error)))
-            for term, error in zip(self.terms, spread, strict=True)
-        }
 
     def report(self, host: HostTerms) -> CalibrationReport:
         """What was fitted on what, and the error of every group under terms fitted without it."""
         errors = self._errors(host)
-        effects = self._effects(host, errors)
-        before = self._errors(self._start)
         left_out = {}
         for at, group in enumerate(self._groups):
             others = self._of != at
             if others.any():
-                without = self._moved(host, errors, effects, others)
+                without = self._moved(host, errors, self._slopes, others)
                 left_out[group.name] = _left_out(self._errors(without, self._of == at)[self._of == at])
         return CalibrationReport(
             rows=len(self._runs),
-            terms=self.calibrated(host, errors, effects),
-            before=_left_out(before),
+            terms=self._calibrated(host, errors),
+            before=_left_out(self._before),
             fitted=_left_out(errors),
             left_out=left_out,
         )
@@ -202,7 +190,19 @@ class _Fit:
     @property
     def _simulations(self) -> int:
         """How often all rows are simulated, about: once to choose terms, in every round, and once a group left out."""
-        return (ROUNDS + 2) * (1 + len(STEPS_S)) + 2
+        return ROUNDS * (1 + len(STEPS_S)) + 2
+
+    def _calibrated(self, host: HostTerms, errors: Floats) -> dict[str, CalibratedTerm]:
+        """Every fitted term with its standard error, from the curvature of the weighted squares."""
+        weights = self._robust(errors, self._everywhere)
+        scaled = self._slopes.reshape(-1, len(self.terms)) * weights.reshape(-1, 1)
+        left = np.nan_to_num(errors).reshape(-1) * weights.reshape(-1)
+        degrees = max(1, int((weights > 0).sum()) - len(self.terms))
+        spread = np.sqrt(np.diag(np.linalg.pinv(scaled.T @ scaled) * float(left @ left) / degrees))
+        return {
+            term: CalibratedTerm(value_s=getattr(host, term), standard_error_s=_rounded(float(error)))
+            for term, error in zip(self.terms, spread, strict=True)
+        }
 
     def _effects(self, host: HostTerms, errors: Floats) -> Floats:
         """d log(predicted) / d term, (runs, 2, terms); 0 where a row has no prediction."""

@@ -40,11 +40,10 @@ CollectiveKind = Literal[
 
 ACTIVATION_BYTES = 2.0
 
-# Kernels that an engine launches around the one that is timed, counted in vLLM's sources: finding the largest value and
-# quantising activations (one scale a tensor), quantising them (by blocks); top-k, sorting tokens by expert, two
-# products with their quantisation, activation, weighted sum; writing the KV cache.
-QUANTISE_LAUNCHES = {"fp8": 2, "fp8_block": 1, "nvfp4": 1}
-EXPERT_LAUNCHES = 9
+# Calls that an engine makes besides the one that is timed, counted in vLLM's sources: quantising activations; top-k,
+# sorting tokens by expert, the fused experts and their sum; writing the KV cache. What one call launches is one launch.
+QUANTISE_LAUNCHES = {"fp8": 1, "fp8_block": 1, "nvfp4": 1}
+EXPERT_LAUNCHES = 4
 ATTENTION_LAUNCHES = 2
 
 
