@@ -28,7 +28,8 @@ def print_tables(*tables: Table) -> None:
         console.print(table)
 
 
-def _table(header: Row, rows: Iterable[Row], title: str | None = None) -> Table:
+def table(header: Row, rows: Iterable[Row], title: str | None = None) -> Table:
+    """A table of text; columns of numbers to the right."""
     from rich.table import Table
     from rich.text import Text
 
@@ -60,7 +61,7 @@ def _models() -> Table:
         )
         for spec in specs
     ]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _devices() -> Table:
@@ -81,7 +82,7 @@ def _devices() -> Table:
         )
         for spec in specs
     ]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _engines() -> Table:
@@ -89,7 +90,7 @@ def _engines() -> Table:
 
     specs = [catalog.load("engine", name) for name in catalog.names("engine")]
     rows = [(s.name, f"{s.engine} {_span(s.versions)}", s.scheduler.policy, s.evidence) for s in specs]
-    return _table(("engine", "versions", "policy", "evidence"), rows)
+    return table(("engine", "versions", "policy", "evidence"), rows)
 
 
 def _span(versions: tuple[str, ...]) -> str:
@@ -100,7 +101,7 @@ def _workloads() -> Table:
     from apexsim import catalog
 
     rows = [(name, catalog.load("workload", name).source or "-") for name in catalog.names("workload")]
-    return _table(("workload", "source"), rows)
+    return table(("workload", "source"), rows)
 
 
 def _policies() -> Table:
@@ -111,7 +112,7 @@ def _policies() -> Table:
         for kind, classes in policy_classes().items()
         for name, cls in sorted(classes.items())
     ]
-    return _table(("policy", "kind", "what it does"), rows)
+    return table(("policy", "kind", "what it does"), rows)
 
 
 LISTINGS: dict[str, Callable[[], Table]] = {
@@ -141,7 +142,7 @@ def model_table(model: ModelSpec) -> Table:
         ),
         ("FLOPs of a token at context 1", f"{model.flops_per_token(1):.4g}"),
     ]
-    return _table(("", model.name), rows)
+    return table(("", model.name), rows)
 
 
 def device_tables(device: DeviceProfile) -> list[Table]:
@@ -153,7 +154,7 @@ def device_tables(device: DeviceProfile) -> list[Table]:
     price = device.price
     facts += [("price", f"{price.usd_per_hour:g} USD/hour ({price.source}, {price.date})")]
     facts += [("profile made", f"{device.provenance.date} by {device.provenance.tool}")]
-    return [_table(("", device.name), facts), _power_table(device), _operator_table(device), _quality_table(device)]
+    return [table(("", device.name), facts), _power_table(device), _operator_table(device), _quality_table(device)]
 
 
 def _power_table(device: DeviceProfile) -> Table:
@@ -175,7 +176,7 @@ def _power_table(device: DeviceProfile) -> Table:
         rows.append(("clock", law, clock.evidence))
     for scored, error in power.quality.items():
         rows.append((f"error: {scored}", f"{error.mean:.1%}, bias {error.bias:+.1%}", f"{error.rows:,} rows"))
-    return _table(("power", "", "evidence"), [*rows, ("source", power.source, "")], "Power")
+    return table(("power", "", "evidence"), [*rows, ("source", power.source, "")], "Power")
 
 
 def _operator_table(device: DeviceProfile) -> Table:
@@ -185,7 +186,7 @@ def _operator_table(device: DeviceProfile) -> Table:
         for kind, by_key in device.operators.items()
         for key, op in by_key.items()
     ]
-    return _table(header, rows, "Operators")
+    return table(header, rows, "Operators")
 
 
 def _quality_table(device: DeviceProfile) -> Table:
@@ -196,7 +197,7 @@ def _quality_table(device: DeviceProfile) -> Table:
         for key, op in by_key.items()
         for name, held_out in op.quality.items()
     ]
-    return _table(header, rows, "Fit quality: error on rows that were held out of the fit")
+    return table(header, rows, "Fit quality: error on rows that were held out of the fit")
 
 
 def graph_tables(name: str, plan: dict[str, Any]) -> list[Table]:
@@ -217,7 +218,7 @@ def graph_tables(name: str, plan: dict[str, Any]) -> list[Table]:
     for block in lowered.blocks:
         layers = sum(count for stage in lowered.stages for found, count in stage.blocks if found is block)
         title = f"{layers} layers: {', '.join(_parts(block.kind))}"
-        tables.append(_table(("operator", "kind", "shape of one rank", "feeds"), _graph_rows(block.graph), title))
+        tables.append(table(("operator", "kind", "shape of one rank", "feeds"), _graph_rows(block.graph), title))
     return tables
 
 

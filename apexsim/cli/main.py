@@ -28,6 +28,7 @@ COMMANDS = {
     "show": "apexsim.cli.inspect:show",
     "import-model": "apexsim.cli.inspect:import_model",
     "fit": "apexsim.cli.fit:fit",
+    "device": "apexsim.cli.device:device",
 }
 
 # Every fault in the use of flags is one of these, in all releases of typer.
