@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from apexsim.cli.main import main
-from apexsim.errors import BadInput, InfeasiblePlan, Unsupported
+from apexsim.errors import BadInput, InfeasiblePlan
 from apexsim.validation import decisions, scores
 from apexsim.validation.cases import case_of, kind_of, version_known
 from apexsim.validation.loads import STEADY_REQUESTS, requests_of
@@ -236,7 +236,6 @@ def test_versions_that_say_nothing_take_the_newest_profile() -> None:
         ({"tensor": 16}, InfeasiblePlan, "crosses nodes"),
         ({"tensor": 5}, InfeasiblePlan, "does not divide"),
         ({"model": "gpt-oss-120b", "tensor": 8, "expert": 8, "moe_tensor": 8}, InfeasiblePlan, "moe_tensor is 8"),
-        ({"attention_data": 4}, Unsupported, "4 data-parallel ranks"),
     ],
 )
 def test_rows_that_cannot_be_laid_out_say_why(changes: dict[str, Any], error: type[Exception], said: str) -> None:
@@ -247,7 +246,7 @@ def test_rows_that_cannot_be_laid_out_say_why(changes: dict[str, Any], error: ty
 def test_whatever_stands_in_the_way_is_a_status(tmp_path: Path) -> None:
     assert status_of(tmp_path, model="llama-9").startswith("unknown: run: model: got 'llama-9'; unknown model")
     assert status_of(tmp_path, tensor=5).startswith("infeasible: ")
-    assert status_of(tmp_path, attention_data=4).startswith("unsupported: ")
+    assert status_of(tmp_path, model="llama-3.1-8b", weight_dtype="nvfp4").startswith("unsupported: ")
     assert "weights of" in status_of(tmp_path, model="llama-3.1-405b")
     assert "12 of 12 requests were not served" in status_of(tmp_path, prompt_tokens=200_000)
     assert "none.csv" in status_of(tmp_path, workload="trace", requests_file="none.csv")

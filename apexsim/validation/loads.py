@@ -15,7 +15,7 @@ from apexsim.validation.runs import MeasuredRun, RunRow
 # A closed loop whose number of requests is not known runs so many for every one in flight (InferenceX's own rule).
 REQUESTS_PER_CLIENT = 10
 # Requests sent to a full server besides the first ones, at least: enough for a mean batch, context and step time. Large
-# servers get as many again as they hold, since the first ones come one by one and some have ended when the last has come.
+# servers get as many again as they hold: the first ones come one by one, and some have ended when the last has come.
 STEADY_REQUESTS = 256
 # Prompts of the ML.ENERGY tasks are unpublished; these are the means that the reference data suggest.
 _PROMPT_TOKENS = {"gpqa": 250, "lm-arena-chat": 120, "sourcegraph-fim": 800}
