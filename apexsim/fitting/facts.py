@@ -91,8 +91,9 @@ _PRICES = {
 }
 _PRICE_DATE = "2026-05"
 _FOLDERS = {"rtx-pro-6000": "rtx_pro_6000_server"}
-# A device without tables of its own takes those of another chip of its kind: both are AD102.
-KIN = {"rtx_4090": "l40s"}
+# A device without tables of its own takes those of another. The L40S has the same chip, but products and prompts of it
+# run at two thirds of a peak that a GeForce reaches nine tenths of, as the RTX PRO 6000 does.
+KIN = {"rtx_4090": "rtx_pro_6000_server"}
 
 
 def tables_of(device: Facts) -> tuple[str, Evidence]:

@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 
 from apexsim.costs.forms import gemm
-from apexsim.costs.forms.hardware import Array, Coefficients, Hardware
+from apexsim.costs.forms.hardware import COMPUTE_DTYPE, Array, Coefficients, Hardware
 from apexsim.fitting.cleaning import clean, faster_than, slower_than_larger
 from apexsim.fitting.facts import Facts, hardware, tables_of
-from apexsim.fitting.problems import Problem, random_fifth
+from apexsim.fitting.layers import TIMED, layer_sums
+from apexsim.fitting.problems import Judge, Problem, random_fifth
 from apexsim.fitting.served import gemm_shapes
 from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
 
@@ -91,9 +92,19 @@ def problems(device: Facts, kernels: Path) -> Iterator[Problem]:
     """Products of every dtype of a device."""
     folder, evidence = tables_of(device)
     for table in tables_for(folder):
-        own = evidence if table.folder == folder else "estimated"
+        if COMPUTE_DTYPE[table.dtype] not in device.datasheet.flops_per_s:
+            continue
         found = problem(kernels / "datacenter" / table.folder / f"{table.name}.parquet", table.dtype)
-        yield replace(found, evidence=own)
+        judge = _layer_judge(device, kernels) if table.dtype == "bf16" else None
+        yield replace(found, evidence=evidence if table.folder == folder else "estimated", judge=judge)
+
+
+def _layer_judge(device: Facts, kernels: Path) -> Judge | None:
+    """Scores of a bf16 fit on whole layers, where some were timed on the device."""
+    if device.folder not in TIMED:
+        return None
+    layers, hw = kernels / "vllm_layers" / TIMED[device.folder], Hardware.of(device.datasheet, "bf16")
+    return lambda c, grid: layer_sums(layers, c, grid, hw)
 
 
 def problem(table: Path, dtype: str) -> Problem:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from apexsim.costs.fitted import ROUTING_ALPHA
 from apexsim.costs.forms import moe
-from apexsim.costs.forms.hardware import Array, Coefficients, Hardware
+from apexsim.costs.forms.hardware import COMPUTE_DTYPE, Array, Coefficients, Hardware
 from apexsim.fitting.cleaning import clean, faster_than, thin_shards
 from apexsim.fitting.facts import Facts, hardware, tables_of
 from apexsim.fitting.problems import Problem, random_fifth
@@ -105,6 +105,8 @@ def _hopper_fp8() -> Kernel:
 def problems(device: Facts, kernels: Path) -> Iterator[Problem]:
     """The fits of a device, from the tables under ``kernels``."""
     for kernel in kernels_of(tables_of(device)[0]):
+        if COMPUTE_DTYPE[kernel.dtype] not in device.datasheet.flops_per_s:
+            continue
         hw = hardware(kernel.folder, kernel.dtype)
         yield problem(kernels / "datacenter", kernel, hw, own=kernel.folder == device.folder)
 

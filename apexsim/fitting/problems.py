@@ -19,6 +19,8 @@ FIT_ROWS = 4000
 RESIDUAL_ROWS = 20000
 SEED = 20260101
 
+# Scores of a fit (coefficients, residual) on other measurements.
+Judge = Callable[[Coefficients, ResidualGrid], dict[str, HoldOut]]
 # Operators by kind and key, as in a profile.
 Operators = dict[str, dict[str, FittedOperator]]
 
@@ -30,7 +32,7 @@ class Problem:
     ``frame`` holds the cleaned rows with their ``seconds``; ``predict`` gives the form's seconds on rows as they were
     measured (caches hot); ``coordinates`` those of the residual over ``knots``. ``scan`` are constants tried in turn
     (a tile size), the best kept. ``holdouts`` maps a name to the rows kept out of that fit and the rows scored by
-    score name; ``checks`` are scores found elsewhere that belong beside them.
+    score name; ``checks`` are scores found elsewhere that belong beside them, ``judge`` finds more from the fit itself.
     """
 
     kind: str
@@ -50,6 +52,7 @@ class Problem:
     scan: tuple[str, Sequence[float]] | None = None
     evidence: Evidence = "fitted"
     checks: Mapping[str, HoldOut] = field(default_factory=dict)
+    judge: Judge | None = None
 
 
 def random_fifth(rows: int) -> Mask:
@@ -69,6 +72,7 @@ def solve(problem: Problem) -> FittedOperator:
         errors = _errors(problem, *_fit_rows(problem, ~test, c))
         quality |= {name: summary(errors[test & mask]) for name, mask in scores.items() if (test & mask).any()}
     quality |= problem.checks
+    quality |= problem.judge(c, grid) if problem.judge else {}
     valid = {
         name: (float(problem.frame[col].min()), float(problem.frame[col].max())) for name, col in problem.valid.items()
     }

@@ -1,0 +1,73 @@
+"""A fit of products judged by whole layers that another laboratory timed (vllm_layers): sizes off the fitted grid.
+
+Errors of single products cancel in a layer, so the sum over its four products is what counts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from apexsim.costs.forms import gemm
+from apexsim.costs.forms.hardware import Array, Coefficients, Hardware
+from apexsim.costs.forms.residual import LogGrid
+from apexsim.fitting.problems import summary
+from apexsim.fitting.tables import SECONDS_PER_US, read_table
+from apexsim.specs.device import HoldOut, ResidualGrid
+
+
+class Layer(NamedTuple):
+    """Widths of a dense model whose layers were timed; heads are 128 wide."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int
+
+    def products(self, tp: Array) -> dict[str, tuple[Array, Array]]:
+        """(n, k) of every product on one device, by its name in the tables."""
+        hidden = np.full(len(tp), float(self.hidden))
+        return {
+            "qkv_proj": ((self.heads + 2 * self.kv_heads) * 128 / tp, hidden),
+            "o_proj": (hidden, self.heads * 128 / tp),
+            "gate_up_proj": (2 * self.ffn / tp, hidden),
+            "down_proj": (hidden, self.ffn / tp),
+        }
+
+
+MODELS = {"Llama-3.1-8B": Layer(4096, 32, 8, 14336), "Qwen3-32B": Layer(5120, 64, 8, 25600)}
+# Folders of the layers timed on a device, by the folder of its other tables.
+TIMED = {"rtx_pro_6000_server": "RTXPRO6000", "rtx_4090": "RTX4090"}
+
+
+def layer_sums(layers: Path, c: Coefficients, grid: ResidualGrid, hw: Hardware) -> dict[str, HoldOut]:
+    """Errors of bf16 products on the layers in the folder ``layers``: of single ones, and of the sums of a layer."""
+    single, summed, residual = [], [], LogGrid.of(grid)
+    for model, layer in MODELS.items():
+        table = layers / model / "dense.parquet"
+        if not table.is_file():
+            continue
+        frame = read_table(table, ["tp", "tokens", "time_us_per_call"], ["layer"])
+        measured = frame.pivot_table(index=["tp", "tokens"], columns="layer", values="time_us_per_call")
+        predicted = _products_s(measured, layer, (c, residual, hw)) / SECONDS_PER_US
+        measured = measured[list(predicted.columns)]
+        single.append(np.abs(np.asarray(predicted / measured) - 1).ravel())
+        summed.append(np.abs(np.asarray(predicted.sum(axis=1) / measured.sum(axis=1)) - 1))
+    return {
+        "products_of_vllm_layers": summary(np.concatenate(single)),
+        "sum_of_vllm_layers": summary(np.concatenate(summed)),
+    }
+
+
+def _products_s(measured: pd.DataFrame, layer: Layer, fit: tuple[Coefficients, LogGrid, Hardware]) -> pd.DataFrame:
+    c, residual, hw = fit
+    tp, tokens = (measured.index.get_level_values(name).to_numpy(dtype=float) for name in ("tp", "tokens"))
+    seconds = {}
+    for name, (n, k) in layer.products(tp).items():
+        shape = gemm.shape(tokens, n, k, "bf16")
+        factor = np.exp(residual.log_factor(*gemm.residual_coordinates(shape)))
+        seconds[name] = np.maximum(gemm.gemm_s(shape, c, hw) * factor, gemm.roofline_s(shape, hw))
+    return pd.DataFrame(seconds, index=measured.index)
