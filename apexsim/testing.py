@@ -122,6 +122,7 @@ class Case:
     balanced: bool = False
     prefix_caching: bool = False
     stream_interval: int = 1
+    receive_interval: int = 1
     replicas: int = 1
     router: str = "round_robin"
     frontend_ns: int = 0
@@ -143,6 +144,7 @@ class Case:
             "pipeline_split": "balanced" if self.balanced else "greedy",
             "prefix_caching": self.prefix_caching,
             "stream_interval": self.stream_interval,
+            "receive_interval": self.receive_interval,
         })  # fmt: skip
 
     def requests(self) -> Requests:

@@ -221,6 +221,18 @@ def test_a_client_is_handed_its_first_tokens_together(stages: int) -> None:
     assert shown_s.tolist() == [(request.shown_ns or 0) / 1e9 for request in slow.requests]
 
 
+def test_a_scheduler_looks_for_requests_every_so_many_decode_steps() -> None:
+    case = {"arrivals_ns": [0, 3_500_000], "lengths": [(10, 60), (10, 5)], "step_ns": 1_000_000, "token_ns": 0}
+    waited = []
+    for interval in (1, 20):
+        first, second = served(**case, context_ns=0, receive_interval=interval).requests
+        assert first.scheduled_ns == 0
+        waited.append((second.scheduled_ns or 0) // 1_000_000)
+    assert waited == [4, 21]
+    alone = served(arrivals_ns=[0, 90_000_000], lengths=[(10, 5)] * 2, receive_interval=20).requests[1]
+    assert alone.scheduled_ns == 90_000_000
+
+
 def test_clients_in_waves_send_together() -> None:
     case = {"arrivals_ns": [0] * 6, "lengths": [(10, 5), (10, 50), (10, 20)] * 2, "concurrency": 3}
     sent = [request.arrival_ns for request in served(**case, waves=True).requests]

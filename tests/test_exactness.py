@@ -36,6 +36,7 @@ cases = st.builds(
     waves=st.booleans(),
     prefix_caching=st.booleans(),
     stream_interval=st.sampled_from([1, 1, 4, 50]),
+    receive_interval=st.sampled_from([1, 1, 3, 20]),
     window=st.sampled_from([None, None, 40]),
     step_ns=st.sampled_from([TICK, TICK // 2, 700_001]),
     context_ns=st.sampled_from([0, 100]),

@@ -166,6 +166,12 @@ def test_runs_of_inferencex_are_launched_as_its_scripts_do() -> None:
     launched = case(**row, device="b200-sxm", source="inferencex_csv_dump")
     assert (launched.deployment.scheduler.token_budget, launched.deployment.kv_cache) == (16_384, "fp8")
     assert any(note.startswith("as its benchmark launches it: max_num_batched_tokens") for note in launched.notes)
+    assert [
+        case(
+            **row, device=device, source="inferencex_csv_dump", concurrency=clients
+        ).deployment.scheduler.receive_interval
+        for device, clients in (("b200-sxm", 8), ("b200-sxm", 16), ("h200-sxm", 16))
+    ] == [10, 30, 1]
     elsewhere = case(**row, device="b200-sxm").deployment
     assert (elsewhere.scheduler.token_budget, elsewhere.kv_cache) == (8192, "bf16")
     assert case(**row, device="b200-sxm", source="inferencex_csv_dump", kv_dtype="bf16").deployment.kv_cache == "bf16"

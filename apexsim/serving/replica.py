@@ -60,6 +60,9 @@ class Replica:
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
         self.unfinished = 0
+        self._inbox: list[Request] = []
+        self._every = settings.scheduler.receive_interval if settings.cost.stages == 1 else 1
+        self._singly = self._looked = 0  # compositions outside the cohort's march; all of them when prompts came last
         self.next_arrival_ns: int | None = None  # where known: a stretch that it will cut needs no alarm before
         self._clock = clock
         self._set = settings
@@ -106,7 +109,7 @@ class Replica:
         self._enqueue(request)
 
     def _enqueue(self, request: Request) -> None:
-        self.waiting.append(request)
+        (self.waiting if self._every == 1 else self._inbox).append(request)
         if self._stretch is not None:
             self._cut(self._stretch)
         elif not self._in_flight and self._alarm is None:
@@ -145,7 +148,7 @@ class Replica:
     def _part(self) -> bool:
         """If all that happens is that one request leaves a march, let the others march on."""
         march = self._stretch
-        if self.waiting or not isinstance(march, March):
+        if self.waiting or self._inbox or not isinstance(march, March):
             return False
         leaver = march.part(self._in_flight, self._recorder, self._blocks)
         if leaver is None:
@@ -165,6 +168,8 @@ class Replica:
 
     def _fill_pipeline(self) -> None:
         while len(self._in_flight) < self._batches:
+            if self._inbox:
+                self._receive()
             if self._only_march():
                 self._ledger = None
                 self._stretch = self._plan_march(owed=1)
@@ -174,13 +179,34 @@ class Replica:
             self._set.policy.fill(ledger, self.running, self.waiting)
             batch = self._close(ledger)
             if batch is not None:
+                self._count(ledger)
                 self._launch(batch)
             elif not ledger.preempted:
                 break
 
+    def _receive(self) -> None:
+        """Let those who have come join the queue, if this is a step at which the scheduler looks."""
+        idle = not (self._in_flight or self.running)
+        if idle or (self._singly + self._cohort.step - self._looked) % self._every == 0:
+            self.waiting.extend(self._inbox)
+            self._inbox.clear()
+
+    def _count(self, ledger: Ledger) -> None:
+        """A batch is composed; those of the whole cohort it counts itself."""
+        if not ledger.marching:
+            self._singly += 1
+        if ledger.chunks:
+            self._looked = self._singly + self._cohort.step
+
     def _only_march(self) -> bool:
         """With an empty queue, all running requests members and one batch to compose, there is nothing to decide."""
-        if self.waiting or not self._march or self._dissolved or len(self._in_flight) < self._batches - 1:
+        if (
+            self.waiting
+            or self._inbox
+            or not self._march
+            or self._dissolved
+            or len(self._in_flight) < self._batches - 1
+        ):
             return False
         if self._fresh:
             self._join()
@@ -286,7 +312,7 @@ class Replica:
 
     def check_idle(self) -> None:
         """Assert that nothing is left behind once every request is done."""
-        assert not any((self._in_flight, self.running, self.waiting, self.unfinished, self._leaving))
+        assert not any((self._in_flight, self.running, self.waiting, self._inbox, self.unfinished, self._leaving))
         assert self._blocks.free == self._blocks.total, f"{self._blocks.held} blocks were never given back"
 
     # -- taking many steps at once ----------------------------------------------------------------------------
@@ -310,7 +336,8 @@ class Replica:
         self._alarm = None if end_ns is None else self._clock.at(end_ns, 1 + self.index, self._end_step)
 
     def _plan(self) -> Stretch | None:
-        if self._ledger is not None and not self._set.policy.repeats(self._ledger, self.waiting):
+        decided = self._ledger is not None and not self._set.policy.repeats(self._ledger, self.waiting)
+        if self._inbox or decided:
             return None
         if self._set.cost.stages > 1:
             if any(len(batch.samples) > self._sequences() for batch in self._in_flight):

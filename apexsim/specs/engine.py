@@ -76,6 +76,8 @@ class SchedulerDefaults(Spec):
     ``max_chunk_tokens`` is the most that one prompt gets of a step (``long_prefill_token_threshold`` of vLLM). With
     attention-data ranks, ``max_num_batched_tokens`` and ``max_num_seqs`` are those of each rank (``limits_per_rank``:
     vLLM, TensorRT-LLM) or of all together (SGLang).
+    ``receive_interval`` is how many steps that only decode pass between two looks at the requests that have come; an
+    idle replica looks at once, and so does one that has just computed prompts (SGLang's scheduler_recv_interval).
     """
 
     policy: str
@@ -89,6 +91,7 @@ class SchedulerDefaults(Spec):
     pipeline_split: Literal["greedy", "balanced"] = "greedy"
     prefix_caching: bool = False
     stream_interval: int = Field(1, gt=0)
+    receive_interval: int = Field(1, gt=0)
     max_chunk_tokens: int | None = Field(None, gt=0)
     limits_per_rank: bool = True
     max_model_len: int | None = Field(None, gt=0)

@@ -53,6 +53,8 @@ RECIPES = (
 # TensorRT-LLM holds prompts back until its token budget is nearly full, or so many steps have passed
 # (batch_wait_timeout_iters), in these runs of Llama-70B: told here as tokens that a client sees so many steps late.
 _WAITED_STEPS = 20
+# SGLang's scheduler_recv_interval for DeepSeek-R1 on Blackwell: below and from 16 clients on.
+_RECEIVED = (10, 30)
 # Least token budget of TensorRT-LLM for DeepSeek-R1.
 _LEAST_BUDGET = 8192
 
@@ -69,6 +71,8 @@ def launched(row: RunRow) -> tuple[dict[str, Any], str | None]:
 
 def _of_load(row: RunRow) -> dict[str, Any]:
     """Options of InferenceX that follow from prompts and concurrency."""
+    if row.engine == "sglang":
+        return {"receive_interval": _RECEIVED[(row.concurrency or 1) >= 16]} if row.device.startswith("b") else {}
     if row.engine != "trtllm" or not (row.prompt_tokens and row.output_tokens and row.concurrency):
         return {}
     if row.model.startswith("deepseek-"):
