@@ -57,6 +57,7 @@ class Usage:
 
     ``seconds`` maps operator -> evidence (fitted, estimated, extrapolated) -> device seconds. None of it is known for
     a cost model that was injected. ``energy_range_j``: least and most joules at a clock that was not measured.
+    ``spread_s``: standard deviation of the seconds of each operator.
     """
 
     energy_j: dict[str, float] = field(default_factory=dict)
@@ -64,6 +65,7 @@ class Usage:
     bytes_moved: float = math.nan
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     energy_range_j: tuple[float, float] | None = None
+    spread_s: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, accounting: Accounting) -> Usage:
@@ -72,7 +74,9 @@ class Usage:
         for (operator, evidence), spent_s in sorted(accounting.seconds.items()):
             seconds.setdefault(operator, {})[evidence] = float(spent_s)
         energy_j = {operator: float(joules) for operator, joules in sorted(accounting.energy_j.items())}
-        return cls(energy_j, float(accounting.flops), float(accounting.bytes_moved), seconds, accounting.energy_range_j)
+        spread_s = {operator: float(spent_s) for operator, spent_s in sorted(accounting.spread_s.items())}
+        work = float(accounting.flops), float(accounting.bytes_moved)
+        return cls(energy_j, *work, seconds, accounting.energy_range_j, spread_s)
 
     @property
     def working_s(self) -> float:

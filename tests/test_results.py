@@ -101,6 +101,7 @@ ACCOUNTING = SimpleNamespace(
     bytes_moved=500e9,
     seconds={("gemm", "fitted"): 6.0, ("gemm", "extrapolated"): 3.0, ("attention", "estimated"): 6.0},
     energy_range_j=None,
+    spread_s={"gemm": 0.4, "attention": 0.3},
 )
 
 

@@ -7,7 +7,7 @@ and is left to the idle power of whoever sums up.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -23,7 +23,8 @@ class Accounting:
 
     Operators are the kinds of a device profile, and ``host``. Evidence is ``fitted``, ``estimated``, or
     ``extrapolated`` where a size lay outside what was measured. ``energy_range_j``: least and most joules where the
-    device runs at a clock that was not measured; None at the measured one.
+    device runs at a clock that was not measured; None at the measured one. ``spread_s``: standard deviation of the
+    seconds of each operator, all its runs wrong together.
     """
 
     energy_j: dict[str, float]
@@ -31,6 +32,7 @@ class Accounting:
     bytes_moved: float
     seconds: dict[tuple[str, str], float]
     energy_range_j: tuple[float, float] | None = None
+    spread_s: dict[str, float] = field(default_factory=dict)
 
 
 def account(cost: StepCost, steps: Columns, chunks: Columns, *, time_scale: float = 1.0) -> Accounting:
@@ -43,9 +45,11 @@ def account(cost: StepCost, steps: Columns, chunks: Columns, *, time_scale: floa
     works = list(work_of(cost, steps, chunks))
     energy_j: defaultdict[str, float] = defaultdict(float)
     seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
+    spread_s: defaultdict[str, float] = defaultdict(float)
     for work, joules in zip(works, limited(power, works, len(steps["repeats"]), time_scale), strict=True):
         energy_j[work.kind] += joules
         spent_s = time_scale * work.total(work.seconds)
+        spread_s[work.kind] += work.spread * spent_s
         beyond_s = time_scale * work.total(np.where(work.outside, work.seconds, 0.0))
         for how, some_s in ((work.evidence, spent_s - beyond_s), ("extrapolated", beyond_s)):
             if some_s > 0:
@@ -57,4 +61,4 @@ def account(cost: StepCost, steps: Columns, chunks: Columns, *, time_scale: floa
         variants = [profile.power.at(profile.clock_mhz, variant) for variant in CLOCK_VARIANTS]
         totals = [sum(limited(each, works, len(steps["repeats"]), time_scale)) for each in variants]
         possible = min(totals), max(totals)
-    return Accounting(dict(energy_j), flops, bytes_moved, dict(seconds), possible)
+    return Accounting(dict(energy_j), flops, bytes_moved, dict(seconds), possible, dict(spread_s))

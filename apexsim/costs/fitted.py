@@ -24,6 +24,10 @@ from apexsim.units import dtype_bytes
 
 # Element-wise kernels that a profile may have costs of their own for, the more special name first.
 OWN_ELEMENTWISE = ("qk_norm", "norm", "rope", "activation", "embedding")
+# The hold-outs nearest to serving a model that no fit has seen, best first; 90th percentile of |x| of a normal law.
+HOLD_OUTS = ("generation_left_out", "device_left_out", "served_shapes_cold", "served_shapes", "random")
+NORMAL_P90 = 1.645
+UNSCORED_SPREAD = 0.25
 ROUTING_ALPHA = {"balanced": 0.0, "power_law_1.01": 1.01, "power_law_1.2": 1.2}
 
 
@@ -97,6 +101,16 @@ class OperatorCosts:
     def evidence(self, kind: str, key: str) -> Evidence:
         """Whether the operator was fitted on this device or estimated from elsewhere."""
         return self.operator(kind, key).evidence
+
+    def spread(self, kind: str, key: str) -> float:
+        """Relative standard deviation of the operator's times on shapes that its fit never saw.
+
+        90th percentile of the error of the first hold-out of ``HOLD_OUTS`` that was scored, else of any, over that of a
+        normal law. Where nothing was scored: ``UNSCORED_SPREAD``, an assumption.
+        """
+        quality = self.operator(kind, key).quality
+        scored = [quality[name] for name in HOLD_OUTS if name in quality] or list(quality.values())
+        return scored[0].p90 / NORMAL_P90 if scored else UNSCORED_SPREAD
 
     def extrapolated(self, kind: str, key: str, **sizes: Any) -> Array:
         """Boolean array: whether any of the ``sizes`` lies outside the measured range (unknown names: inside)."""

@@ -35,7 +35,8 @@ class Work:
     ``kind`` is that of a device profile, or ``host`` for time in which devices wait for the host. ``dtype`` is what it
     computes in; None for what computes nothing (collectives, waiting). ``outside`` marks sizes beyond the measured
     ones. Arrays of one length: ``step`` (row in ``steps``), ``at`` (which size) and ``runs`` there, over all devices.
-    ``busy`` is the share of the seconds in which an average device works; else it waits for another one.
+    ``busy`` is the share of the seconds in which an average device works; else it waits for another one. ``spread`` is
+    the relative standard deviation of the seconds (see ``OperatorCosts.spread``); none is known of waiting.
     """
 
     kind: str
@@ -49,6 +50,7 @@ class Work:
     evidence: str
     outside: Any = False
     busy: Array | float = 1.0
+    spread: float = 0.0
 
     def by_step(self, values: Array, steps: int) -> Array:
         """Sum of ``values`` (one for each size) over the runs in each of the ``steps`` rows."""
@@ -141,6 +143,7 @@ def _operator(
             at=(np.cumsum(at) - 1)[where[here]],
             runs=runs[here],
             evidence=costs.evidence(kernel.kind, kernel.key),
+            spread=costs.spread(kernel.kind, kernel.key),
             outside=costs.extrapolated(kernel.kind, kernel.key, **kernel.sizes(rows[at])),
             busy=busy_share(kernel.layer, rows[at]) if isinstance(kernel, Experts) else 1.0,
         )
@@ -224,6 +227,7 @@ def _attention(
             at=np.arange(len(seconds)),
             runs=np.full(len(seconds), runs),
             evidence=costs.evidence(kind, attention.key),
+            spread=costs.spread(kind, attention.key),
             outside=costs.extrapolated(kind, attention.key, **sizes, **attention.sizes()),
         )
 

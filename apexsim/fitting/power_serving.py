@@ -22,7 +22,7 @@ from apexsim.errors import ApexsimError, BadInput
 from apexsim.fitting.power_tables import fit_error
 from apexsim.specs.device import DeviceProfile
 from apexsim.specs.power import FitError, PowerModel
-from apexsim.validation.cases import case_of, model_kind
+from apexsim.validation.cases import case_of
 from apexsim.validation.loads import prompt_tokens_of
 from apexsim.validation.runs import RunRow, read_runs
 
@@ -81,7 +81,7 @@ def _served(row: RunRow, profile: DeviceProfile) -> ServedRun | None:
     assert row.power_w, "runs of the energy set have it"
     load = SteadyLoad(row.mean_batch, prompt_tokens_of(row), row.output_tokens)
     devices = deployment.devices_used
-    kind = "hybrid" if deployment.model.recurrent else model_kind(deployment.model)
+    kind = deployment.model.kind
     step_s, watts = row.mean_batch / row.output_tokens_per_s, row.power_w / devices
     return ServedRun(row.model, kind, steady_state(cost, load), devices, step_s, watts)
 

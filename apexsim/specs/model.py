@@ -120,6 +120,7 @@ class ModelSpec(Spec):
     layers: attention to all tokens (``full``) or to the last ``window`` only, or a ``recurrent`` state; each with an
     FFN behind it, unless the pattern names layers that are an ``ffn`` alone (Nemotron-H): then no other has one.
     Attention in chunks of ``window`` tokens (Llama-4) counts as a window, which is the most a chunk attends to.
+    ``attention_bf16`` names weight dtypes whose published checkpoints leave the attention matrices in bf16.
     ``qk_norm`` is over each head (Qwen3), over all heads of a layer at once (MiniMax-M2) or ``plain``, without weights
     (Llama-4). ``output_gate`` is a gate on the attention output, projected with the queries. ``post_norms`` are norms
     after attention and FFN besides those before them. ``rotary_dim`` elements of a head are rotated, all if None;
@@ -144,6 +145,7 @@ class ModelSpec(Spec):
     o_bias: bool = False
     ffn_bias: bool = False
     attention_sinks: bool = False
+    attention_bf16: tuple[str, ...] = ()
     qk_norm: Literal["head", "layer", "plain"] | None = None
     output_gate: bool = False
     norm: Literal["rms", "layer"] = "rms"
@@ -329,6 +331,15 @@ class ModelSpec(Spec):
         return total
 
     @property
+    def kind(self) -> Literal["dense", "moe", "mla", "hybrid"]:
+        """The class it is scored in: mla = latent attention, hybrid = recurrent layers or sparse attention."""
+        if self.recurrent or (self.mla and self.mla.indexer):
+            return "hybrid"
+        if self.mla:
+            return "mla"
+        return "moe" if self.moe else "dense"
+
+    @property
     def params(self) -> int:
         """All parameters."""
         return self._count(self.moe.experts if self.moe else 0)
@@ -338,10 +349,14 @@ class ModelSpec(Spec):
         """Parameters less those of the experts that a token does not visit; embeddings and LM head counted."""
         return self._count(self.moe.active if self.moe else 0)
 
+    def attention_dtype(self, weights: str) -> str:
+        """Dtype of the Q, K, V and output matrices in a checkpoint of ``weights`` (latent attention apart)."""
+        return "bf16" if weights in self.attention_bf16 else weights
+
     def _unquantised(self, weights: str) -> int:
         """Elements of one layer's attention that stay bf16 in a checkpoint of ``weights``."""
         if not self.mla:
-            return 0
+            return self.attention_params if weights in self.attention_bf16 else 0
         whole = self.mla.projection_dtype(weights) != weights
         return self.attention_params if whole else self.mla.unfolding_params(self.heads)
 

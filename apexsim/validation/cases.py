@@ -16,7 +16,6 @@ from apexsim.errors import BadInput, InfeasiblePlan
 from apexsim.io.deployments import DeploymentFile, resolve_deployment
 from apexsim.specs.base import parse_spec
 from apexsim.specs.deployment import Deployment
-from apexsim.specs.model import ModelSpec
 from apexsim.validation.recipes import launched
 from apexsim.validation.runs import RunRow
 
@@ -91,15 +90,6 @@ def case_of(row: RunRow, engine_options: Mapping[str, Any] = MappingProxyType({}
     return Case(deployment, tuple(notes))
 
 
-def model_kind(model: ModelSpec) -> str:
-    """The class a model is scored in: dense, moe, mla (latent attention) or hybrid (recurrent or sparse layers)."""
-    if model.recurrent or (model.mla and model.mla.indexer):
-        return "hybrid"
-    if model.mla:
-        return "mla"
-    return "moe" if model.moe else "dense"
-
-
 def version_known(row: RunRow) -> bool:
     """Whether an engine profile names the version of a run, rather than standing in for it."""
     try:
@@ -110,7 +100,7 @@ def version_known(row: RunRow) -> bool:
 
 def kind_of(name: str) -> str:
     """The class of a model by name; ``unknown`` where the catalog does not have it."""
-    return model_kind(catalog.load("model", name)) if name in catalog.names("model") else "unknown"
+    return catalog.load("model", name).kind if name in catalog.names("model") else "unknown"
 
 
 def _check_plan(row: RunRow, deployment: Deployment) -> None:
