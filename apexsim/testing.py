@@ -123,6 +123,7 @@ class Case:
     prefix_caching: bool = False
     stream_interval: int = 1
     receive_interval: int = 1
+    most_of_prompt: int | None = None
     replicas: int = 1
     router: str = "round_robin"
     frontend_ns: int = 0
@@ -145,6 +146,7 @@ class Case:
             "prefix_caching": self.prefix_caching,
             "stream_interval": self.stream_interval,
             "receive_interval": self.receive_interval,
+            "max_chunk_tokens": self.most_of_prompt if self.chunked else None,
         })  # fmt: skip
 
     def requests(self) -> Requests:

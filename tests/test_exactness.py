@@ -37,6 +37,7 @@ cases = st.builds(
     prefix_caching=st.booleans(),
     stream_interval=st.sampled_from([1, 1, 4, 50]),
     receive_interval=st.sampled_from([1, 1, 3, 20]),
+    most_of_prompt=st.sampled_from([None, None, 10, 100]),
     window=st.sampled_from([None, None, 40]),
     step_ns=st.sampled_from([TICK, TICK // 2, 700_001]),
     context_ns=st.sampled_from([0, 100]),
@@ -88,6 +89,8 @@ def test_forced_ties_on_three_least_loaded_replicas() -> None:
         {"model": "nvidia-nemotron-nano-9b-v2"},
         {"model": "qwen3-next-80b-a3b", "tensor": 4, "engine": "sglang-0.5"},
         {"model": "gemma-3-12b"},
+        {"model": "mixtral-8x7b", "attention_data": 4, "expert": 4},
+        {"model": "gpt-oss-20b", "tensor": 2, "attention_data": 2, "pipeline": 2, "engine": "sglang-0.5"},
     ],
     ids=lambda file: "-".join(str(value) for value in file.values()),
 )

@@ -117,8 +117,11 @@ def test_idle_devices_add_the_smaller_spaces(devices: int) -> None:
 
 
 def test_experts_are_spread_over_every_divisor_of_the_tensor_degree() -> None:
-    degrees = [c.plan.expert for c in space("mixtral-8x7b").candidates() if c.plan.tensor == 8]
-    assert degrees == [1, 2, 4, 8]
+    candidates = space("mixtral-8x7b").candidates()
+    assert [c.plan.expert for c in candidates if c.plan.tensor == 8] == [1, 2, 4, 8]
+    # Of 8 = 2^3: (tensor, attention_data) k + 1 ways for 2^k devices a stage, k + 1 expert degrees, 4 - k pipelines.
+    assert len({c.name for c in candidates}) == len(candidates) == sum((k + 1) ** 2 * (4 - k) for k in range(4))
+    assert all(not c.reasons for c in candidates if c.plan.attention_data == 8)
 
 
 def test_unlawful_plans_stay_with_their_reasons() -> None:

@@ -30,10 +30,10 @@ def headline(study: Study) -> str:
 
 def usual_choice(study: Study) -> Row | None:
     """What needs no search: tensor parallel as wide as is lawful in a node, then pipeline stages, then replicas; all
-    devices used, no expert parallelism. None when no such plan is lawful."""
+    devices used, no expert or attention-data parallelism. None when no such plan is lawful."""
     devices = study.question.space.base.cluster.devices
     lawful = [row for row in study.rows if not row.candidate.reasons and row.candidate.devices == devices]
-    plain = [row for row in lawful if row.candidate.plan.expert == 1]
+    plain = [row for row in lawful if row.candidate.plan.expert == row.candidate.plan.attention_data == 1]
     return max(plain, key=lambda row: (row.candidate.plan.tensor, row.candidate.plan.pipeline), default=None)
 
 

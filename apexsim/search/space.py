@@ -38,8 +38,9 @@ class SearchSpace(Spec):
     allow_idle: bool = False
 
     def candidates(self) -> tuple[Candidate, ...]:
-        """Every tensor x pipeline x replicas that gives the number of devices, times every expert degree of an MoE
-        model that divides the tensor degree. The unlawful ones stay in, with their reasons."""
+        """Every tensor x pipeline x replicas that gives the number of devices; of a model with experts every tensor x
+        attention_data x pipeline x replicas, times every expert degree that divides the devices of a stage. The
+        unlawful ones stay in, with their reasons."""
         devices = self.base.cluster.devices
         counts = range(1, devices + 1) if self.allow_idle else (devices,)
         return tuple(self._candidate(plan, replicas) for count in counts for plan, replicas in self._layouts(count))
@@ -50,11 +51,14 @@ class SearchSpace(Spec):
         return self.base.model_copy(update={"pools": (pool,)})
 
     def _layouts(self, devices: int) -> Iterator[tuple[Plan, int]]:
+        experts = self.base.model.moe is not None
         for tensor in divisors(devices):
-            for pipeline in divisors(devices // tensor):
-                for expert in divisors(tensor) if self.base.model.moe else (1,):
-                    plan = Plan(tensor=tensor, pipeline=pipeline, expert=expert)
-                    yield plan, devices // plan.devices
+            for ranks in divisors(devices // tensor) if experts else (1,):
+                stage = tensor * ranks
+                for pipeline in divisors(devices // stage):
+                    for expert in divisors(stage) if experts else (1,):
+                        plan = Plan(tensor=tensor, attention_data=ranks, pipeline=pipeline, expert=expert)
+                        yield plan, devices // plan.devices
 
     def _candidate(self, plan: Plan, replicas: int) -> Candidate:
         return Candidate(plan, replicas, plan.lawful(self.base.model, self.base.cluster))
