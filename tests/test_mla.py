@@ -27,7 +27,8 @@ from apexsim.specs.cluster import Cluster
 from apexsim.specs.deployment import Deployment, Plan, Pool
 from apexsim.specs.device import DeviceProfile, FittedOperator
 from apexsim.specs.latent import LatentAttention
-from apexsim.specs.model import KVGroup, ModelSpec
+from apexsim.specs.layers import KVGroup
+from apexsim.specs.model import ModelSpec
 from apexsim.specs.workload import Requests
 
 DEEPSEEK, GLM = catalog.load("model", "deepseek-r1"), catalog.load("model", "glm-5")

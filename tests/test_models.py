@@ -17,7 +17,8 @@ from apexsim import catalog
 from apexsim.errors import ApexsimError, BadInput, Unsupported
 from apexsim.io.hf_config import import_model
 from apexsim.specs.base import parse_spec
-from apexsim.specs.model import KVGroup, LayerKind, ModelSpec
+from apexsim.specs.layers import KVGroup, LayerKind
+from apexsim.specs.model import ModelSpec
 from apexsim.specs.recurrent import Recurrent
 
 MODELS = catalog.names("model")
@@ -338,7 +339,7 @@ SHIPPED = {
 SHIPPED |= {"DeepSeek-V3": "deepseek-v3", "DeepSeek-R1": "deepseek-r1", "Kimi-K2.5": "kimi-k2.5", "GLM-5": "glm-5"}
 SHIPPED |= {"MiniMax-M2.5": "minimax-m2.5", "Qwen3-VL-8B-Instruct": "qwen3-vl-8b"}
 SHIPPED |= {"Llama-4-Scout-17B-16E-Instruct": "llama-4-scout-17b-16e", "Qwen3.5-397B-A17B": "qwen3.5-397b-a17b"}
-BESIDE_THE_SHAPE = ("name", "source", "published_params", "published_active_params")
+BESIDE_THE_SHAPE = ("attention_bf16", "name", "source", "published_params", "published_active_params")
 
 
 def shape(spec: ModelSpec) -> dict[str, Any]:
@@ -597,3 +598,11 @@ def test_a_mangled_config_gives_a_spec_or_one_of_our_errors(
     path = write(tmp_path_factory.getbasetemp(), base | {key: data.draw(JSON) for key in keys})
     with contextlib.suppress(ApexsimError):
         assert import_model(path).params > 0
+
+
+def test_checkpoints_may_leave_attention_in_bf16() -> None:
+    """Llama-3.1-405B in fp8: a byte a parameter of the FFN, two of everything else."""
+    model = catalog.load("model", "llama-3.1-405b")
+    ffn = 126 * 3 * 16384 * 53248
+    assert model.weight_bytes("fp8", "fp8") == pytest.approx(ffn + 2 * (model.params - ffn))
+    assert model.attention_dtype("fp8") == "bf16"

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from apexsim.specs.device import DeviceProfile
-    from apexsim.specs.model import LayerKind, ModelSpec
+    from apexsim.specs.layers import LayerKind
+    from apexsim.specs.model import ModelSpec
 
 Row = tuple[str, ...]
 

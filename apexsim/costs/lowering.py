@@ -33,7 +33,8 @@ from apexsim.errors import InfeasiblePlan
 from apexsim.specs.deployment import Deployment, Plan, Pool
 
 if TYPE_CHECKING:
-    from apexsim.specs.model import LayerKind, MoESpec
+    from apexsim.specs.layers import LayerKind
+    from apexsim.specs.model import MoESpec
 
 # Measured exchanges of expert layers, by what an engine profile calls them.
 EXCHANGES: dict[tuple[str, str], CollectiveKind] = {
@@ -231,7 +232,7 @@ def _attention_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixe
     """QKV (an output gate with the queries), QK norm, rotation; the gate and the output projection."""
     model, tensor = deployment.model, pool.plan.tensor
     heads, kv_heads = model.heads // tensor, max(1, model.kv_heads // tensor)
-    dtype, gates = deployment.weights, heads if model.output_gate else 0
+    dtype, gates = model.attention_dtype(deployment.weights), heads if model.output_gate else 0
     qk_bytes = 2 * ACTIVATION_BYTES * (heads + kv_heads)
     before: list[RowOperator] = [Gemm("qkv", (heads + gates + 2 * kv_heads) * model.head_dim, model.hidden, dtype)]
     if model.qk_norm:

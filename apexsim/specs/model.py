@@ -3,68 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from apexsim.specs.base import Spec
 from apexsim.specs.latent import LatentAttention
+from apexsim.specs.layers import KVGroup, LayerKind, Mixer
 from apexsim.specs.recurrent import Recurrent
 from apexsim.units import dtype_bytes
 
 LayerType = Literal["window", "full", "recurrent", "ffn"]
-Mixer = Literal["attention", "recurrent"]
 
 # OPT's table of learned positions starts at row 2 (its tokens count from the padding index).
 LEARNED_POSITION_OFFSET = 2
 
 # To a step, a recurrent layer is attention over a window of one token: what it reads never grows with the context.
 RECURRENT_WINDOW = 1
-
-
-@dataclass(frozen=True, slots=True)
-class LayerKind:
-    """``count`` layers that are alike.
-
-    ``mixer`` mixes tokens: attention over the last ``window`` tokens (None = all), a recurrent state (``window`` 1), or
-    nothing (None) in layers that are an FFN alone. ``moe``: experts in place of a dense FFN. ``ffn`` False: no FFN.
-    """
-
-    count: int
-    window: int | None
-    moe: bool
-    mixer: Mixer | None = "attention"
-    ffn: bool = True
-
-    @property
-    def one(self) -> LayerKind:
-        """One layer of the kind: equal for equal kinds."""
-        return replace(self, count=1)
-
-
-@dataclass(frozen=True, slots=True)
-class KVGroup:
-    """Layers whose KV cache lives alike. A windowed layer needs only its last ``window`` tokens.
-
-    ``latent`` is the elements of one vector a token that stands for all keys and values: every rank keeps the whole.
-    """
-
-    layers: int
-    kv_heads: int
-    head_dim: int
-    window: int | None
-    latent: int | None = None
-
-    def bytes_per_token(self, dtype: str, tensor: int = 1) -> float:
-        """Bytes of keys and values of one token on one rank, all layers of the group.
-
-        KV heads are split over ``tensor`` ranks, and repeated where there are more ranks than heads.
-        """
-        if self.latent is not None:
-            return self.layers * self.latent * dtype_bytes(dtype)
-        heads_here = max(1, self.kv_heads // tensor)
-        return 2 * self.layers * heads_here * self.head_dim * dtype_bytes(dtype)
 
 
 # Beyond these stands a unit mistake, and lists and integers of that size.
