@@ -37,11 +37,12 @@ class Recipe:
         return row.engine == self.engine and alike and self.weights in (None, row.weight_dtype)
 
 
-# The first that serves a run of InferenceX counts.
+# The first that serves a run counts. What NVIDIA published of SGLang and vLLM for these models are runs of InferenceX.
 RECIPES = (
     Recipe("sglang", "deepseek-", "b", "nvfp4", "fp8", {"max_num_batched_tokens": 16_384}),
     Recipe("sglang", "deepseek-", "b", None, "fp8", {"max_num_batched_tokens": 32_768}),
     Recipe("sglang", "deepseek-", "h", None, None, {"max_num_batched_tokens": 32_768}),
+    Recipe("sglang", "qwen3.5-", "b", "fp8", "fp8", {"max_num_batched_tokens": 32_768}),
     Recipe("trtllm", "deepseek-", kv_dtype="fp8"),
     Recipe("trtllm", "gpt-oss-", "h", None, "bf16", {"max_num_batched_tokens": 20_000}),
     Recipe("trtllm", "gpt-oss-", "", None, "fp8", {"max_num_batched_tokens": 20_000}),
@@ -53,7 +54,7 @@ RECIPES = (
 # TensorRT-LLM holds prompts back until its token budget is nearly full, or so many steps have passed
 # (batch_wait_timeout_iters), in these runs of Llama-70B: told here as tokens that a client sees so many steps late.
 _WAITED_STEPS = 20
-# SGLang's scheduler_recv_interval for DeepSeek-R1 on Blackwell: below and from 16 clients on.
+# SGLang's scheduler_recv_interval on Blackwell: below and from 16 clients on.
 _RECEIVED = (10, 30)
 # Least token budget of TensorRT-LLM for DeepSeek-R1.
 _LEAST_BUDGET = 8192
@@ -64,7 +65,7 @@ def launched(row: RunRow) -> tuple[dict[str, Any], str | None]:
     if row.engine == "trtllm" and row.source.startswith(_NVIDIA):
         return {"token_budget_rule": "two_prompts"}, None
     recipe = next((recipe for recipe in RECIPES if recipe.serves(row)), None)
-    if recipe is None or not row.source.startswith(_INFERENCEX):
+    if recipe is None or not row.source.startswith((_INFERENCEX, _NVIDIA)):
         return {}, None
     return {**recipe.options, **_of_load(row)}, recipe.kv_dtype
 
