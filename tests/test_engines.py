@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,6 +68,14 @@ def test_unknown_versions_are_refused_with_the_known_ones(tmp_path: Path, asked:
         deployment_from(file, {})
     assert str(refused.value).startswith(f"{file}: engine: ")
     assert told in str(refused.value)
+
+
+def test_the_docs_name_every_profile_with_its_versions() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "engines.md").read_text(encoding="utf-8")
+    for profile in ENGINES:
+        (row,) = re.findall(rf"^\| `{re.escape(profile.name)}` \|.*$", page, re.MULTILINE)
+        assert profile.versions[0] in row
+        assert profile.versions[-1] in row
 
 
 def test_every_engine_has_few_profiles() -> None:
