@@ -84,6 +84,31 @@ def plot_validation(table: pd.DataFrame, path: Path | str) -> None:
         figure.savefig(scratch, metadata=dated.get(Path(path).suffix.lower()))
 
 
+def plot_fit(rows: pd.DataFrame, path: Path | str, *, title: str, size: str) -> None:
+    """Draw a fit: ``predicted_s`` over ``measured_s`` of ``rows``, and errors over their column ``size``."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    check_plot_path(path, where=path)
+    percent = 100 * (rows["predicted_s"] / rows["measured_s"] - 1)
+    with mpl.rc_context(_STYLE), atomic_path(path) as scratch:
+        figure = Figure(figsize=(7.2, 3.2), dpi=150, layout="constrained")
+        parity, errors = figure.subplots(1, 2)
+        parity.scatter(rows["measured_s"], rows["predicted_s"], s=2, lw=0, alpha=0.3, color=_BLUE, rasterized=True)
+        ends = [rows["measured_s"].min(), rows["measured_s"].max()]
+        parity.plot(ends, ends, color="black", lw=0.7)
+        parity.set(xscale="log", yscale="log", xlabel="measured (s)", ylabel="predicted (s)")
+        errors.scatter(rows[size], percent, s=2, lw=0, alpha=0.3, color=_BLUE, rasterized=True)
+        middle = percent.groupby(rows[size]).median()
+        errors.plot(middle.index, middle, color=_RED, lw=1, label="median")
+        errors.axhline(0, color="black", lw=0.7)
+        errors.set(xscale="log", xlabel=size, ylabel="error (%)", ylim=(-60, 60))
+        errors.legend(loc="upper right")
+        figure.suptitle(title, fontsize=9)
+        dated = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
+        figure.savefig(scratch, metadata=dated.get(Path(path).suffix.lower()))
+
+
 def _draw_parity(parity: Any, errors: Any, table: pd.DataFrame, name: str) -> None:
     """Predicted over measured on log scales, and below it the distribution of relative errors."""
     rows = table[(table[f"predicted_{name}"] > 0) & (table[name] > 0)]

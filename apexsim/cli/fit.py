@@ -13,15 +13,17 @@ from apexsim.errors import BadInput
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from apexsim.specs.device import DeviceProfile
+    from apexsim.fitting.problems import Problem
+    from apexsim.specs.device import DeviceProfile, FittedOperator
 
 
 class _Job(NamedTuple):
-    """One profile to fit: where the tables lie, which parts of it (None: all), and the file it goes to."""
+    """One profile to fit: where the tables lie, which parts (None: all), a folder for plots, the file it goes to."""
 
     name: str
     tables: Path | None
     only: tuple[str, ...] | None
+    plots: Path | None
     target: Path
 
 
@@ -35,15 +37,16 @@ def fit(
     only: Annotated[
         str | None, typer.Option(help="Parts to fit again, by comma (gemm,attention,...); the rest is kept.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes to fit several devices in.")] = 2,
+    plots: Annotated[Path | None, typer.Option(help="Folder for a plot of every fitted operator.")] = None,
 ) -> None:
     """Fit the operator costs of a device and report the error on rows held out."""
     from apexsim.cli.facts import device_tables, print_tables
     from apexsim.io.yaml_files import write_yaml
 
     parts = tuple(part.strip() for part in only.split(",")) if only else None
-    todo = [_Job(name, tables, parts, file) for name, file in _targets(device, out, all_devices=all_devices).items()]
-    for job, profile in _fitted(todo, jobs):
+    targets = _targets(device, out, all_devices=all_devices)
+    todo = [_Job(name, tables, parts, plots, file) for name, file in targets.items()]
+    for job, profile in _fitted(todo):
         write_yaml(job.target, profile.model_dump(mode="json", exclude_defaults=True))
         typer.echo(f"{job.name}: written to {job.target}", err=True)
         print_tables(*device_tables(profile))
@@ -67,13 +70,12 @@ def _targets(device: str | None, out: Path | None, *, all_devices: bool) -> dict
     return {device: out or folder / f"{device}.yaml"}
 
 
-def _fitted(todo: list[_Job], jobs: int) -> Iterator[tuple[_Job, DeviceProfile]]:
-    """Every job with its profile, in order; several of them side by side."""
-    if len(todo) == 1 or jobs == 1:
-        for job in todo:
-            yield job, _run(job)
+def _fitted(todo: list[_Job]) -> Iterator[tuple[_Job, DeviceProfile]]:
+    """Every job with its profile, in order; several of them side by side, one a core."""
+    if len(todo) == 1:
+        yield todo[0], _run(todo[0])
         return
-    with ProcessPoolExecutor(min(jobs, len(todo))) as pool:
+    with ProcessPoolExecutor() as pool:
         yield from zip(todo, pool.map(_run, todo), strict=True)
 
 
@@ -87,4 +89,29 @@ def _run(job: _Job) -> DeviceProfile:
     def tell(what: str) -> None:
         typer.echo(what, err=True)
 
-    return fit_device(job.name, job.tables, tell, only=job.only or PARTS, base=base)
+    def draw(problem: Problem, found: FittedOperator) -> None:
+        if job.plots:
+            _draw(job.plots, job.name, problem, found)
+
+    return fit_device(job.name, job.tables, tell, only=job.only or PARTS, base=base, fitted=draw)
+
+
+def _draw(folder: Path, device: str, problem: Problem, found: FittedOperator) -> None:
+    """A picture of one fit on all its rows."""
+    import pandas as pd
+
+    from apexsim.fitting.problems import predicted_s
+    from apexsim.plots import plot_fit
+
+    assert found.residual is not None, "every fit has a residual"
+    size, column = next(iter(problem.valid.items()))
+    rows = pd.DataFrame(
+        {
+            size: problem.frame[column],
+            "measured_s": problem.frame["seconds"],
+            "predicted_s": predicted_s(problem, found.coefficients, found.residual),
+        }
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    title = f"{device}: {problem.kind} {problem.key} ({len(rows):,} rows of {problem.source})"
+    plot_fit(rows, folder / f"{device}-{problem.kind}-{problem.key}.png", title=title, size=size)

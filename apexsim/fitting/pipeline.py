@@ -12,10 +12,11 @@ from apexsim.fitting.facts import Facts
 from apexsim.fitting.power import fit_power
 from apexsim.fitting.problems import Operators, Problem, solve
 from apexsim.fitting.tables import data_root
-from apexsim.specs.device import DeviceProfile, Provenance
+from apexsim.specs.device import DeviceProfile, FittedOperator, Provenance
 
 FIT_DATE = "2026-11-21"
 Progress = Callable[[str], None]
+Fitted = Callable[[Problem, FittedOperator], None]
 
 # Parts of a profile that are fitted from a device's own tables or those of its nearest kin.
 FITTED: dict[str, Callable[[Facts, Path], Iterator[Problem]]] = {
@@ -40,11 +41,13 @@ def fit_device(
     *,
     only: Collection[str] = PARTS,
     base: DeviceProfile | None = None,
+    fitted: Fitted | None = None,
 ) -> DeviceProfile:
     """Fit the operators of device ``name`` from the tables under ``root`` (default: where the reference data lie).
 
     ``only`` names the parts to fit; the rest comes from ``base``, an earlier profile. ``progress`` is told, in a few
-    words, what is being fitted. The same tables give the same profile, to the byte.
+    words, what is being fitted; ``fitted`` is handed each problem with the operator found for it. The same tables give
+    the same profile, to the byte.
     """
     known = facts.devices()
     if name not in known:
@@ -53,7 +56,8 @@ def fit_device(
         raise BadInput(f"parts are {', '.join(PARTS)}", where="--only", got=", ".join(unknown))
     device, kernels, tell = known[name], data_root(root) / "kernels", progress or (lambda _: None)
     operators = dict(base.operators) if base else {}
-    operators |= _independent(device, kernels, only, lambda what: tell(f"{name}: {what}"))
+    seen = fitted or (lambda problem, found: None)
+    operators |= _solved(device, kernels, only, lambda what: tell(f"{name}: {what}"), seen)
     profile = _profile(name, device, kernels, operators)
     if "mla" in only:
         # Measured modules of latent attention contain products.
@@ -64,7 +68,7 @@ def fit_device(
     return profile.model_copy(update={"power": power})
 
 
-def _independent(device: Facts, kernels: Path, only: Collection[str], tell: Progress) -> Operators:
+def _solved(device: Facts, kernels: Path, only: Collection[str], tell: Progress, fitted: Fitted) -> Operators:
     """Operators of the parts in ``only`` that need no other operator."""
     operators: Operators = {}
     for part, problems in FITTED.items():
@@ -72,7 +76,8 @@ def _independent(device: Facts, kernels: Path, only: Collection[str], tell: Prog
             continue
         for problem in problems(device, kernels):
             tell(f"{problem.kind} {problem.key}, {len(problem.frame)} rows")
-            operators.setdefault(problem.kind, {})[problem.key] = solve(problem)
+            found = operators.setdefault(problem.kind, {})[problem.key] = solve(problem)
+            fitted(problem, found)
     for part, collect in COLLECTED.items():
         if part in only:
             tell(part)

@@ -138,10 +138,15 @@ def _sample(mask: Mask, most: int) -> npt.NDArray[np.int64]:
     return np.sort(np.random.default_rng(SEED).choice(rows, most, replace=False))
 
 
+def predicted_s(problem: Problem, c: Coefficients, grid: ResidualGrid) -> Array:
+    """What a fit says of every row, as it was measured."""
+    factor = np.exp(LogGrid.of(grid).log_factor(*problem.coordinates(problem.frame)))
+    return np.asarray(problem.predict(problem.frame, c) * factor)
+
+
 def _errors(problem: Problem, c: Coefficients, grid: ResidualGrid) -> Array:
     """Absolute relative error of every row."""
-    factor = np.exp(LogGrid.of(grid).log_factor(*problem.coordinates(problem.frame)))
-    return np.asarray(np.abs(problem.predict(problem.frame, c) * factor / problem.frame["seconds"].to_numpy() - 1))
+    return np.asarray(np.abs(predicted_s(problem, c, grid) / problem.frame["seconds"].to_numpy() - 1))
 
 
 def summary(errors: Array) -> HoldOut:
