@@ -9,14 +9,16 @@ from hypothesis import strategies as st
 
 from apexsim import catalog
 from apexsim.costs.fitted import AttentionShape, MoeLayer, OperatorCosts
-from apexsim.costs.forms import decode, gemm, moe, prefill, small
+from apexsim.costs.forms import decode, gemm, mixed, mla, moe, prefill, small
+from apexsim.costs.forms.hardware import COMPUTE_DTYPE
 from apexsim.errors import Unsupported
 from apexsim.io.yaml_files import format_yaml
 from apexsim.specs.device import DeviceProfile
 from apexsim.units import dtype_bytes
 
-NAMES = ("a100-sxm", "h100-sxm", "h200-sxm")
 HOPPER = ("h100-sxm", "h200-sxm")
+BLACKWELL = ("b200-sxm", "b300-sxm", "gb200", "gb300")
+NAMES = ("a100-sxm", *HOPPER, *BLACKWELL, "l40s", "rtx-pro-6000", "rtx-4090")
 PROFILES: dict[str, DeviceProfile] = {name: catalog.load("device", name) for name in NAMES}
 COSTS = {name: OperatorCosts(PROFILES[name]) for name in NAMES}
 BURST = {name: OperatorCosts(PROFILES[name], sustained=False) for name in NAMES}
@@ -28,6 +30,9 @@ BOUNDS = {
     "elementwise": small.ELEMENTWISE,
     "sampling": small.SAMPLING,
     "table": [],
+    "mla_decode": mla.COEFFICIENTS,
+    "mla_prefill": prefill.COEFFICIENTS,
+    "mixed": mixed.COEFFICIENTS,
 }
 names, hopper = st.sampled_from(NAMES), st.sampled_from(HOPPER)
 
@@ -37,8 +42,7 @@ def operators(profile):
 
 
 def peak(name, dtype):
-    peaks = PROFILES[name].datasheet.flops_per_s
-    return peaks["fp8" if dtype.startswith("fp8") else "bf16"]
+    return PROFILES[name].datasheet.flops_per_s[COMPUTE_DTYPE[dtype]]
 
 
 def bandwidth(name):
@@ -49,16 +53,10 @@ def bandwidth(name):
 def test_a_profile_is_small_and_complete(name):
     profile = PROFILES[name]
     assert len(format_yaml(profile.model_dump(mode="json", exclude_defaults=True))) <= 60_000
-    assert {
-        "gemm",
-        "prefill_attention",
-        "decode_attention",
-        "moe",
-        "all_reduce",
-        "all_gather",
-        "reduce_scatter",
-    } <= set(profile.operators)
-    assert {"all_to_all", "send_recv", "elementwise", "sampling"} <= set(profile.operators)
+    kinds = {"gemm", "prefill_attention", "decode_attention", "moe", "elementwise", "sampling"}
+    if name != "rtx-4090":  # nobody measured how several of them talk
+        kinds |= {"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"}
+    assert kinds <= set(profile.operators)
     assert profile.provenance.tables
     assert all(op.source for _, _, op in operators(profile))
 
@@ -78,24 +76,15 @@ def test_measured_operators_report_three_hold_outs(name):
     for kind, key, op in operators(PROFILES[name]):
         if kind in ("gemm", "prefill_attention", "decode_attention", "moe") and op.evidence == "fitted":
             assert {"random", "largest"} <= set(op.quality), (kind, key)
-            assert op.rows_used > 1000
-
-
-@pytest.mark.parametrize("name", HOPPER)
-def test_the_quality_promised_for_hopper(name):
-    found = PROFILES[name].operators
-    product = found["gemm"]["bf16"].quality["served_shapes"]
-    assert product.median <= 0.07
-    assert product.p90 <= 0.20
-    assert found["prefill_attention"]["bf16_d128"].quality["served_shapes"].median <= 0.07
-    assert found["decode_attention"]["bf16_d128"].quality["served_shapes_cold"].median <= 0.06
+            assert op.rows_used > 500
 
 
 @given(name=names, m=st.integers(1, 32768), n=st.integers(16, 130000), k=st.integers(16, 60000), data=st.data())
 def test_no_product_beats_the_roofline(name, m, n, k, data):
     dtype = data.draw(st.sampled_from(sorted(PROFILES[name].operators["gemm"])))
     seconds = BURST[name].gemm_s(m, n, k, dtype)
-    moved = dtype_bytes(dtype) * (n * k + m * k) + 2 * m * n
+    inputs = 2.0 if dtype.endswith("_wo") else dtype_bytes(dtype)
+    moved = dtype_bytes(dtype) * n * k + inputs * m * k + 2 * m * n
     assert seconds >= 2 * m * n * k / peak(name, dtype) * (1 - 1e-9)
     assert seconds >= moved / bandwidth(name) * (1 - 1e-9)
 
@@ -108,7 +97,7 @@ def test_no_product_beats_the_roofline(name, m, n, k, data):
     window=st.sampled_from([None, 128, 4096]),
 )
 def test_no_chunk_beats_the_roofline_and_both_paths_agree(name, heads, chunk, history, window):
-    shape = AttentionShape(*heads, 128, window if name in HOPPER else None)
+    shape = AttentionShape(*heads, 128, None if name == "a100-sxm" else window)
     seconds = COSTS[name].prefill_attention(shape)(chunk, history)
     pairs = prefill.causal_pairs(float(chunk), float(history), shape.window)
     assert seconds >= 4 * pairs * heads[0] * 128 / peak(name, "bf16") * (1 - 1e-9)
@@ -125,7 +114,7 @@ def test_no_chunk_beats_the_roofline_and_both_paths_agree(name, heads, chunk, hi
     data=st.data(),
 )
 def test_no_decode_beats_the_roofline_and_none_falls_with_context(name, batch, heads, context, data):
-    kv_dtype = data.draw(st.sampled_from(["bf16", "fp8"] if name in HOPPER else ["bf16"]))
+    kv_dtype = data.draw(st.sampled_from(["bf16"] if name == "a100-sxm" else ["bf16", "fp8"]))
     shape = AttentionShape(*heads, 128, None, kv_dtype)
     more = data.draw(st.floats(0, 5000))
     first, second = COSTS[name].decode_attention_s(batch, np.array([context, context + more]), shape)
@@ -160,7 +149,7 @@ def test_a_window_caps_the_decode_cost():
 def test_no_experts_beat_the_roofline(name, tokens, model, degrees, data):
     hidden, inter, topk, experts = model
     tensor, ep = degrees
-    dtype = data.draw(st.sampled_from(["bf16", "fp8", "fp8_block"] if name in HOPPER else ["bf16"]))
+    dtype = data.draw(st.sampled_from(sorted(PROFILES[name].operators["moe"])))
     routing = data.draw(st.sampled_from(["balanced", "power_law_1.01"]))
     layer = MoeLayer(hidden, inter // tensor, topk, experts, ep, dtype, routing)
     seconds = BURST[name].moe_s(tokens, layer)
@@ -171,7 +160,7 @@ def test_no_experts_beat_the_roofline(name, tokens, model, degrees, data):
 
 
 @given(
-    name=names,
+    name=st.sampled_from([name for name in NAMES if name != "rtx-4090"]),
     kind=st.sampled_from(["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"]),
     group=st.sampled_from([2, 4, 8]),
     size=st.floats(1, 1e10),
@@ -203,7 +192,7 @@ def test_an_array_of_batches_equals_one_at_a_time():
 
 def test_what_a_device_lacks_is_named():
     costs = COSTS["a100-sxm"]
-    with pytest.raises(Unsupported, match="a100-sxm has no gemm cost for fp8; it has: bf16"):
+    with pytest.raises(Unsupported, match="a100-sxm has no gemm cost for fp8; it has: bf16, int4_wo, int8_wo"):
         costs.gemm_s(1, 4096, 4096, "fp8")
     with pytest.raises(Unsupported, match="no prefill_attention cost for fp8_d128"):
         costs.prefill_attention(AttentionShape(32, 8, 128, None, "fp8"))
