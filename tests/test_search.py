@@ -267,6 +267,16 @@ def test_usual_choice_is_the_widest_lawful_tensor_degree_in_a_node() -> None:
         assert row.candidate.name == name
 
 
+def test_headline_says_what_is_taken_for_granted_of_the_best_plan() -> None:
+    def likes_ranks(deployment: Deployment, *_: Any) -> Mapping[str, Any]:
+        return summary(e2e_p90_s=1 / deployment.pools[0].plan.attention_data)
+
+    line = headline(search(question(space=space("mixtral-8x7b", devices=4)), evaluate=likes_ranks, jobs=1))
+    assert line.startswith("best by latency: tp1-adp4-pp1")
+    assert "estimated: 4 attention-data ranks are taken to be evenly loaded" in line
+    assert "estimated" not in headline(search(question(), evaluate=toy))
+
+
 def test_headline_gives_the_margin_over_the_second_and_the_usual_choice() -> None:
     line = headline(search(question("throughput", slo=SLO(ttft_s=1.0, target=0.1)), evaluate=toy))
     assert line.startswith("best by throughput: tp2-pp1-dp4")

@@ -25,6 +25,7 @@ def headline(study: Study) -> str:
         parts.append(f"{idle} devices stand idle")
     if best.outcome.reason:
         parts.append(best.outcome.reason)
+    parts += best.candidate.plan.assumptions
     return "; ".join(parts)
 
 
