@@ -70,6 +70,14 @@ def test_a_slow_row_of_another_shape_or_a_far_larger_size_says_nothing():
     assert dropped == {}
 
 
+def test_rows_far_slower_than_on_a_lesser_device_are_dropped():
+    kin = pd.DataFrame({"m": [1.0, 2.0, 2.0], "seconds": [1.0, 1.0, 1.0]})
+    frame = pd.DataFrame({"m": [1.0, 2.0, 3.0], "seconds": [1.2, 1.3, 9.0]})
+    kept, dropped = cleaning.clean(frame, [cleaning.slower_than_kin(kin, ["m"])])
+    assert kept["m"].tolist() == [1.0, 3.0]
+    assert list(dropped.values()) == [1]
+
+
 def test_rows_that_beat_the_roofline_are_dropped():
     frame = pd.DataFrame({"seconds": [0.9, 0.99, 2.0]})
     kept, dropped = cleaning.clean(frame, [cleaning.faster_than(lambda rows: np.ones(len(rows)))])

@@ -11,12 +11,14 @@ import pandas as pd
 
 from apexsim.costs.forms import decode, prefill
 from apexsim.costs.forms.hardware import Array, Coefficients, Hardware
-from apexsim.fitting.cleaning import Mask, Rule, clean, faster_than, one_query_token
+from apexsim.fitting.cleaning import Mask, Rule, clean, faster_than, one_query_token, slower_than_kin
+from apexsim.fitting.facts import lesser_kin
 from apexsim.fitting.problems import Problem, random_fifth
 from apexsim.fitting.served import head_shapes
 from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
 from apexsim.units import dtype_bytes
 
+SHAPE = ["batch", "q_len", "kv_len", "heads", "kv_heads", "window_size"]
 NUMBERS = ["batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim", "latency_us"]
 PREFILL_KNOTS = {
     "window": (1.0, 2.0),
@@ -154,9 +156,9 @@ class _Decode(NamedTuple):
 def prefill_problem(table: Path, heads: Heads, causal_skip: float = 1.0) -> Problem:
     """Prefill attention from a table of whole prompts (no history); ``causal_skip`` comes from ``history``."""
     form = _Prefill(dtype_bytes(heads.kv_dtype), heads.hw)
-    frame, dropped = clean(
-        _rows(table, heads), [one_query_token("q_len"), DECODE_KERNEL, faster_than(form.compute_floor)]
-    )
+    kin = [slower_than_kin(_rows(other, heads), SHAPE) for other in lesser_kin(table)]
+    rules = [one_query_token("q_len"), DECODE_KERNEL, faster_than(form.compute_floor), *kin]
+    frame, dropped = clean(_rows(table, heads), rules)
     served, full = _served_heads(frame), (frame["window_size"] == 0).to_numpy()
     everything, large = np.ones(len(frame), bool), (frame["q_len"] > 8192).to_numpy()
     return Problem(

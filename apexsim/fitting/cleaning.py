@@ -65,6 +65,16 @@ def _no_hiccups(frame: pd.DataFrame, by: Sequence[str], size: str, tolerance: fl
     return keep
 
 
+def slower_than_kin(kin: pd.DataFrame, by: Sequence[str], tolerance: float = 1.25) -> Rule:
+    """Rows far slower than the same on a device that can only be slower (``kin``: columns ``by``, seconds)."""
+
+    def keep(frame: pd.DataFrame) -> Mask:
+        both = frame[[*by, "seconds"]].merge(kin.drop_duplicates(by), on=list(by), how="left", suffixes=("", "_kin"))
+        return ~(both["seconds"] > tolerance * both["seconds_kin"]).to_numpy()
+
+    return Rule(f"over {tolerance:g}x the time of a lesser device of the same chip", keep)
+
+
 def one_query_token(column: str) -> Rule:
     """Prompts of one token run the decode kernel in a prefill table."""
     return Rule("a prompt of one token (decode kernel)", lambda frame: np.asarray(frame[column] > 1))

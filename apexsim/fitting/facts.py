@@ -6,6 +6,7 @@ Rates are dense (no sparsity) vendor datasheet figures, as collected in the syst
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 from apexsim.costs.forms.hardware import Hardware
@@ -99,6 +100,16 @@ KIN = {"rtx_4090": "rtx_pro_6000_server"}
 def tables_of(device: Facts) -> tuple[str, Evidence]:
     """Folder whose tables of products and attention serve a device, and what its fits are then worth."""
     return (KIN[device.folder], "estimated") if device.folder in KIN else (device.folder, "fitted")
+
+
+def lesser_kin(table: Path) -> list[Path]:
+    """The same table of a device that can only be slower, against which to hold the rows of ``table``; or none.
+
+    The GB200 table holds products and prompts of long kernels that take 1.3 to 1.7 times as long as on a B200, and
+    longer than in GB200's own replays of a second: 11 to 47 % of the bf16 products of 4096 rows and more.
+    """
+    other = table.parent.parent / "b200_sxm" / table.name
+    return [other] if table.parent.name == "gb200" and other.is_file() else []
 
 
 def hardware(folder: str, dtype: str) -> Hardware:

@@ -12,8 +12,8 @@ import pandas as pd
 
 from apexsim.costs.forms import gemm
 from apexsim.costs.forms.hardware import COMPUTE_DTYPE, Array, Coefficients, Hardware
-from apexsim.fitting.cleaning import clean, faster_than, slower_than_larger
-from apexsim.fitting.facts import Facts, hardware, tables_of
+from apexsim.fitting.cleaning import clean, faster_than, slower_than_kin, slower_than_larger
+from apexsim.fitting.facts import Facts, hardware, lesser_kin, tables_of
 from apexsim.fitting.layers import TIMED, layer_sums
 from apexsim.fitting.problems import Judge, Problem, random_fifth
 from apexsim.fitting.served import gemm_shapes
@@ -112,7 +112,8 @@ def problem(table: Path, dtype: str) -> Problem:
     form = _Products(dtype, hardware(table.parent.name, dtype))
     # The steps between tiles of the fp8_block kernels are real, not hiccups.
     hiccups = [] if dtype == "fp8_block" else [slower_than_larger(["n", "k"], "m")]
-    frame, dropped = clean(_rows(table, dtype), [faster_than(form.compute_floor), *hiccups])
+    kin = [slower_than_kin(_rows(other, dtype), ["m", "n", "k"]) for other in lesser_kin(table)]
+    frame, dropped = clean(_rows(table, dtype), [faster_than(form.compute_floor), *hiccups, *kin])
     served = np.array([pair in gemm_shapes() for pair in zip(frame["n"], frame["k"], strict=True)])
     usual = (frame["n"] >= 512) & (frame["k"] >= 512) & (frame["n"] * frame["k"] < 4e8) & (frame["m"] <= 16384)
     ordinary = usual.to_numpy()
