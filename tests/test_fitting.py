@@ -122,7 +122,7 @@ def test_the_residual_follows_a_smooth_error_and_stays_flat_without_one():
 def test_every_device_has_facts_that_agree_with_its_profile():
     for name, known in facts.devices().items():
         profile = catalog.load("device", name)
-        assert (profile.datasheet, profile.price, profile.power) == (known.datasheet, known.price, known.power)
+        assert (profile.datasheet, profile.price) == (known.datasheet, known.price)
 
 
 def test_half_the_experts_of_group_limited_routing_are_read(data):
