@@ -23,6 +23,7 @@ from apexsim.metrics import held_ns, ratio
 from apexsim.specs.deployment import Deployment
 from apexsim.specs.slo import SLO
 from apexsim.summary import summarise
+from apexsim.uncertainty import LEVEL, Interval, interval, predictions
 from apexsim.units import NS_PER_S
 
 if TYPE_CHECKING:
@@ -219,6 +220,14 @@ class SimulationResult:
     def summary(self) -> dict[str, Any]:
         """Every figure of the run as nested plain data; ``apexsim.summary`` says what each means."""
         return summarise(self)
+
+    def interval(self, figure: str, level: float = LEVEL) -> Interval | None:
+        """Where a figure of the run lies at a level of confidence, and what that rests on: see ``uncertainty``.
+
+        ``figure``: mean ``ttft_s``, ``tpot_s`` or ``e2e_s``, ``output_tokens_per_s``, ``energy_per_output_token_j``.
+        None where the run has no such figure, or its operators' costs are not those of a profile.
+        """
+        return interval(self, predictions(self.summary()).get(figure), figure, level)
 
     # -- files -------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from apexsim.atomic import without_nan
 from apexsim.metrics import distribution, ratio, weighted_distribution
+from apexsim.uncertainty import intervals
 from apexsim.units import NS_PER_S
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ def summarise(result: SimulationResult) -> dict[str, Any]:
     """Every figure of a run as nested plain data, in a fixed order of keys.
 
     ``itl_s`` counts every token once, whatever its request. Preemptions and cache hits are of the whole run;
-    ``provenance`` says of each operator which share of the devices' working time rests on which evidence.
+    ``provenance`` says of each operator which share of the devices' working time rests on which evidence;
+    ``uncertainty`` where the mean latencies, the rate of tokens and joules a token may lie (see ``uncertainty.py``).
     ``timing`` is in wall-clock seconds: ``wall_s`` all of the run, ``build_s`` of it for drawing requests, planning
     memory and filling the tables of costs (of whole prompts; what else a step asks for is added when it does),
     ``simulate_s`` for the clock from the first event to the last, ``account_s`` for columns, joules and operators.
@@ -28,7 +30,7 @@ def summarise(result: SimulationResult) -> dict[str, Any]:
     columns, finished = result.request_columns, result.finished
     latencies = {key: distribution(columns[key][finished]) for key in ("ttft_s", "tpot_s", "e2e_s", "queue_s")}
     outputs = int(columns["output_tokens"][finished].sum())
-    summary = {
+    summary: dict[str, Any] = {
         "requests": _verdicts(result),
         "duration_s": result.duration_s,
         "throughput": _throughput(result, outputs),
@@ -44,9 +46,9 @@ def summarise(result: SimulationResult) -> dict[str, Any]:
         "preemptions": int(columns["preemptions"].sum()),
         "prefix_hit_rate": None,  # no prefix cache is simulated
         "provenance": result.usage.shares,
-        "notes": result.notes,
-        "timing": result.timing,
     }
+    summary["uncertainty"] = intervals(result, summary)
+    summary |= {"notes": result.notes, "timing": result.timing}
     plain: dict[str, Any] = without_nan(summary)
     return plain
 

@@ -21,7 +21,7 @@ FLOORS = (
     {"units", "atomic", "metrics"},  # numbers, files and arithmetic that know nothing of serving
     {"specs"},
     {"costs"},
-    {"results", "summary"},
+    {"results", "summary", "uncertainty"},
     {"serving"},
     {"search"},
     {

@@ -138,6 +138,10 @@ SECTIONS = {
     "preemptions": None,
     "prefix_hit_rate": None,
     "provenance": {"gemm", "attention"},
+    "uncertainty": {
+        *("level", "device_time_spread", "tpot_s", "ttft_s", "e2e_s"),
+        *("output_tokens_per_s", "energy_per_output_token_j"),
+    },
     "notes": None,
     "timing": {"wall_s"},
 }

@@ -24,6 +24,7 @@ COMMANDS = {
     "sweep": "apexsim.cli.sweep:sweep",
     "validate": "apexsim.cli.validate:validate",
     "calibrate": "apexsim.cli.calibrate:calibrate",
+    "calibrate-intervals": "apexsim.cli.intervals:calibrate_intervals",
     "list": "apexsim.cli.inspect:list_names",
     "show": "apexsim.cli.inspect:show",
     "import-model": "apexsim.cli.inspect:import_model",
