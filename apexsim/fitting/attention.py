@@ -24,7 +24,7 @@ PREFILL_KNOTS = {
     "window": (1.0, 2.0),
     "group": (1.0, 4.0, 8.0),
     "heads_in_flight": (1.0, 8.0, 32.0, 128.0, 512.0, 4096.0),
-    "chunk": (16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 16384.0),
+    "chunk": (16.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 16384.0),
 }
 # Finer ones for the head size that most models have.
 COARSE_PREFILL_KNOTS = {

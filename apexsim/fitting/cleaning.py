@@ -72,7 +72,7 @@ def slower_than_kin(kin: pd.DataFrame, by: Sequence[str], tolerance: float = 1.2
         both = frame[[*by, "seconds"]].merge(kin.drop_duplicates(by), on=list(by), how="left", suffixes=("", "_kin"))
         return ~(both["seconds"] > tolerance * both["seconds_kin"]).to_numpy()
 
-    return Rule(f"over {tolerance:g}x the time of a lesser device of the same chip", keep)
+    return Rule(f"over {tolerance:g}x the time of a lesser device", keep)
 
 
 def one_query_token(column: str) -> Rule:

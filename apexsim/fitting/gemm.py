@@ -26,8 +26,8 @@ KNOTS = {
 }
 # Weight-only products are carried to most devices: a coarse correction will do.
 COARSE_KNOTS = {
-    "n": (128.0, 1024.0, 6144.0, 65536.0),
-    "k": (128.0, 1024.0, 6144.0, 65536.0),
+    "n": (512.0, 3072.0, 16384.0),
+    "k": (512.0, 3072.0, 16384.0),
     "m": (1.0, 16.0, 64.0, 128.0, 256.0, 1024.0, 8192.0),
 }
 # Kernels with own library choices per dtype: cuBLAS cuts k, the fp8 kernels do not but quantise activations.

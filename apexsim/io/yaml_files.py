@@ -135,7 +135,7 @@ def load_spec(cls: type[SpecT], path: str | os.PathLike[str]) -> SpecT:
 
 def format_yaml(data: Mapping[str, Any]) -> str:
     """YAML text of plain data (dicts, lists, strings, numbers, None), keys in the order given."""
-    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def write_yaml(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:

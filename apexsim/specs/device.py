@@ -62,6 +62,11 @@ class ResidualGrid(Spec):
         numbers = str(data["percent"]).split()
         return {**data, "percent": [numbers[at : at + width] for at in range(0, len(numbers), width)]}
 
+    @field_serializer("axes", when_used="json")
+    def _short(self, axes: dict[str, tuple[float, ...]]) -> dict[str, list[int | float]]:
+        """Whole numbers without their ``.0``: files have thousands of them."""
+        return {name: [int(x) if x == int(x) else x for x in knots] for name, knots in axes.items()}
+
     @field_serializer("percent", when_used="json")
     def _as_text(self, rows: tuple[tuple[int, ...], ...]) -> str:
         return " ".join(str(value) for row in rows for value in row)
