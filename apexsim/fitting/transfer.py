@@ -65,8 +65,9 @@ def profile_from_datasheet(sheet: Sheet, name: str, measured: Sequence[DevicePro
 
     ``measured``: two or more profiles. Raises BadInput where there are fewer.
     """
-    profile = carried(sheet, name, _enough(measured))
-    known = any(generation(relative) == sheet.generation for relative in measured)
+    relatives = _fitted(measured)
+    profile = carried(sheet, name, relatives)
+    known = any(generation(relative) == sheet.generation for relative in relatives)
     label = "device_left_out" if known else "generation_left_out"
     found = pooled(left_out_errors(measured, whole_generation=not known))
     quality = {error.kind: {label: error.held_out} for error in found}
@@ -84,8 +85,9 @@ def left_out(
 
     ``whole_generation``: the others are those of other generations; a device that has none is passed over.
     """
-    for device in _enough(measured):
-        others = [other for other in measured if other.name != device.name]
+    devices = _fitted(measured)
+    for device in devices:
+        others = [other for other in devices if other.name != device.name]
         if whole_generation:
             others = [other for other in others if generation(other) != generation(device)]
         if others:
@@ -120,10 +122,16 @@ def operator_errors(device: DeviceProfile, guess: DeviceProfile) -> dict[str, Ar
     return found
 
 
-def _enough(measured: Sequence[DeviceProfile]) -> Sequence[DeviceProfile]:
-    if len(measured) < 2:
-        raise BadInput("two or more measured devices are needed", where="device profiles", got=len(measured))
-    return measured
+def _fitted(profiles: Sequence[DeviceProfile]) -> list[DeviceProfile]:
+    """The devices whose products were measured on themselves: others have nothing to lend or to be compared with."""
+    found = [
+        profile
+        for profile in profiles
+        if any(op.evidence == "fitted" for op in profile.operators.get("gemm", {}).values())
+    ]
+    if len(found) < 2:
+        raise BadInput("two or more measured devices are needed", where="device profiles", got=len(found))
+    return found
 
 
 def _answers(costs: OperatorCosts, kind: str, key: str) -> bool:
