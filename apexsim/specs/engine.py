@@ -171,8 +171,9 @@ class MemoryDefaults(Spec):
 class CommunicationDefaults(Spec):
     """Which collective kernels an engine uses: its own all-reduce up to ``custom_all_reduce_max_bytes``, else NCCL.
 
-    ``moe_dispatch`` says how tokens reach experts that are whole on a rank (expert = tensor degree > 1); where experts
-    are cut by tensor parallelism every rank has all tokens, and partial sums are all-reduced. ``all_to_all`` is NCCL's;
+    ``moe_dispatch`` says how tokens reach experts that are whole on a rank (expert degree = devices of a stage > 1);
+    where experts are cut, and under ``all_reduce``, every rank has all tokens (gathered over attention-data ranks)
+    and partial sums are all-reduced (and scattered to those ranks). ``all_to_all`` is NCCL's;
     ``deepep`` and ``deepep_ll`` (low latency) are the kernels of DeepEP, ``trtllm`` those of TensorRT-LLM over NVLink.
     """
 
