@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from apexsim import catalog
 from apexsim.costs.fitted import AttentionShape, MoeLayer, OperatorCosts
 from apexsim.costs.forms import decode, gemm, mixed, mla, moe, prefill, small
-from apexsim.costs.forms.hardware import COMPUTE_DTYPE
+from apexsim.costs.forms.hardware import Hardware
 from apexsim.errors import Unsupported
 from apexsim.io.yaml_files import format_yaml
 from apexsim.specs.device import DeviceProfile
@@ -42,7 +42,7 @@ def operators(profile):
 
 
 def peak(name, dtype):
-    return PROFILES[name].datasheet.flops_per_s[COMPUTE_DTYPE[dtype]]
+    return Hardware.of(PROFILES[name].datasheet, dtype).flops_per_s
 
 
 def bandwidth(name):
