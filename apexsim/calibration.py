@@ -1,6 +1,8 @@
-"""Calibration: the host terms of an engine profile, fitted on measured runs; kernels are never touched.
+"""Calibration: host terms of an engine profile and the passes of its sampler, fitted on measured runs.
 
-TPOT (or ITL) and TTFT of a run move almost linearly with the seconds that the host adds, so a few Gauss-Newton steps on
+The profiles of devices are never touched.
+
+TPOT (or ITL) and TTFT of a run move almost linearly with the terms, so a few Gauss-Newton steps on
 log(predicted / measured) find the terms: simulate the drawn rows, simulate them again with each term a little larger,
 solve a bounded, robust linear least-squares problem, repeat. What each (model, device) group says of the result is
 shown by leaving it out.
@@ -18,23 +20,28 @@ import numpy.typing as npt
 
 from apexsim import catalog
 from apexsim.errors import BadInput
+from apexsim.io.deployments import with_engine_options
 from apexsim.search.executors import available_cores, run_local
-from apexsim.specs.engine import CalibratedTerm, CalibrationReport, EngineProfile, HostTerms, LeftOut
-from apexsim.validation.replay import OK, replay
+from apexsim.specs.engine import CalibratedTerm, CalibrationReport, EngineProfile, LeftOut
+from apexsim.validation.replay import OK, mean_itl_s, replay
 from apexsim.validation.runs import MeasuredRun
 
 Floats = npt.NDArray[np.float64]
 Progress = Callable[[float], None]
 Predictions = list[tuple[float, float]]
+Terms = dict[str, float]
 
-# Seconds by which a term is raised to see what it does: far above the clock's nanosecond, small beside a step.
-STEPS_S = {
+# By how much a term is raised to see what it does (seconds; passes over the logits): far above the clock's nanosecond,
+# small beside a step.
+STEPS = {
     "step_s": 3e-4,
     "per_sequence_s": 1e-5,
     "exposed_step_s": 3e-4,
     "frontend_per_request_s": 5e-4,
     "response_s": 3e-3,
     "launch_s": 3e-6,
+    "expert_launch_s": 1e-4,
+    "top_p_passes": 50.0,
 }
 ROUNDS = 2
 ROWS_PER_GROUP = 20
@@ -65,17 +72,25 @@ def calibrate(
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> EngineProfile:
-    """The profile with host terms (default: all that the rows can see) fitted on ``groups`` of ``drawn_groups``.
+    """The profile with its terms (default: all that the rows can see) fitted on ``groups`` of ``drawn_groups``.
 
     Its ``calibration`` says how good they are. Raises BadInput where there is no row or where the rows cannot tell two
     terms apart.
     """
     if not groups:
         raise BadInput("there is no clean row that this engine profile answers for", where="runs", got=profile.name)
-    fit = _Fit(profile.host, groups, jobs=jobs or available_cores(), progress=progress)
-    fit.choose(terms)
-    host = fit.solve()
-    return profile.model_copy(update={"host": host, "calibration": fit.report(host), "evidence": "serving"})
+    fit = _Fit(terms_of(profile), groups, jobs=jobs or available_cores(), progress=progress)
+    # Without overlap every step pays both terms of a step: one of them says it all.
+    fit.choose(terms, [term for term in STEPS if profile.host.overlapped or term != "exposed_step_s"])
+    found = fit.solve()
+    fitted = with_engine_options(profile, {term: found[term] for term in fit.terms}, "calibration")
+    return fitted.model_copy(update={"calibration": fit.report(found), "evidence": "serving"})
+
+
+def terms_of(profile: EngineProfile) -> Terms:
+    """The terms of a profile that can be calibrated, by name."""
+    known = {**profile.host.model_dump(), **profile.sampler.model_dump()}
+    return {term: known[term] for term in STEPS}
 
 
 def drawn_groups(runs: Sequence[MeasuredRun], profile: EngineProfile, most: int, seed: int) -> list[Group]:
@@ -94,9 +109,9 @@ def drawn_groups(runs: Sequence[MeasuredRun], profile: EngineProfile, most: int,
 
 
 def _clean(run: MeasuredRun, profile: str) -> bool:
-    """Whether a row may calibrate the profile: not excluded, its version known, its load that of a served client."""
+    """Whether a row may calibrate the profile: not excluded, its version known, one rank."""
     row = run.row
-    if row.exclude or row.workload == "saturated" or row.attention_data not in (None, 1):
+    if row.exclude or row.attention_data not in (None, 1):
         return False
     try:
         choice = catalog.engine_for(row.engine, row.engine_version)
@@ -106,10 +121,10 @@ def _clean(run: MeasuredRun, profile: str) -> bool:
 
 
 class _Fit:
-    """Rows, what was measured of them, and the host terms on their way to the optimum."""
+    """Rows, what was measured of them, and the terms on their way to the optimum."""
 
-    def __init__(self, host: HostTerms, groups: Sequence[Group], *, jobs: int, progress: Progress | None) -> None:
-        self._start = host
+    def __init__(self, start: Terms, groups: Sequence[Group], *, jobs: int, progress: Progress | None) -> None:
+        self._start = start
         self._groups = groups
         self._runs = [run for group in groups for run in group.runs]
         self._of = np.repeat(np.arange(len(groups)), [len(group.runs) for group in groups])
@@ -122,16 +137,16 @@ class _Fit:
         self._before = self._slopes = np.empty(0)
         self.terms: tuple[str, ...] = ()
 
-    def choose(self, terms: Sequence[str] | None) -> None:
+    def choose(self, terms: Sequence[str] | None, usual: Sequence[str]) -> None:
         """Settle which terms are fitted; refuse a set that these rows cannot separate."""
-        # Without overlap every step pays both terms of a step: one of them says it all.
-        usual = [term for term in STEPS_S if self._start.overlapped or term != "exposed_step_s"]
         wanted = tuple(terms or usual)
         for term in wanted:
-            if term not in STEPS_S:
-                raise BadInput(f"no such host term; there is: {', '.join(STEPS_S)}", where="--terms", got=term)
+            if term not in STEPS:
+                raise BadInput(f"no such term; there is: {', '.join(STEPS)}", where="--terms", got=term)
         self.terms = wanted
         self._before = self._errors(self._start)
+        if not np.isfinite(self._before).any():
+            raise BadInput("none of the rows can be simulated; apexsim validate says why", where="runs")
         effects = self._effects(self._start, self._before)
         seen = np.abs(effects * self._spans()).max(axis=(0, 1)) > LEAST_EFFECT
         if terms and not seen.all():
@@ -141,27 +156,27 @@ class _Fit:
         self._slopes = effects[:, :, seen]
         self._refuse_alike(self._slopes)
 
-    def solve(self) -> HostTerms:
-        """The host terms with the least robust error."""
-        host = self._moved(self._start, self._before, self._slopes, self._everywhere)
+    def solve(self) -> Terms:
+        """The terms with the least robust error."""
+        found = self._moved(self._start, self._before, self._slopes, self._everywhere)
         for _ in range(ROUNDS - 1):
-            errors = self._errors(host)
-            self._slopes = self._effects(host, errors)
-            host = self._moved(host, errors, self._slopes, self._everywhere)
-        return host
+            errors = self._errors(found)
+            self._slopes = self._effects(found, errors)
+            found = self._moved(found, errors, self._slopes, self._everywhere)
+        return found
 
-    def report(self, host: HostTerms) -> CalibrationReport:
+    def report(self, found: Terms) -> CalibrationReport:
         """What was fitted on what, and the error of every group under terms fitted without it."""
-        errors = self._errors(host)
+        errors = self._errors(found)
         left_out = {}
         for at, group in enumerate(self._groups):
             others = self._of != at
             if others.any():
-                without = self._moved(host, errors, self._slopes, others)
+                without = self._moved(found, errors, self._slopes, others)
                 left_out[group.name] = _left_out(self._errors(without, self._of == at)[self._of == at])
         return CalibrationReport(
             rows=len(self._runs),
-            terms=self._calibrated(host, errors),
+            terms=self._calibrated(found, errors),
             before=_left_out(self._before),
             fitted=_left_out(errors),
             left_out=left_out,
@@ -169,16 +184,16 @@ class _Fit:
 
     # -- parts ------------------------------------------------------------------------------------------------
 
-    def _errors(self, host: HostTerms, only: npt.NDArray[np.bool_] | None = None) -> Floats:
+    def _errors(self, terms: Terms, only: npt.NDArray[np.bool_] | None = None) -> Floats:
         """log(predicted / measured) of TPOT and TTFT, one row a run; NaN where either is missing."""
         chosen = self._everywhere if only is None else only
         found = np.full((len(self._runs), 2), np.nan)
-        found[chosen] = self._predict(host, np.flatnonzero(chosen))
+        found[chosen] = self._predict(terms, np.flatnonzero(chosen))
         return np.asarray(np.log(found / self._measured))
 
-    def _predict(self, host: HostTerms, rows: npt.NDArray[np.int64]) -> Floats:
+    def _predict(self, terms: Terms, rows: npt.NDArray[np.int64]) -> Floats:
         tasks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
-        work = partial(_predict_all, terms=host.model_dump(include=set(STEPS_S), exclude_none=True))
+        work = partial(_predict_all, terms=terms)
         found: dict[int, Predictions] = {}
         for number, predicted in run_local(work, [[self._runs[at] for at in task] for task in tasks], self._jobs):
             found[number] = predicted or [(np.nan, np.nan)] * len(tasks[number])
@@ -190,9 +205,9 @@ class _Fit:
     @property
     def _simulations(self) -> int:
         """How often all rows are simulated, about: once to choose terms, in every round, and once a group left out."""
-        return ROUNDS * (1 + len(STEPS_S)) + 2
+        return ROUNDS * (1 + len(STEPS)) + 2
 
-    def _calibrated(self, host: HostTerms, errors: Floats) -> dict[str, CalibratedTerm]:
+    def _calibrated(self, found: Terms, errors: Floats) -> dict[str, CalibratedTerm]:
         """Every fitted term with its standard error, from the curvature of the weighted squares."""
         weights = self._robust(errors, self._everywhere)
         scaled = self._slopes.reshape(-1, len(self.terms)) * weights.reshape(-1, 1)
@@ -200,20 +215,20 @@ class _Fit:
         degrees = max(1, int((weights > 0).sum()) - len(self.terms))
         spread = np.sqrt(np.diag(np.linalg.pinv(scaled.T @ scaled) * float(left @ left) / degrees))
         return {
-            term: CalibratedTerm(value_s=getattr(host, term), standard_error_s=_rounded(float(error)))
+            term: CalibratedTerm(value=found[term], standard_error=_rounded(float(error)))
             for term, error in zip(self.terms, spread, strict=True)
         }
 
-    def _effects(self, host: HostTerms, errors: Floats) -> Floats:
+    def _effects(self, terms: Terms, errors: Floats) -> Floats:
         """d log(predicted) / d term, (runs, 2, terms); 0 where a row has no prediction."""
         columns = []
         for term in self.terms:
-            raised = host.model_copy(update={term: getattr(host, term) + STEPS_S[term]})
-            columns.append(np.nan_to_num((self._errors(raised) - errors) / STEPS_S[term]))
+            raised = {**terms, term: terms[term] + STEPS[term]}
+            columns.append(np.nan_to_num((self._errors(raised) - errors) / STEPS[term]))
         return np.stack(columns, axis=-1)
 
     def _spans(self) -> Floats:
-        return np.array([STEPS_S[term] for term in self.terms])
+        return np.array([STEPS[term] for term in self.terms])
 
     def _robust(self, errors: Floats, rows: npt.NDArray[np.bool_]) -> Floats:
         """Square roots of the weights of (run, latency): Huber's, every group counting alike."""
@@ -223,11 +238,11 @@ class _Fit:
         weights = np.sqrt(np.nan_to_num(huber)) * self._weights / np.sqrt(per_group)[:, None]
         return np.asarray(np.where(np.isfinite(errors) & rows[:, None], weights, 0.0))
 
-    def _moved(self, host: HostTerms, errors: Floats, effects: Floats, rows: npt.NDArray[np.bool_]) -> HostTerms:
+    def _moved(self, terms: Terms, errors: Floats, effects: Floats, rows: npt.NDArray[np.bool_]) -> Terms:
         """One bounded Gauss-Newton step on ``rows``: no term falls below zero."""
         from scipy.optimize import lsq_linear
 
-        now = np.array([getattr(host, term) for term in self.terms])
+        now = np.array([terms[term] for term in self.terms])
         at, spans = now.copy(), self._spans()
         for _ in range(REWEIGHTINGS):
             expected = errors + effects @ (at - now)
@@ -236,7 +251,7 @@ class _Fit:
             target = -np.nan_to_num(errors).reshape(-1) * weights
             step = lsq_linear(matrix, target, bounds=(-now / spans - 1e-12, np.inf)).x * spans
             at = np.maximum(0.0, now + step)
-        return host.model_copy(update={term: _rounded(float(x)) for term, x in zip(self.terms, at, strict=True)})
+        return terms | {term: _rounded(float(x)) for term, x in zip(self.terms, at, strict=True)}
 
     def _refuse_alike(self, effects: Floats) -> None:
         """Refuse terms of which some mixture moves all rows together hardly at all: only their sum is known."""
@@ -253,9 +268,9 @@ class _Fit:
 
 
 def _measured(run: MeasuredRun) -> tuple[float, float]:
-    """TPOT (where a row has none, its ITL) and TTFT; NaN where not known or excluded."""
+    """TPOT (where a row has none, its mean ITL) and TTFT; NaN where not known or excluded."""
     row = run.row
-    token_s = row.tpot_mean_s or row.itl_mean_s or np.nan
+    token_s = row.tpot_mean_s or (mean_itl_s(row) if row.workload == "saturated" else row.itl_mean_s) or np.nan
     return token_s, np.nan if row.exclude_ttft or not row.ttft_mean_s else row.ttft_mean_s
 
 
@@ -268,7 +283,7 @@ def _predict_one(run: MeasuredRun, terms: Mapping[str, float]) -> tuple[float, f
     if replayed.status != OK:
         return np.nan, np.nan
     token = "tpot_mean_s" if run.row.tpot_mean_s else "itl_mean_s"
-    values = [replayed.figures[name] for name in (token, "ttft_mean_s")]
+    values = [replayed.figures.get(name) for name in (token, "ttft_mean_s")]
     return tuple(np.nan if value is None else value for value in values)  # type: ignore[return-value]
 
 
@@ -282,6 +297,6 @@ def _left_out(errors: Floats) -> LeftOut:
     return LeftOut(tpot_mape=tidy[0], ttft_mape=tidy[1], tpot_bias=tidy[2], ttft_bias=tidy[3])
 
 
-def _rounded(seconds: float) -> float:
+def _rounded(value: float) -> float:
     """Three significant digits: more are not known."""
-    return float(f"{seconds:.3g}")
+    return float(f"{value:.3g}")

@@ -122,8 +122,11 @@ class OperatorCosts:
             outside = outside | (np.asarray(value) < low) | (np.asarray(value) > high)
         return np.asarray(outside)
 
-    def gemm_s(self, m: Any, n: Any, k: Any, dtype: str) -> Array:
-        """Seconds of y[m, n] = x[m, k] W[k, n] with operands of ``dtype``; zero where m is 0."""
+    def gemm_s(self, m: Any, n: Any, k: Any, dtype: str, *, quantised: bool = False) -> Array:
+        """Seconds of y[m, n] = x[m, k] W[k, n] with operands of ``dtype``; zero where m is 0.
+
+        The measured products contain the kernels that quantise x, which do not run where x comes ``quantised``.
+        """
         op = self.operator("gemm", dtype)
         rows = np.maximum(np.asarray(m, dtype=float), 1.0)
         shape = gemm.shape(rows, np.asarray(n, dtype=float), np.asarray(k, dtype=float), dtype)
@@ -131,10 +134,17 @@ class OperatorCosts:
         seconds = gemm.gemm_s(shape, op.coefficients, hw) * self._correction(
             "gemm", dtype, gemm.residual_coordinates(shape)
         )
+        if quantised:
+            seconds = seconds - self.quantise_s(rows * k, dtype)
         floor = gemm.roofline_s(shape, hw)
         return np.asarray(
             np.where(np.asarray(m) > 0, np.maximum(seconds, floor) * self.sustained_factor(rows, dtype), 0.0)
         )
+
+    def quantise_s(self, elements: Any, dtype: str) -> Array:
+        """Seconds to find the scales of so many bf16 activations and to write them in ``dtype``."""
+        moved = np.asarray(elements) * (dtype_bytes("bf16") + dtype_bytes(dtype))
+        return small.elementwise_s(moved, self.operator("quantise", dtype).coefficients, self._hardware("bf16"))
 
     def _prefill_attention(self, shape: AttentionShape) -> PrefillCost:
         """Prepared cost of chunks under one attention shape: call it with floats, or ``many`` of it with arrays."""

@@ -79,10 +79,14 @@ class StageLayers:
 
     @property
     def launches(self) -> int:
-        """Kernels that an engine launches in a step that no CUDA graph replays."""
+        """Kernels that an engine launches in a step that no CUDA graph replays, those of experts apart."""
         mixing = sum(count * block.attention.launches for block, count in self.blocks if block.attention)
         rows = sum(count * op.launches for op, count in self.row_operators())
         return mixing + rows + sum(op.launches for op in self.head)
+
+    @property
+    def expert_layers(self) -> int:
+        return sum(count for op, count in self.row_operators() if isinstance(op, Experts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +156,11 @@ def _exit(deployment: Deployment, last: bool) -> tuple[RowOperator, ...]:
 
 
 def _head(deployment: Deployment, pool: Pool) -> tuple[RowOperator, ...]:
-    """LM head (bf16 whatever the weights are), the logits gathered over ranks, sampling."""
+    """LM head (bf16 whatever the weights are), the logits gathered over ranks, sampling on every rank alike."""
     model, tensor = deployment.model, pool.plan.tensor
     lm_head = Gemm("lm_head", math.ceil(model.vocab / tensor), model.hidden, "bf16", rows="survivors")
-    sampling = Sampling("sampling", model.vocab)
+    passes = deployment.engine.sampler.top_p_passes if deployment.sampling == "top_p" else 0.0
+    sampling = Sampling("sampling", model.vocab, passes)
     if tensor == 1:
         return (lm_head, sampling)
     gathered = Collective("logits_all_gather", "all_gather", tensor, ACTIVATION_BYTES * model.vocab, rows="survivors")
@@ -234,16 +239,23 @@ def _attention_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixe
     heads, kv_heads = model.heads // tensor, max(1, model.kv_heads // tensor)
     dtype, gates = model.attention_dtype(deployment.weights), heads if model.output_gate else 0
     qk_bytes = 2 * ACTIVATION_BYTES * (heads + kv_heads)
-    before: list[RowOperator] = [Gemm("qkv", (heads + gates + 2 * kv_heads) * model.head_dim, model.hidden, dtype)]
+    before: list[RowOperator] = [
+        _gemm(deployment, "qkv", (heads + gates + 2 * kv_heads) * model.head_dim, model.hidden, dtype)
+    ]
     if model.qk_norm:
         before.append(Elementwise("qk_norm", qk_bytes * model.head_dim))
-    if model.rotates(kind):
+    if model.rotates(kind) and "rope" not in deployment.engine.fusions:
         before.append(Elementwise("rope", qk_bytes * (model.rotary_dim or model.head_dim)))
-    after: list[RowOperator] = [Gemm("o", model.hidden, heads * model.head_dim, dtype)]
+    after: list[RowOperator] = [_gemm(deployment, "o", model.hidden, heads * model.head_dim, dtype)]
     if gates:
         after.insert(0, Elementwise("output_gate", 3 * ACTIVATION_BYTES * heads * model.head_dim))
     shape = AttentionShape(heads, kv_heads, model.head_dim, kind.window, deployment.kv_cache)
     return Attention("attention", shape), before, after
+
+
+def _gemm(deployment: Deployment, name: str, n: int, k: int, dtype: str) -> Gemm:
+    """A product of activations, which the kernel before it may have quantised already."""
+    return Gemm(name, n, k, dtype, quantised=dtype == "fp8" and "quantise" in deployment.engine.fusions)
 
 
 def _latent_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixed:
@@ -270,9 +282,9 @@ def _ffn(deployment: Deployment, width: int, prefix: str = "") -> list[RowOperat
     model, dtype = deployment.model, deployment.weights
     up, inputs = ("gate_up", 2) if model.gated else ("up", 1)
     return [
-        Gemm(prefix + up, inputs * width, model.hidden, dtype),
+        _gemm(deployment, prefix + up, inputs * width, model.hidden, dtype),
         Elementwise(prefix + "activation", ACTIVATION_BYTES * (inputs + 1) * width),
-        Gemm(prefix + "down", model.hidden, width, dtype),
+        _gemm(deployment, prefix + "down", model.hidden, width, dtype),
     ]
 
 

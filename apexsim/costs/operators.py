@@ -39,23 +39,27 @@ CollectiveKind = Literal[
 ]
 
 ACTIVATION_BYTES = 2.0
+LOGIT_BYTES = 4.0
 
-# Calls that an engine makes besides the one that is timed, counted in vLLM's sources: quantising activations; top-k,
-# sorting tokens by expert, the fused experts and their sum; writing the KV cache. What one call launches is one launch.
+# Calls that an engine makes besides the one that is timed, counted in vLLM's sources: quantising activations, writing
+# the KV cache. What one call launches is one launch.
 QUANTISE_LAUNCHES = {"fp8": 1, "fp8_block": 1, "nvfp4": 1}
-EXPERT_LAUNCHES = 4
 ATTENTION_LAUNCHES = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Gemm:
-    """y[rows, n] = x[rows, k] W[k, n]: n and k are the shard of one rank."""
+    """y[rows, n] = x[rows, k] W[k, n]: n and k are the shard of one rank.
+
+    ``quantised``: the operator before it hands over x in ``dtype``.
+    """
 
     name: str
     n: int
     k: int
     dtype: str
     rows: Rows = "tokens"
+    quantised: bool = False
     kind = "gemm"
 
     @property
@@ -64,14 +68,14 @@ class Gemm:
 
     @property
     def launches(self) -> int:
-        return 1 + QUANTISE_LAUNCHES.get(self.dtype, 0)
+        return 1 if self.quantised else 1 + QUANTISE_LAUNCHES.get(self.dtype, 0)
 
     @property
     def weight_bytes(self) -> float:
         return self.n * self.k * dtype_bytes(self.dtype)
 
     def seconds(self, costs: OperatorCosts, rows: Array) -> Array:
-        return costs.gemm_s(rows, self.n, self.k, self.dtype)
+        return costs.gemm_s(rows, self.n, self.k, self.dtype, quantised=self.quantised)
 
     def flops(self, rows: Array) -> Array:
         return 2.0 * self.n * self.k * rows
@@ -91,7 +95,7 @@ class Experts:
     layer: MoeLayer
     rows: Rows = "tokens"
     kind = "moe"
-    launches = EXPERT_LAUNCHES
+    launches = 0  # an engine's own term: HostTerms.expert_launch_s
 
     @property
     def key(self) -> str:
@@ -152,10 +156,14 @@ class Elementwise:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Softmax and draw over the fp32 logits of every survivor; greedy and top-p cost alike here."""
+    """Softmax and draw over the fp32 logits of every survivor, and ``passes`` over them at the peak of memory.
+
+    The passes find the most likely tokens (see ``SamplerDefaults``); no profile of a device contains them.
+    """
 
     name: str
     vocab: int
+    passes: float = 0.0
     rows: Rows = "survivors"
     kind = "sampling"
     key = "any"
@@ -163,13 +171,17 @@ class Sampling:
     weight_bytes = 0.0
 
     def seconds(self, costs: OperatorCosts, rows: Array) -> Array:
-        return costs.sampling_s(rows, self.vocab)
+        searched_s = self._logit_bytes(rows) * self.passes / costs.profile.datasheet.memory_bytes_per_s
+        return costs.sampling_s(rows, self.vocab) + searched_s
 
     def flops(self, rows: Array) -> Array:
         return np.zeros_like(rows)
 
     def bytes_moved(self, rows: Array) -> Array:
-        return 4.0 * self.vocab * rows
+        return (1.0 + self.passes) * self._logit_bytes(rows)
+
+    def _logit_bytes(self, rows: Array) -> Array:
+        return LOGIT_BYTES * self.vocab * rows
 
     def sizes(self, rows: Array) -> Sizes:
         return {"sequences": rows, "vocab": self.vocab}

@@ -87,7 +87,7 @@ class StepCost:
         self._host_step = to_ns(host.step_s)
         self._host_sequence = to_ns(host.per_sequence_s)
         self._exposed = to_ns(host.exposed_step_s)
-        self._launched = [to_ns(host.launch_s * stage.launches) for stage in lowered.stages]
+        self._launched = [to_ns(host.launching_s(stage.launches, stage.expert_layers)) for stage in lowered.stages]
         self._nothing = [0] * len(lowered.stages)
         self._replays = host.replays
 

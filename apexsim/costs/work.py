@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from apexsim.costs.fitted import OperatorCosts
 from apexsim.costs.forms.hardware import Array
 from apexsim.costs.mixing import Mixing
-from apexsim.costs.operators import Collective, Experts, Gemm, RowOperator
+from apexsim.costs.operators import Collective, Experts, Gemm, RowOperator, Sampling
 from apexsim.costs.ranks import OwnPart, share
 from apexsim.costs.steps import BatchStats, StepCost
 from apexsim.costs.waiting import busy_share
@@ -142,7 +143,7 @@ def _operator(
             step=np.flatnonzero(here),
             at=(np.cumsum(at) - 1)[where[here]],
             runs=runs[here],
-            evidence=costs.evidence(kernel.kind, kernel.key),
+            evidence=_evidence(costs, kernel),
             spread=costs.spread(kernel.kind, kernel.key),
             outside=costs.extrapolated(kernel.kind, kernel.key, **kernel.sizes(rows[at])),
             busy=busy_share(kernel.layer, rows[at]) if isinstance(kernel, Experts) else 1.0,
@@ -155,6 +156,12 @@ def _kernels(operator: RowOperator, rows: Array) -> list[tuple[RowOperator, Mask
         return [(operator, np.ones(len(rows), dtype=bool))]
     own = operator.bytes_per_row * rows <= operator.custom_max_bytes
     return [(operator, own), (operator.library, ~own)]
+
+
+def _evidence(costs: OperatorCosts, operator: RowOperator) -> str:
+    """That of the device's profile, which does not know the search for the most likely tokens."""
+    searches = isinstance(operator, Sampling) and operator.passes > 0
+    return "estimated" if searches else costs.evidence(operator.kind, operator.key)
 
 
 def _dtype_of(operator: RowOperator) -> str | None:
@@ -253,7 +260,8 @@ def _launching_s(cost: StepCost, steps: Columns, own: OwnPart) -> Array:
     """Seconds that the host takes to launch the kernels of a step's first stage; 0 where a CUDA graph replays them."""
     host, tokens = cost.engine.host, own.tokens
     replayed = (steps["chunk_tokens"] == 0) | (tokens <= host.graph_tokens)
-    launching_s = host.launch_s * cost.lowered.stages[0].launches
+    stage = cost.lowered.stages[0]
+    launching_s = host.launching_s(stage.launches, stage.expert_layers)
     return np.where(replayed & host.cuda_graphs, 0.0, launching_s)
 
 

@@ -13,14 +13,14 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from apexsim.costs.forms.hardware import Array, Coefficients
+from apexsim.costs.forms.hardware import Array, Coefficients, Hardware
 from apexsim.costs.forms.small import ELEMENTWISE, SAMPLING, elementwise_s, sampling_s
 from apexsim.fitting import estimates
-from apexsim.fitting.facts import Facts
+from apexsim.fitting.facts import Facts, hardware
 from apexsim.fitting.fit import fit_coefficients
 from apexsim.fitting.mixed import OWN, RTX_PRO_6000, SINGLE_LAUNCH, Timed
 from apexsim.fitting.problems import Operators, summary
-from apexsim.fitting.tables import SECONDS_PER_US, read_table
+from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
 from apexsim.specs.device import FittedOperator
 
 
@@ -59,6 +59,10 @@ LAYERS: dict[str, tuple[tuple[str, ...], Bytes]] = {
 
 def operators(device: Facts, kernels: Path) -> Operators:
     """Sampler and element-wise kernels of a device."""
+    return _small(device, kernels) | _quantise(kernels / "datacenter" / device.folder)
+
+
+def _small(device: Facts, kernels: Path) -> Operators:
     layers = kernels / "vllm_layers"
     if device.folder not in OWN:
         return estimates.operators(device, kernels) | {"sampling": {"any": _sampling(layers, RTX_PRO_6000)}}
@@ -88,20 +92,37 @@ def _elementwise_rows(folder: Path) -> Iterator[pd.DataFrame]:
 
 def _elementwise(rows: pd.DataFrame, timed: Timed) -> FittedOperator:
     moved, seconds = rows["bytes"].to_numpy(), rows["seconds"].to_numpy()
+    return _memory_bound(moved, seconds, timed.hw, f"vllm_layers/{timed.folder} (vLLM 0.19)")
 
+
+def _memory_bound(moved: Array, seconds: Array, hw: Hardware, source: str) -> FittedOperator:
     def predict(c: Coefficients) -> Array:
-        return elementwise_s(moved, c, timed.hw)
+        return elementwise_s(moved, c, hw)
 
-    c = fit_coefficients(predict, seconds, np.ones(len(rows)), ELEMENTWISE, {})
+    c = fit_coefficients(predict, seconds, np.ones(len(moved)), ELEMENTWISE, {})
     return FittedOperator(
         form="elementwise",
         coefficients=c,
         valid={"bytes": (float(moved.min()), float(moved.max()))},
         evidence="fitted",
-        source=f"vllm_layers/{timed.folder} (vLLM 0.19)",
-        rows_used=len(rows),
+        source=source,
+        rows_used=len(moved),
         quality={"in_sample": summary(np.abs(predict(c) / seconds - 1))},
     )
+
+
+def _quantise(folder: Path) -> Operators:
+    """Finding scales and quantising activations to fp8 (one table has the former alone), where that was measured."""
+    tables = [folder / f"{name}.parquet" for name in ("scale_matrix", "compute_scale")]
+    if not all(table.is_file() for table in tables):
+        return {}
+    scaled, found = (read_table(table, ["m", "k", "latency_us"]) for table in tables)
+    both = scaled.merge(found, on=["m", "k"])
+    seconds = (both["latency_us_x"] + both["latency_us_y"]).to_numpy() * SECONDS_PER_US
+    hw = hardware(folder.name, "bf16")
+    source = f"{folder.name}/scale_matrix.parquet and compute_scale.parquet ({table_version(tables[0])})"
+    moved = 3.0 * (both["m"] * both["k"]).to_numpy()
+    return {"quantise": {"fp8": _memory_bound(moved, seconds, hw, source)}}
 
 
 def _sampling(layers: Path, timed: Timed) -> FittedOperator:

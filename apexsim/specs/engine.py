@@ -12,6 +12,8 @@ from apexsim.specs.device import Datasheet
 
 # A host that takes a minute over one thing is a unit mistake.
 MAX_HOST_S = 60.0
+# More passes over the logits than any sort needs.
+MAX_PASSES = 10_000.0
 
 
 class HostTerms(Spec):
@@ -22,9 +24,10 @@ class HostTerms(Spec):
     ``exposed_step_s`` is what no overlap hides. ``frontend_per_request_s`` is a serial queue before the scheduler
     (tokenise, admit); ``response_s`` is the way of a token from the device to the client.
 
-    ``launch_s`` is what the host takes to launch one kernel. Where no CUDA graph replays the kernels of a step, the
-    device cannot end it before the host has launched the last: such a step takes at least ``launch_s`` x kernels,
-    however small they are. Graphs replay the steps that only decode, and steps that compute prompts up to
+    ``launch_s`` is what the host takes to launch one kernel, ``expert_launch_s`` all those of the experts of a layer
+    (engines differ more in them than in anything else). Where no CUDA graph replays the kernels of a step, the
+    device cannot end it before the host has launched the last: such a step takes at least as long, however small
+    its kernels are. Graphs replay the steps that only decode, and steps that compute prompts up to
     ``graph_tokens`` tokens; without ``cuda_graphs`` none.
     """
 
@@ -34,9 +37,14 @@ class HostTerms(Spec):
     frontend_per_request_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
     response_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
     launch_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
+    expert_launch_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
     graph_tokens: int = Field(0, ge=0)
     overlapped: bool = False
     cuda_graphs: bool = True
+
+    def launching_s(self, launches: int, expert_layers: int) -> float:
+        """Seconds to launch so many kernels and the experts of so many layers."""
+        return launches * self.launch_s + expert_layers * self.expert_launch_s
 
     def replays(self, tokens: int, *, prompts: bool) -> bool:
         """Whether a CUDA graph replays a step of so many tokens, with or without prompts among them."""
@@ -182,11 +190,22 @@ class CommunicationDefaults(Spec):
     moe_dispatch: Literal["all_reduce", "all_to_all", "deepep", "deepep_ll", "trtllm"] = "all_reduce"
 
 
-class CalibratedTerm(Spec):
-    """A fitted host term and its standard error."""
+class SamplerDefaults(Spec):
+    """How an engine draws a token where the most likely ones alone may be drawn (top-p, top-k).
 
-    value_s: float
-    standard_error_s: float
+    ``top_p_passes`` is what finding them takes beyond a greedy choice, in passes over all 4-byte logits at the peak of
+    the device's memory. PyTorch sorts them (a radix sort: many passes), writes them back in order and masks them; a
+    kernel that needs no sort, as FlashInfer's, takes a few.
+    """
+
+    top_p_passes: float = Field(0.0, ge=0, le=MAX_PASSES)
+
+
+class CalibratedTerm(Spec):
+    """A fitted term and its standard error, in the term's own unit: seconds, or passes over the logits."""
+
+    value: float
+    standard_error: float
 
 
 class LeftOut(Spec):
@@ -202,7 +221,7 @@ class LeftOut(Spec):
 
 
 class CalibrationReport(Spec):
-    """How the host terms of a profile were fitted, with the errors of the ``rows`` it used.
+    """How host terms and passes of a profile were fitted, with the errors of the ``rows`` it used.
 
     ``before`` are errors under the terms that the fit began with, ``fitted`` under its result; ``left_out`` has, for
     every (model, device), the errors of its rows under terms fitted on all the others.
@@ -215,10 +234,15 @@ class CalibrationReport(Spec):
     left_out: dict[str, LeftOut]
 
 
+Fusion = Literal["quantise", "rope"]
+
+
 class EngineProfile(Spec):
     """One engine family. ``versions`` are the prefixes it answers for; ``evidence`` says where its terms come from.
 
-    Of ``changes``, later ones outweigh earlier ones; of ``kv_cache``, the first rule that holds counts.
+    Of ``changes``, later ones outweigh earlier ones; of ``kv_cache``, the first rule that holds counts. ``fusions`` are
+    small kernels that the engine has no launch of its own for: those that quantise activations to fp8 (done by the
+    kernel before), and the rotary embedding (done by attention).
     """
 
     name: str
@@ -230,6 +254,8 @@ class EngineProfile(Spec):
     memory: MemoryDefaults
     kv_cache: tuple[KvCacheRule, ...] = ()
     communication: CommunicationDefaults
+    fusions: tuple[Fusion, ...] = ()
+    sampler: SamplerDefaults = SamplerDefaults()
     evidence: Literal["serving", "prior"]
     source: str
     calibration: CalibrationReport | None = None
