@@ -23,7 +23,7 @@ from apexsim.errors import BadInput
 from apexsim.io.deployments import with_engine_options
 from apexsim.search.executors import available_cores, run_local
 from apexsim.specs.engine import CalibratedTerm, CalibrationReport, EngineProfile, LeftOut
-from apexsim.validation.replay import OK, mean_itl_s, replay
+from apexsim.validation.replay import OK, batch_itl_s, mean_itl_s, replay
 from apexsim.validation.runs import MeasuredRun
 
 Floats = npt.NDArray[np.float64]
@@ -282,8 +282,11 @@ def _predict_one(run: MeasuredRun, terms: Mapping[str, float]) -> tuple[float, f
     replayed = replay(run, engine_options=terms)
     if replayed.status != OK:
         return np.nan, np.nan
-    token = "tpot_mean_s" if run.row.tpot_mean_s else "itl_mean_s"
-    values = [replayed.figures.get(name) for name in (token, "ttft_mean_s")]
+    figures = replayed.figures
+    token_s = figures["tpot_mean_s"] if run.row.tpot_mean_s else figures["itl_mean_s"]
+    if run.row.workload == "saturated" and not run.row.itl_mean_s:
+        token_s = batch_itl_s(figures["mean_batch"], figures["output_tokens_per_s"])
+    values = (token_s, figures.get("ttft_mean_s"))
     return tuple(np.nan if value is None else value for value in values)  # type: ignore[return-value]
 
 

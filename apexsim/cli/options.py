@@ -67,6 +67,9 @@ class DeploymentFlags:
     kv_cache: Annotated[
         str | None, typer.Option(help="Dtype of the KV cache; the engine's own.", rich_help_panel=_DEPLOYMENT)
     ] = None
+    sampling: Annotated[
+        str | None, typer.Option(help="greedy, or top_p (top-p, top-k).", rich_help_panel=_DEPLOYMENT)
+    ] = None
     nodes: Annotated[int | None, typer.Option(help="Nodes of the cluster.", rich_help_panel=_DEPLOYMENT)] = None
     devices_per_node: Annotated[int | None, typer.Option(help="Devices a node.", rich_help_panel=_DEPLOYMENT)] = None
     clock_mhz: Annotated[

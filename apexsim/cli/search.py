@@ -62,6 +62,9 @@ class SearchFlags:
     weights: Annotated[str | None, typer.Option(help="Dtype of the weights.", rich_help_panel=_QUESTION)] = None
     moe_weights: Annotated[str | None, typer.Option(help="Dtype of expert weights.", rich_help_panel=_QUESTION)] = None
     kv_cache: Annotated[str | None, typer.Option(help="Dtype of the KV cache.", rich_help_panel=_QUESTION)] = None
+    sampling: Annotated[
+        str | None, typer.Option(help="greedy, or top_p (top-p, top-k).", rich_help_panel=_QUESTION)
+    ] = None
 
     def choices(self) -> dict[str, Any]:
         """The flags given, as keys of a search file."""

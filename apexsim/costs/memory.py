@@ -7,12 +7,10 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 from apexsim.costs.lowering import Block, Lowered, lower
-from apexsim.costs.operators import ACTIVATION_BYTES, Elementwise, Experts
+from apexsim.costs.operators import ACTIVATION_BYTES, LOGIT_BYTES, Elementwise, Experts
 from apexsim.errors import InfeasiblePlan
 from apexsim.specs.deployment import Deployment, Pool
 from apexsim.units import format_bytes
-
-LOGIT_BYTES = 4.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from apexsim.errors import BadInput, nearest
 from apexsim.io.yaml_files import load_spec, write_yaml
 from apexsim.specs.base import Spec, parse_spec
 from apexsim.specs.cluster import MAX_DEVICES, Cluster, Overhead
-from apexsim.specs.deployment import Deployment, Plan, Pool
+from apexsim.specs.deployment import Deployment, Plan, Pool, TokenChoice
 from apexsim.specs.device import DeviceProfile
 from apexsim.specs.engine import EngineProfile
 from apexsim.specs.model import ModelSpec
@@ -34,7 +34,7 @@ DEVICES_PER_NODE = 8
 EngineOption = bool | int | float | str | None
 
 # Parts of an engine profile whose fields are engine options; no two of them share a field name.
-_OPTION_SECTIONS = ("scheduler", "memory", "communication", "host")
+_OPTION_SECTIONS = ("scheduler", "memory", "communication", "host", "sampler")
 
 
 class DeploymentFile(Spec):
@@ -63,6 +63,7 @@ class DeploymentFile(Spec):
     weights: str = "bf16"
     moe_weights: str | None = None
     kv_cache: str | None = None
+    sampling: TokenChoice = "greedy"
     clock_mhz: float | None = Field(None, gt=0)
     overhead: Overhead = Overhead()
 
@@ -128,6 +129,7 @@ def resolve_deployment(file: DeploymentFile, where: object) -> Deployment:
         router=file.router,
         weights=file.weights,
         moe_weights=file.moe_weights,
+        sampling=file.sampling,
     )
     weights = (deployment.weights, deployment.expert_dtype)
     kv_cache = file.kv_cache or engine.kv_dtype_for(weights, device.datasheet)
@@ -150,7 +152,7 @@ def check_lawful(deployment: Deployment, where: object) -> None:
 
 
 def with_engine_options(engine: EngineProfile, options: Mapping[str, EngineOption], where: object) -> EngineProfile:
-    """The profile with fields of its host, scheduler, memory and communication sections replaced by name.
+    """The profile with fields of its host, scheduler, memory, communication and sampler sections replaced by name.
 
     An option given by hand also holds where the engine would change it by itself.
     """

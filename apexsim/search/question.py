@@ -60,6 +60,7 @@ class Question:
             "weights": base.weights,
             "moe_weights": base.expert_dtype if base.model.moe else None,
             "kv_cache": base.kv_cache,
+            "sampling": base.sampling,
             "workload": self.requests.name,
             "workload_notes": list(self.requests.notes),
             "requests": len(self.requests),

@@ -12,6 +12,7 @@ from apexsim.specs.engine import EngineProfile, SchedulerDefaults, token_budget
 from apexsim.specs.model import ModelSpec
 
 Stage = Literal["encode", "prefill", "decode"]
+TokenChoice = Literal["greedy", "top_p"]
 
 
 class Plan(Spec):
@@ -111,7 +112,11 @@ class Pool(Spec):
 
 
 class Deployment(Spec):
-    """A model on a cluster under an engine. The specs are whole values, not names, so that a run is its own record."""
+    """A model on a cluster under an engine. The specs are whole values, not names, so that a run is its own record.
+
+    ``sampling`` is how its requests ask for tokens: ``greedy`` for the most likely one, or any one at random;
+    ``top_p`` for one of the most likely (top-p, top-k), which the engine must find first.
+    """
 
     model: ModelSpec
     cluster: Cluster
@@ -121,6 +126,7 @@ class Deployment(Spec):
     weights: str = "bf16"
     moe_weights: str | None = None
     kv_cache: str = "bf16"
+    sampling: TokenChoice = "greedy"
 
     @property
     def expert_dtype(self) -> str:

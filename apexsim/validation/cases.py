@@ -18,6 +18,7 @@ from apexsim.specs.base import parse_spec
 from apexsim.specs.deployment import Deployment
 from apexsim.validation.recipes import launched
 from apexsim.validation.runs import RunRow
+from apexsim.validation.sampling import sampling_of
 
 _OPTION_COLUMNS = (
     "max_num_seqs", "max_num_batched_tokens", "chunked_prefill", "block_size", "kv_blocks", "gpu_memory_utilization",
@@ -78,7 +79,10 @@ def case_of(row: RunRow, engine_options: Mapping[str, Any] = MappingProxyType({}
         "replicas": row.replicas or 1,
         "weights": weights,
         "moe_weights": experts,
+        "sampling": sampling_of(row),
     }
+    if choices["sampling"] != "greedy":
+        notes.append("sampling not known: top_p, as the generation_config of the model says")
     kv_dtype = launched(row)[1]
     if row.kv_dtype or kv_dtype:
         choices["kv_cache"] = row.kv_dtype or kv_dtype

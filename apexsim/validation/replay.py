@@ -80,7 +80,7 @@ def replay(
         if run.row.max_num_batched_tokens is None:
             deployment = deployment.for_load(int(requests.prompt_tokens.max()), requests.concurrency)
         if run.row.workload == "saturated":
-            measured_s = _mean_itl_s(run.row) if itl == "measured" else None
+            measured_s = mean_itl_s(run.row) if itl == "measured" else None
             figures = steady_figures(deployment, requests, measured_itl_s=measured_s)
         else:
             result = simulate(deployment, requests)
@@ -90,14 +90,17 @@ def replay(
     return Replayed(OK, figures, (*case.notes, *notes))
 
 
-def _mean_itl_s(row: RunRow) -> float | None:
+def mean_itl_s(row: RunRow) -> float | None:
     """Mean time between tokens that a full server was measured at: as given, or its batch over its tokens a second.
 
     The median where neither is known; it misses the steps that prompts make longer.
     """
-    if row.itl_mean_s or not (row.mean_batch and row.output_tokens_per_s):
-        return row.itl_mean_s or row.itl_p50_s
-    return row.mean_batch / row.output_tokens_per_s
+    return row.itl_mean_s or batch_itl_s(row.mean_batch, row.output_tokens_per_s) or row.itl_p50_s
+
+
+def batch_itl_s(mean_batch: float | None, tokens_per_s: float | None) -> float | None:
+    """Mean time between tokens of a sequence from how many there are, by Little's law; None where either is unknown."""
+    return mean_batch / tokens_per_s if mean_batch and tokens_per_s else None
 
 
 def _replay_all(runs: Sequence[MeasuredRun], *, itl: Itl, seed: int) -> list[Replayed]:
