@@ -14,9 +14,10 @@ that nobody measured is
     figure x exp(m +- q),  q = weighted quantile of |r - m| at level (K + 1) / K
 
 which is split-conformal prediction over groups (hierarchical conformal prediction: Lee, Barber, Willett,
-arXiv 2306.06342). The class of a run is its engine and kind of model. Where its groups are so few that q would rest on
-the worst rows alone (level (K + 1) / K > 0.95), any engine's runs of that kind stand in, then all runs; where those are
-too few as well, the first of the three whose worst row will do (<= 1).
+arXiv 2306.06342). The class of a run is its engine and kind of model; where that has fewer than ``LEAST_GROUPS``
+groups, any engine's runs of that kind stand in, then all runs. So they do where q would rest on the worst rows alone
+(level (K + 1) / K > 0.95); where all do, the first of them whose worst row is enough (<= 1). What a class that was
+passed over says at 0.95 stays inside, so that a higher level is never a narrower interval.
 
 A result's interval reaches as far as either.
 """
@@ -45,8 +46,9 @@ FIGURES: tuple[Figure, ...] = ("ttft_s", "tpot_s", "e2e_s", "output_tokens_per_s
 # The level of the intervals in a summary.
 LEVEL = 0.8
 ANY = "any"
-# The highest quantile taken from a class while a wider one has a lower.
+# The highest quantile taken from a class while a wider one has a lower; the fewest groups that keep within it at 0.8.
 MOST_PROBABLE = 0.95
+LEAST_GROUPS = 6
 TABLE = "intervals.json"
 
 
@@ -102,14 +104,17 @@ class IntervalTable(Spec):
     def range_of(self, figure: Figure, level: float, engine: str, model_kind: str) -> tuple[float, float, str] | None:
         """Factors on a prediction, least and most, and the class they come from; None where all have too few groups."""
         classes = [(engine, model_kind), (ANY, model_kind), (ANY, ANY)]
-        mine = [each for each in self.residuals if each.figure == figure and (each.engine, each.model_kind) in classes]
+        enough = [each for each in self.residuals if each.figure == figure and each.groups >= LEAST_GROUPS]
+        mine = [each for each in enough if (each.engine, each.model_kind) in classes]
         mine.sort(key=lambda each: classes.index((each.engine, each.model_kind)))
+        low, high = math.inf, -math.inf
         for most in (MOST_PROBABLE, 1.0):
             for found in mine:
                 probability = level * (found.groups + 1) / found.groups
+                reach = float(np.interp(min(probability, most), self.probabilities, found.spread))
+                low, high = min(low, found.median - reach), max(high, found.median + reach)
                 if probability <= most:
-                    reach = float(np.interp(probability, self.probabilities, found.spread))
-                    return math.exp(found.median - reach), math.exp(found.median + reach), _named(found)
+                    return math.exp(low), math.exp(high), _named(found)
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -123,19 +124,32 @@ def test_kernels_hold_where_measured_runs_say_less(result: SimulationResult) -> 
 
 
 def test_a_class_that_is_too_small_gives_way_and_says_so(result: SimulationResult) -> None:
-    small, wide = residuals(groups=4, reach=0.2), residuals(ANY, groups=30, reach=0.5)
+    small, wide = residuals(groups=5, reach=0.2), residuals(ANY, groups=30, reach=0.5)
     found = interval(result, 1.0, "tpot_s", 0.8, table(small, wide))
     assert found is not None
     assert "30 groups of measured runs, any engine, dense models" in found.basis
-    alone = interval(result, 1.0, "tpot_s", 0.8, table(small))  # its worst row will do
+    six = table(residuals(groups=6, reach=0.2))
+    alone = interval(result, 1.0, "tpot_s", 0.85, six)  # its worst row will do
     assert alone is not None
-    assert "4 groups" in alone.basis
-    nothing = interval(result, 1.0, "tpot_s", 0.9, table(small))
-    assert nothing is not None
-    assert "too few measured runs are like it" in nothing.basis
+    assert "6 groups" in alone.basis
+    for level, known in ((0.9, six), (0.8, table(small))):
+        nothing = interval(result, 1.0, "tpot_s", level, known)
+        assert nothing is not None
+        assert "too few measured runs are like it" in nothing.basis
     other_kind = interval(result, 1.0, "tpot_s", 0.8, table(residuals(kind="mla")))
     assert other_kind is not None
     assert "too few measured runs are like it" in other_kind.basis
+
+
+def test_a_higher_level_is_never_narrower() -> None:
+    """Also where it rests on a wider class, whose runs scatter less."""
+    shipped = table(residuals(groups=6, reach=3.0), residuals(ANY, groups=9, reach=0.3), residuals(ANY, ANY, groups=40))
+    ranges = [shipped.range_of("tpot_s", level, "vllm", "dense") for level in np.linspace(0.05, 0.95, 19)]
+    known = [found for found in ranges if found]
+    assert len({found[2] for found in known}) == 3
+    for narrow, wide in itertools.pairwise(known):
+        assert wide[0] <= narrow[0]
+        assert wide[1] >= narrow[1]
 
 
 def test_a_device_that_was_not_measured_is_named(result: SimulationResult) -> None:
