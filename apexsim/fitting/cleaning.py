@@ -45,7 +45,7 @@ def slower_than_larger(by: Sequence[str], size: str, tolerance: float = 1.25) ->
     measurement. Not for kernels whose tiles make real steps (fp8_block).
     """
     return Rule(
-        f"over {tolerance:g}x the time of a larger {size}", lambda frame: _no_hiccups(frame, by, size, tolerance)
+        f"over {tolerance:g}x a larger {size}", lambda frame: _no_hiccups(frame, by, size, tolerance)
     )
 
 
@@ -72,7 +72,7 @@ def slower_than_kin(kin: pd.DataFrame, by: Sequence[str], tolerance: float = 1.2
         both = frame[[*by, "seconds"]].merge(kin.drop_duplicates(by), on=list(by), how="left", suffixes=("", "_kin"))
         return ~(both["seconds"] > tolerance * both["seconds_kin"]).to_numpy()
 
-    return Rule(f"over {tolerance:g}x the time of a lesser device", keep)
+    return Rule(f"over {tolerance:g}x a lesser device", keep)
 
 
 def one_query_token(column: str) -> Rule:

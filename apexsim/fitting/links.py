@@ -208,7 +208,7 @@ def _operator(curve: Curve) -> FittedOperator:
         evidence=curve.evidence,
         source=curve.source,
         rows_used=len(kept),
-        rows_dropped={"over 1.15x the time of a larger message": dropped} if dropped else {},
+        rows_dropped={"over 1.15x a larger message": dropped} if dropped else {},
         quality={"leave_one_out": _leave_one_out(_points(kept))},
     )
 

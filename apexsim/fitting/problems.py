@@ -152,4 +152,4 @@ def _errors(problem: Problem, c: Coefficients, grid: ResidualGrid) -> Array:
 def summary(errors: Array) -> HoldOut:
     """Median and 90th percentile of absolute errors."""
     median, p90 = np.quantile(errors, [0.5, 0.9])
-    return HoldOut(median=round(float(median), 4), p90=round(float(p90), 4), rows=len(errors))
+    return HoldOut(median=round(float(median), 3), p90=round(float(p90), 3), rows=len(errors))
