@@ -42,7 +42,7 @@ ENGINES = [catalog.load("engine", name) for name in catalog.names("engine")]
         ("sglang@0.5.1.post1", "sglang-0.5"),
         ("sglang@", "sglang-0.5"),
         ("trtllm@1.0.0rc3", "trtllm-1.0"),
-        ("trtllm@1.3.0rc5", "trtllm-1.0"),
+        ("trtllm@1.3.0rc5", "trtllm-1.1"),
         ("vllm-v1-sync", "vllm-v1-sync"),
     ],
 )

@@ -324,9 +324,9 @@ def test_blocks_are_filled_lazily() -> None:
     calls: list[int] = []
     gemm_s = cost.tables.costs.gemm_s
 
-    def counted(m: Any, *sizes: Any) -> Any:
+    def counted(m: Any, *sizes: Any, quantised: bool) -> Any:
         calls.append(len(m))
-        return gemm_s(m, *sizes)
+        return gemm_s(m, *sizes, quantised=quantised)
 
     cost.tables.costs.gemm_s = counted  # type: ignore[method-assign]
     cost.stage_ns(decode_stats([100] * 8))

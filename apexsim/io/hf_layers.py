@@ -27,7 +27,7 @@ def layer_fields(config: Config, default: Callable[[Config], Layers]) -> dict[st
     layers = default(config) if types is None else [_TYPES[kind] for kind in types]
     if len(layers) != config.whole("num_hidden_layers"):
         raise BadInput("give one entry a layer", where=config.where, key=config.prefix + "layer_types", got=len(layers))
-    if set(layers) == {"full"}:
+    if set(layers) <= {"full"}:
         return {}
     pattern = {"layer_pattern": _shortest_pattern(layers)}
     if "window" not in layers:
