@@ -50,7 +50,10 @@ TTFT_WEIGHT = 0.5
 # Beyond this (log) error the pull of a row stays constant: it is a fault of the row or of a kernel, not host time.
 ROBUST = 0.1
 # Effects of the terms as unit columns: a smaller least singular value means that two of them cannot be told apart.
-LEAST_APART = 0.1
+LEAST_APART = 0.02
+# What a fit begins with is believed to within so many of the ``STEPS``, and a group's errors to within ROBUST: terms
+# that the rows hardly see stay near where they began.
+BELIEF = 5.0
 # A term that moves no row by this share when raised by its step is not seen by the rows.
 LEAST_EFFECT = 1e-3
 REWEIGHTINGS = 10
@@ -88,9 +91,10 @@ def calibrate(
 
 
 def terms_of(profile: EngineProfile) -> Terms:
-    """The terms of a profile that can be calibrated, by name."""
+    """What a calibration begins with, by name: the terms of a profile as they were before any calibration."""
     known = {**profile.host.model_dump(), **profile.sampler.model_dump()}
-    return {term: known[term] for term in STEPS}
+    fitted = profile.calibration.terms if profile.calibration else {}
+    return {term: fitted[term].began if term in fitted else known[term] for term in STEPS}
 
 
 def drawn_groups(runs: Sequence[MeasuredRun], profile: EngineProfile, most: int, seed: int) -> list[Group]:
@@ -215,7 +219,7 @@ class _Fit:
         degrees = max(1, int((weights > 0).sum()) - len(self.terms))
         spread = np.sqrt(np.diag(np.linalg.pinv(scaled.T @ scaled) * float(left @ left) / degrees))
         return {
-            term: CalibratedTerm(value=found[term], standard_error=_rounded(float(error)))
+            term: CalibratedTerm(began=self._start[term], value=found[term], standard_error=_rounded(float(error)))
             for term, error in zip(self.terms, spread, strict=True)
         }
 
@@ -243,12 +247,15 @@ class _Fit:
         from scipy.optimize import lsq_linear
 
         now = np.array([terms[term] for term in self.terms])
-        at, spans = now.copy(), self._spans()
+        begun = np.array([self._start[term] for term in self.terms])
+        at, spans, believed = now.copy(), self._spans(), ROBUST / BELIEF
         for _ in range(REWEIGHTINGS):
             expected = errors + effects @ (at - now)
             weights = self._robust(expected, rows).reshape(-1)
             matrix = effects.reshape(-1, len(self.terms)) * weights[:, None] * spans
             target = -np.nan_to_num(errors).reshape(-1) * weights
+            matrix = np.vstack([matrix, believed * np.eye(len(self.terms))])
+            target = np.concatenate([target, believed * (begun - now) / spans])
             step = lsq_linear(matrix, target, bounds=(-now / spans - 1e-12, np.inf)).x * spans
             at = np.maximum(0.0, now + step)
         return terms | {term: _rounded(float(x)) for term, x in zip(self.terms, at, strict=True)}

@@ -202,8 +202,12 @@ class SamplerDefaults(Spec):
 
 
 class CalibratedTerm(Spec):
-    """A fitted term and its standard error, in the term's own unit: seconds, or passes over the logits."""
+    """A fitted term and its standard error, in the term's own unit: seconds, or passes over the logits.
 
+    ``began`` is what the fit began with, and believed in as far as the rows said nothing else.
+    """
+
+    began: float
     value: float
     standard_error: float
 
