@@ -53,7 +53,7 @@ ROBUST = 0.1
 LEAST_APART = 0.02
 # What a fit begins with is believed to within so many of the ``STEPS``, and a group's errors to within ROBUST: terms
 # that the rows hardly see stay near where they began.
-BELIEF = 5.0
+BELIEF = 15.0
 # A term that moves no row by this share when raised by its step is not seen by the rows.
 LEAST_EFFECT = 1e-3
 REWEIGHTINGS = 10
