@@ -23,6 +23,7 @@ from apexsim.errors import BadInput
 from apexsim.io.deployments import with_engine_options
 from apexsim.search.executors import available_cores, run_local
 from apexsim.specs.engine import CalibratedTerm, CalibrationReport, EngineProfile, LeftOut
+from apexsim.validation.cases import kind_of
 from apexsim.validation.replay import OK, batch_itl_s, mean_itl_s, replay
 from apexsim.validation.runs import MeasuredRun
 
@@ -113,9 +114,12 @@ def drawn_groups(runs: Sequence[MeasuredRun], profile: EngineProfile, most: int,
 
 
 def _clean(run: MeasuredRun, profile: str) -> bool:
-    """Whether a row may calibrate the profile: not excluded, its version known, one rank."""
+    """Whether a row may calibrate the profile: not excluded, its engine version known, one rank, kernels measured.
+
+    Those of hybrid models are estimates, whose error host terms would take in.
+    """
     row = run.row
-    if row.exclude or row.attention_data not in (None, 1):
+    if row.exclude or row.attention_data not in (None, 1) or kind_of(row.model) == "hybrid":
         return False
     try:
         choice = catalog.engine_for(row.engine, row.engine_version)
