@@ -45,7 +45,6 @@ STEPS = {
     "top_p_passes": 50.0,
 }
 ROUNDS = 2
-ROWS_PER_GROUP = 20
 # An error of TTFT counts less than one of TPOT: repeats of one run differ twice as much in it (3.1 against 1.6 %).
 TTFT_WEIGHT = 0.5
 # Beyond this (log) error the pull of a row stays constant: it is a fault of the row or of a kernel, not host time.

@@ -32,7 +32,7 @@ class RowFlags:
         ),
     ] = None
     sample: Annotated[
-        int | None, typer.Option(help="Only so many rows of each file, drawn.", rich_help_panel=_ROWS)
+        int | None, typer.Option(help="Only so many rows of each file, drawn.", min=1, rich_help_panel=_ROWS)
     ] = None
     seed: Annotated[
         int, typer.Option(help="Seed of lengths that are drawn, and of --sample.", rich_help_panel=_ROWS)
@@ -67,7 +67,7 @@ def validate(
     itl: Annotated[
         Itl, typer.Option(help="Step times for energy: predicted, or rescaled to the measured ITL.")
     ] = "predicted",
-    jobs: Annotated[int | None, typer.Option(help="Processes; default all cores.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes; default all cores.", min=1)] = None,
 ) -> None:
     """Simulate measured runs as they were run, and say how wrong the simulator is."""
     from apexsim.plots import check_plot_path, plot_validation

@@ -13,7 +13,7 @@ from apexsim.costs.fitted import ROUTING_ALPHA
 from apexsim.costs.forms import moe
 from apexsim.costs.forms.hardware import COMPUTE_DTYPE, Array, Coefficients, Hardware
 from apexsim.fitting.cleaning import clean, faster_than, thin_shards
-from apexsim.fitting.facts import Facts, hardware
+from apexsim.fitting.facts import BLACKWELL, HOPPER, Facts, hardware
 from apexsim.fitting.problems import Problem, random_fifth
 from apexsim.fitting.served import expert_shapes
 from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
@@ -62,8 +62,6 @@ GPT_OSS_TABLE = ("b200_sxm", "moe__power_trtllm.parquet")
 GPT_OSS_WEIGHT = 20.0
 # The same chip, hence the same Triton kernels.
 KIN = {"rtx_4090": "l40s"}
-BLACKWELL = ("b200_sxm", "b300_sxm", "gb200", "gb300")
-HOPPER = ("h100_sxm", "h200_sxm")
 
 
 def kernels_of(folder: str) -> tuple[Kernel, ...]:

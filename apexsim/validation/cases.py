@@ -24,6 +24,8 @@ _OPTION_COLUMNS = (
     "max_num_seqs", "max_num_batched_tokens", "chunked_prefill", "block_size", "kv_blocks", "gpu_memory_utilization",
 )  # fmt: skip
 
+_DEGREES = ("tensor", "pipeline", "attention_data", "expert", "replicas")
+
 # Flags of servers that an engine option stands for: pattern -> options, given the match.
 _FLAGS: dict[str, Callable[[re.Match[str]], dict[str, Any]]] = {
     r"--max-model-len (\d+)": lambda match: {"max_model_len": int(match[1])},
@@ -63,20 +65,15 @@ def case_of(row: RunRow, engine_options: Mapping[str, Any] = MappingProxyType({}
     """
     choice = catalog.engine_for(row.engine, row.engine_version)
     options, notes = _engine_options(row)
-    for column in ("expert", "tensor"):
-        if getattr(row, column) in (None, 0):
-            notes.append(f"{column} not known: 1")
-    weights, experts = _dtypes(row)
+    notes += [f"{degree} not known: 1" for degree in _DEGREES if not getattr(row, degree)]
+    weights, experts, taken = _dtypes(row)
+    notes += taken
     choices: dict[str, Any] = {
         "model": row.model,
         "device": row.device,
         "engine": choice.profile,
         "engine_options": {**engine_options, **options},
-        "tensor": row.tensor or 1,
-        "pipeline": row.pipeline or 1,
-        "attention_data": row.attention_data or 1,
-        "expert": row.expert or 1,
-        "replicas": row.replicas or 1,
+        **{degree: getattr(row, degree) or 1 for degree in _DEGREES},
         "weights": weights,
         "moe_weights": experts,
         "sampling": sampling_of(row),
@@ -86,9 +83,10 @@ def case_of(row: RunRow, engine_options: Mapping[str, Any] = MappingProxyType({}
     kv_dtype = launched(row)[1]
     if row.kv_dtype or kv_dtype:
         choices["kv_cache"] = row.kv_dtype or kv_dtype
-    if not row.kv_dtype:
-        notes.append(f"kv_dtype not known: {'as its benchmark launches it' if kv_dtype else 'the engine default'}")
     deployment = resolve_deployment(parse_spec(DeploymentFile, choices, "run"), "run")
+    if not row.kv_dtype:
+        chosen = "as its benchmark launches it" if kv_dtype else "the engine default"
+        notes.append(f"kv_dtype not known: {chosen}, {deployment.kv_cache}")
     _check_plan(row, deployment)
     notes += [choice.note] * (not choice.mapped) + list(deployment.pools[0].plan.assumptions)
     return Case(deployment, tuple(notes))
@@ -119,22 +117,25 @@ def _check_plan(row: RunRow, deployment: Deployment) -> None:
         raise InfeasiblePlan(reasons)
 
 
-def _dtypes(row: RunRow) -> tuple[str, str | None]:
-    """Dtypes of the weights and of the experts (None: as the model has them).
+def _dtypes(row: RunRow) -> tuple[str, str | None, list[str]]:
+    """Dtypes of the weights and of the experts (None: as the model has them), and what was assumed of them.
 
     A row whose weights are MXFP4 is a model with MXFP4 experts and bf16 elsewhere.
     """
     weights, experts = row.weight_dtype or "bf16", row.moe_dtype
+    if row.weight_dtype is None:
+        return weights, experts, [f"weight_dtype not known: {weights}"]
     if weights == "mxfp4":
-        return "bf16", experts or "mxfp4"
+        return "bf16", experts or "mxfp4", ["weight_dtype mxfp4: that of the experts alone, bf16 elsewhere"]
     if weights == "fp8" and row.engine != "trtllm" and row.model.startswith(_BLOCK_SCALED):
-        return "fp8_block", experts
-    return weights, experts
+        return "fp8_block", experts, ["weight_dtype fp8: scaled by blocks, as the checkpoint of the model is"]
+    return weights, experts, []
 
 
 def _engine_options(row: RunRow) -> tuple[dict[str, Any], list[str]]:
-    """Engine options that the row states, in columns or flags (columns outweigh), and what was not understood."""
-    options: dict[str, Any] = {}
+    """Engine options of a row, and what was not understood: columns outweigh flags, and those its recipe."""
+    launch = launched(row)[0]
+    options = dict(launch)
     left = re.sub(r"\s+#.*|^[\w>=.\s]*(\(docker [^)]*\))?;", "", row.flags)
     for pattern, read in _FLAGS.items():
         if match := re.search(pattern, left):
@@ -142,18 +143,16 @@ def _engine_options(row: RunRow) -> tuple[dict[str, Any], list[str]]:
             left = left.replace(match[0], "")
     for pattern in _SAID_ELSEWHERE:
         left = re.sub(pattern, "", left)
-    launch = launched(row)[0]
-    options |= launch
-    if row.max_num_batched_tokens is not None:
-        options.pop("token_budget_rule", None)
     options |= {name: getattr(row, name) for name in _OPTION_COLUMNS if getattr(row, name) is not None}
+    if "max_num_batched_tokens" in options:
+        options.pop("token_budget_rule", None)
     if row.max_num_seqs and row.attention_data not in (None, 1):
         # A row counts the sequences of the whole server; the flag behind it was given to every rank.
         options["max_num_seqs"] = -(-row.max_num_seqs // row.attention_data)
     unknown = " ".join(left.replace(";", " ").split())
     notes = [f"flags without effect here: {unknown}"] if unknown else []
-    if launch:
-        notes.append(f"as its benchmark launches it: {', '.join(f'{key} {value}' for key, value in launch.items())}")
+    if used := [f"{key} {value}" for key, value in launch.items() if options.get(key) == value]:
+        notes.append(f"as its benchmark launches it: {', '.join(used)}")
     if row.prefix_caching:
         notes.append("prefixes that requests share are not looked for")
     return options, notes
