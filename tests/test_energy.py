@@ -85,7 +85,7 @@ def test_kernel_tables_give_what_the_profile_says() -> None:
     assert fitted is not None
     assert fitted.limit_w == h200.power.limit_w
     assert fitted.active_w["moe"] == pytest.approx(h200.power.operators["moe"].active_w, rel=0.01)
-    # Experts draw more than other kernels that only read weights; the study behind it: 620 W against 390 W.
+    # Experts draw more than other kernels that only read weights.
     assert fitted.active_w["moe"] > fitted.active_w["decode_attention"] > fitted.active_w["gemm"]
     assert fitted.quality["kernels_gemm"].mean < 0.12
 

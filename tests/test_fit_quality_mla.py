@@ -1,4 +1,4 @@
-"""How well latent attention is fitted, read from the shipped profiles: the bars that a study of the tables reached."""
+"""How well latent attention is fitted, read from the shipped profiles: no worse than these bars."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from apexsim.specs.device import FittedOperator
 KINDS = ("mla_decode", "mla_prefill")
 PROFILES = {name: catalog.load("device", name) for name in catalog.names("device")}
 FITTED = [(name, kind, key) for name, p in PROFILES.items() for kind in KINDS for key in p.operators.get(kind, {})]
-# Median and 90th percentile of absolute errors, as a study of whole modules reached them.
+# Median and 90th percentile of absolute errors on whole modules.
 RANDOM = {"mla_prefill": (0.025, 0.08), "mla_decode": (0.03, 0.09)}
 LARGEST = {"mla_prefill": (0.05, 0.17), "mla_decode": (0.13, 0.28)}
 # Where the bar is missed, and by how much. Prompts on Blackwell: other engines' products stand in for the modules' own.

@@ -48,10 +48,11 @@ def _models() -> Table:
     from apexsim import catalog
 
     specs = [catalog.load("model", name) for name in catalog.names("model")]
-    header = ("model", "parameters", "active", "layers", "heads", "KV heads", "experts", "context")
+    header = ("model", "kind", "parameters", "active", "layers", "heads", "KV heads", "experts", "context")
     rows = [
         (
             spec.name,
+            spec.kind,
             f"{spec.params / 1e9:.1f}e9",
             f"{spec.active_params / 1e9:.1f}e9",
             str(spec.layers),
@@ -154,6 +155,9 @@ def device_tables(device: DeviceProfile) -> list[Table]:
     facts += [("datasheet source", device.datasheet.source)]
     price = device.price
     facts += [("price", f"{price.usd_per_hour:g} USD/hour ({price.source}, {price.date})")]
+    sustained = device.sustained
+    slower = f"products up to {max(sustained.factors):g} x slower ({sustained.evidence}; {sustained.source})"
+    facts += [("sustained load", slower)]
     facts += [("profile made", f"{device.provenance.date} by {device.provenance.tool}")]
     return [table(("", device.name), facts), _power_table(device), _operator_table(device), _quality_table(device)]
 

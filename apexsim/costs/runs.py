@@ -17,10 +17,9 @@ Layers = tuple[tuple[int, ...], ...]
 class DecodeRow:
     """What a decode batch of one size costs whatever its context: looked up once per batch size.
 
-    ``fixed`` nanoseconds per stage, of which none takes less than its one of ``floors``: host time that overlaps with
-    it. ``floor`` is that of stage 0. One
-    of ``tables`` for each kind of attention answers for decode attention of one layer; ``layers`` counts the layers of
-    that kind, stage by stage.
+    ``fixed`` nanoseconds per stage, of which none takes less than its one of ``floors`` (host time that overlaps with
+    it, launches that no graph replays); ``floor`` is that of stage 0. One of ``tables`` for each kind of attention
+    answers for decode attention of one layer; ``layers`` counts the layers of that kind, stage by stage.
     """
 
     __slots__ = ("fixed", "floor", "floors", "layers", "prefix", "tables")

@@ -18,10 +18,11 @@ from apexsim.costs.fitted import AttentionShape, MoeLayer, OperatorCosts
 from apexsim.costs.forms.hardware import Array
 from apexsim.costs.mla import LatentMixing
 from apexsim.errors import BadInput, Unsupported
+from apexsim.fitting.mla import HIDDEN, SERVED_HEADS, SIZES
+from apexsim.fitting.problems import summary
 from apexsim.fitting.relatives import Sheet, carried, generation
 from apexsim.fitting.served import expert_shapes, gemm_shapes, head_shapes
 from apexsim.specs.device import DeviceProfile, HoldOut
-from apexsim.specs.latent import LatentAttention
 
 # The sizes at which predictions are compared.
 TOKENS = (1, 8, 64, 256, 1024, 8192)
@@ -34,9 +35,8 @@ MOVED_BYTES = (1 << 20, 1 << 24, 1 << 28)
 COLLECTIVE_BYTES = tuple(1 << power for power in range(12, 27, 2))
 SEQUENCES = (1, 16, 128)
 VOCABULARY = 128256
-# The latent attention of DeepSeek-V3 (its config.json): the one that kernels were measured with; heads of a rank.
-LATENT = LatentAttention(q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
-LATENT_HIDDEN, LATENT_HEADS = 7168, (16, 32, 128)
+# Heads of a rank of the model whose latent attention was measured.
+LATENT_HEADS = (*SERVED_HEADS, 128)
 
 Seconds = Callable[[OperatorCosts, str], Array]
 
@@ -50,9 +50,8 @@ class Error(NamedTuple):
 
     @property
     def held_out(self) -> HoldOut:
-        """Median and 90th percentile of their size, to four digits after the point."""
-        size = np.abs(self.errors)
-        return HoldOut(round(float(np.median(size)), 4), round(float(np.percentile(size, 90)), 4), len(size))
+        """Median and 90th percentile of their size."""
+        return summary(np.abs(self.errors))
 
     @property
     def bias(self) -> float:
@@ -175,7 +174,7 @@ def _sampling(costs: OperatorCosts, key: str) -> Array:
 
 
 def _latent(key: str) -> list[LatentMixing]:
-    return [LatentMixing("attention", LATENT, LATENT_HIDDEN, heads, key) for heads in LATENT_HEADS]
+    return [LatentMixing("attention", SIZES, HIDDEN, heads, key) for heads in LATENT_HEADS]
 
 
 def _latent_decode(costs: OperatorCosts, key: str) -> Array:

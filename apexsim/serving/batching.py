@@ -16,10 +16,9 @@ class Ledger:
 
     ``decodes`` get the one token that brings them to the end of what they know; ``chunks`` are everybody else with
     their tokens, the ``admitted`` last of them fresh from the queue; ``recovered`` are the tokens that a request
-    preempted before finds computed. ``marching`` is the size of the cohort, the first
-    of the running requests, if it decodes as one. Nothing here touches a request or the block
-    manager; the replica applies a filled ledger in one go. ``lookahead`` is how many sampled tokens of a request may
-    still be in flight when it is given the next.
+    preempted before finds computed. ``marching`` is the size of the cohort, the first of the running requests, if it
+    decodes as one. Nothing here touches a request or the block manager; the replica applies a filled ledger in one go.
+    ``lookahead`` is how many sampled tokens of a request may still be in flight when it is given the next.
     """
 
     __slots__ = (

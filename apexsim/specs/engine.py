@@ -71,11 +71,11 @@ class SchedulerDefaults(Spec):
 
     ``admission`` says which KV blocks a request must find free to start: those of its prompt (``prompt``: vLLM V1
     takes only the first chunk's but asks for all), or of its whole life, which it then holds (``full``: never
-    preempted, as TensorRT-LLM's GUARANTEED_NO_EVICT). ``max_num_batched_tokens``
-    of None means as many as the context limit (vLLM V0 without chunks); a ``token_budget_rule`` sets it from the load
-    instead (see ``token_budget``). ``lookahead_steps`` 1 composes a step while
-    the one before runs; on one stage only, since a pipeline's other batches hide the host anyway. ``pipeline_split``
-    spreads decodes over the batches of a pipeline or lets each take all it can.
+    preempted, as TensorRT-LLM's GUARANTEED_NO_EVICT). ``max_num_batched_tokens`` of None means as many as the context
+    limit (vLLM V0 without chunks); a ``token_budget_rule`` sets it from the load instead (see ``token_budget``).
+    ``lookahead_steps`` 1 composes a step while the one before runs; on one stage only, since a pipeline's other batches
+    hide the host anyway. ``pipeline_split`` spreads decodes over the batches of a pipeline or lets each take all it
+    can.
 
     ``prefix_caching`` lets a preempted request find again those of its blocks that nobody has taken meanwhile; prefixes
     that requests share are not looked for. ``stream_interval`` hands tokens to the client so many at a time: the first
