@@ -76,7 +76,8 @@ def test_measured_operators_report_three_hold_outs(name):
     for kind, key, op in operators(PROFILES[name]):
         if kind in ("gemm", "prefill_attention", "decode_attention", "moe") and op.evidence == "fitted":
             assert {"random", "largest"} <= set(op.quality), (kind, key)
-            assert op.rows_used > 500
+            # Timed layers hold one head shape: a hundred rows for a form of ten coefficients.
+            assert op.rows_used > (90 if op.source.startswith("vllm_layers") else 500)
 
 
 @given(name=names, m=st.integers(1, 32768), n=st.integers(16, 130000), k=st.integers(16, 60000), data=st.data())

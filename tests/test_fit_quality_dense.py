@@ -1,6 +1,6 @@
 """Products and attention of the shipped profiles: how good the fits are, on rows that were kept out of them.
 
-The limits are those that a study of the same tables has reached; where a device stays behind, its own stand here.
+Where a device stays behind the common limits, its own stand here.
 """
 
 from __future__ import annotations
@@ -53,6 +53,22 @@ def test_products_of_more_rows_than_any_fitted(name):
 
 def test_layers_of_another_laboratory_off_the_grid():
     check("rtx-pro-6000", "gemm", "bf16", "sum_of_vllm_layers", (0.04, 0.11))
+
+
+def test_products_and_attention_from_timed_layers_alone():
+    """The RTX 4090 has no tables but its layers: its bf16 operators are fitted on them, the others carried over."""
+    operators = PROFILES["rtx-4090"].operators
+    for kind, key in (("gemm", "bf16"), ("prefill_attention", "bf16_d128"), ("decode_attention", "bf16_d128")):
+        assert operators[kind][key].evidence == "fitted"
+        assert operators[kind][key].source.startswith("vllm_layers/RTX4090")
+    assert operators["gemm"]["fp8"].evidence == operators["prefill_attention"]["bf16_d64"].evidence == "estimated"
+    check("rtx-4090", "gemm", "bf16", "served_shapes", (0.03, 0.09))
+    check("rtx-4090", "gemm", "bf16", "largest", (0.025, 0.05))
+    check("rtx-4090", "gemm", "bf16", "sum_of_vllm_layers", (0.02, 0.045))
+    check("rtx-4090", "prefill_attention", "bf16_d128", "random", (0.03, 0.07))
+    check("rtx-4090", "prefill_attention", "bf16_d128", "largest", (0.05, 0.08))
+    check("rtx-4090", "decode_attention", "bf16_d128", "random", (0.04, 0.12))
+    check("rtx-4090", "decode_attention", "bf16_d128", "largest", (0.025, 0.04))
 
 
 @pytest.mark.parametrize(("name", "kv_dtype"), KV)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from apexsim.costs.forms import decode, prefill
-from apexsim.costs.forms.hardware import Array, Coefficients, Hardware
+from apexsim.costs.forms.hardware import Array, Coefficient, Coefficients, Hardware
 from apexsim.fitting.cleaning import Mask, Rule, clean, faster_than, one_query_token, slower_than_kin
 from apexsim.fitting.facts import lesser_kin
 from apexsim.fitting.problems import Problem, random_fifth
@@ -39,6 +39,16 @@ DECODE_KNOTS = {
     "pairs": (1.0, 8.0, 64.0, 512.0, 4096.0),
     "keys": (16.0, 128.0, 512.0, 2048.0, 8192.0, 32768.0, 131072.0),
 }
+
+# Timed layers: one head shape per model, chunks behind histories.
+LAYER_PREFILL_KNOTS = {
+    "window": (1.0,),
+    "group": (1.0,),
+    "heads_in_flight": (1.0,),
+    "chunk": (2.0, 16.0, 32.0, 64.0, 96.0, 128.0, 192.0, 256.0, 512.0, 1024.0, 2048.0),
+}
+LAYER_DECODE_KNOTS = {**DECODE_KNOTS, "window": (1.0,), "group": (1.0,)}
+CAUSAL_SKIP = Coefficient("causal_skip", 0.9, 0.01, 1.0, "skip: share of the triangle behind a history left out")
 
 DECODE_KERNEL = Rule(
     "decode kernel in a prefill table", lambda rows: ~rows["kernel_source"].str.endswith("decode").to_numpy()
@@ -126,10 +136,11 @@ class _Prefill(NamedTuple):
 
 
 class _Decode(NamedTuple):
-    """The decode form on rows of a table, caches hot as they were measured."""
+    """The decode form on rows of a table, caches hot as they were measured, or ``cold`` inside whole layers."""
 
     kv_bytes: float
     hw: Hardware
+    cold: bool = False
 
     def shape(self, rows: pd.DataFrame) -> decode.DecodeShape:
         batch, keys, heads, kv_heads, head_dim = (
@@ -138,7 +149,7 @@ class _Decode(NamedTuple):
         return decode.DecodeShape(batch, keys, heads, kv_heads, head_dim, self.kv_bytes)
 
     def predict(self, rows: pd.DataFrame, c: Coefficients) -> Array:
-        return decode.decode_s(self.shape(rows), c, self.hw, cold=False)
+        return decode.decode_s(self.shape(rows), c, self.hw, cold=self.cold)
 
     def is_cold(self, rows: pd.DataFrame) -> Mask:
         """Rows too large for the cache to matter: over twice L2."""
@@ -211,4 +222,67 @@ def decode_problem(table: Path, heads: Heads) -> Problem:
         # Cold rows are what serving sees; the hot ones are there to tell the cache apart from the form.
         weight=np.where(cold, 1.0, 0.3),
         scan=("split_ungrouped", (1.0, 0.0)),
+    )
+
+
+def layer_problems(rows: pd.DataFrame, heads: Heads, source: str) -> Iterator[Problem]:
+    """Prefill and decode attention from timed layers (``mixed.attention_rows``), each where it ran alone."""
+    frame = rows.assign(head_dim=float(heads.head_dim), window_size=0.0)
+    chunks = frame[(frame["chunk"] > 1) & (frame["decodes"] == 0)]
+    chunks = chunks.assign(batch=1.0, q_len=chunks["chunk"], kv_len=chunks["chunk"] + chunks["history"])
+    yield _layer_chunks(chunks.reset_index(drop=True), heads, source)
+    decodes = frame[(frame["chunk"] == 0) & (frame["decodes"] > 0)]
+    decodes = decodes.assign(batch=decodes["decodes"].astype(float))
+    yield _layer_decodes(decodes.reset_index(drop=True), heads, source)
+
+
+def _layer_chunks(rows: pd.DataFrame, heads: Heads, source: str) -> Problem:
+    form = _Prefill(dtype_bytes(heads.kv_dtype), heads.hw)
+    frame, dropped = clean(rows, [faster_than(form.compute_floor)])
+    everything = np.ones(len(frame), bool)
+    return Problem(
+        kind="prefill_attention",
+        key=heads.key,
+        form="prefill",
+        source=source,
+        frame=frame,
+        dropped=dropped,
+        predict=form.predict,
+        coefficients=[*prefill.COEFFICIENTS, CAUSAL_SKIP],
+        coordinates=form.coordinates,
+        knots=LAYER_PREFILL_KNOTS,
+        valid={"chunk": "q_len", "history": "history", "heads": "heads", "kv_heads": "kv_heads"},
+        holdouts={
+            "random": (random_fifth(len(frame)), {"random": everything}),
+            "largest": ((frame["kv_len"] > 4096).to_numpy(), {"largest": everything}),
+        },
+        weight=everything.astype(float),
+        # No layer timed has a sliding window: its inner loop is taken to be as fast.
+        constants={"window_efficiency": 1.0},
+        scan=("query_tile", tuple(float(t) for t in prefill.QUERY_TILES)),
+    )
+
+
+def _layer_decodes(rows: pd.DataFrame, heads: Heads, source: str) -> Problem:
+    form = _Decode(dtype_bytes(heads.kv_dtype), heads.hw, cold=True)
+    frame, dropped = clean(rows, [faster_than(form.cold_floor)])
+    everything, size = np.ones(len(frame), bool), (frame["keys"] * frame["batch"] * frame["kv_heads"]).to_numpy()
+    return Problem(
+        kind="decode_attention",
+        key=heads.key,
+        form="decode",
+        source=source,
+        frame=frame,
+        dropped=dropped,
+        predict=form.predict,
+        coefficients=[c for c in decode.COEFFICIENTS if not c.name.startswith("l2_")],
+        coordinates=form.coordinates,
+        knots=LAYER_DECODE_KNOTS,
+        valid={"keys": "keys", "batch": "batch", "heads": "heads", "kv_heads": "kv_heads"},
+        holdouts={
+            "random": (random_fifth(len(frame)), {"random": everything}),
+            "largest": (size > size.max() / 8, {"largest": everything}),
+        },
+        weight=everything.astype(float),
+        constants={"split_ungrouped": 1.0},
     )

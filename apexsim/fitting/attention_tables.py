@@ -12,14 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from apexsim.fitting import history
-from apexsim.fitting.attention import Heads, decode_problem, prefill_problem
+from apexsim.fitting.attention import Heads, decode_problem, layer_problems, prefill_problem
 from apexsim.fitting.facts import Facts, hardware, tables_of
+from apexsim.fitting.mixed import SINGLE_LAUNCH, attention_rows
 from apexsim.fitting.problems import Problem
 
 # fp8 caches of heads of 256 are rare and follow those of 128.
 HEAD_DIMS = {"bf16": (64, 128, 256), "fp8": (64, 128)}
 # The judged one carries the error of the form on chunks behind a history, found on another device.
 JUDGED = ("bf16", 128)
+# Devices without tables whose layers were timed, with heads of 128.
+LAYERS_ONLY = ("rtx_4090",)
 
 
 def problems(device: Facts, kernels: Path) -> Iterator[Problem]:
@@ -31,8 +34,20 @@ def problems(device: Facts, kernels: Path) -> Iterator[Problem]:
     for kv_dtype in ("bf16",) if a100 else ("bf16", "fp8"):
         hw = hardware(folder, kv_dtype)
         for head_dim in (128,) if a100 else HEAD_DIMS[kv_dtype]:
+            if device.folder in LAYERS_ONLY and (kv_dtype, head_dim) == JUDGED:
+                yield from _of_layers(device, kernels)
+                continue
             heads = Heads(kv_dtype, head_dim, hw)
             prompts = prefill_problem(tables / "context_attention.parquet", heads, skip)
             checks = {"chunk_with_history_on_rtx_pro_6000": check} if (kv_dtype, head_dim) == JUDGED else {}
             yield replace(prompts, checks=checks, evidence=evidence)
             yield replace(decode_problem(tables / "generation_attention.parquet", heads), evidence=evidence)
+
+
+def _of_layers(device: Facts, kernels: Path) -> Iterator[Problem]:
+    """The judged kind of attention from timed layers."""
+    timed = SINGLE_LAUNCH[device.folder]
+    rows = attention_rows(kernels / "vllm_layers", timed)
+    yield from layer_problems(
+        rows, Heads(*JUDGED, timed.hw), f"vllm_layers/{timed.folder} (vLLM 0.19), FlashAttention 2"
+    )

@@ -13,9 +13,9 @@ import pandas as pd
 from apexsim.costs.forms import gemm
 from apexsim.costs.forms.hardware import COMPUTE_DTYPE, Array, Coefficients, Hardware
 from apexsim.fitting.cleaning import clean, faster_than, slower_than_kin, slower_than_larger
-from apexsim.fitting.facts import Facts, hardware, lesser_kin, tables_of
-from apexsim.fitting.layers import TIMED, layer_sums
-from apexsim.fitting.problems import Judge, Problem, random_fifth
+from apexsim.fitting.facts import BLACKWELL, HOPPER, Facts, hardware, lesser_kin, tables_of
+from apexsim.fitting.layers import TIMED, layer_sums, product_rows
+from apexsim.fitting.problems import Judge, Problem, fit_all_rows, random_fifth
 from apexsim.fitting.served import gemm_shapes
 from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
 
@@ -39,20 +39,24 @@ EXTRA = {
     "int4_wo": (gemm.SPLIT,),
     "int8_wo": (gemm.SPLIT,),
 }
-BLACKWELL = ("b200_sxm", "b300_sxm", "gb200", "gb300")
+# Devices whose bf16 products were timed in whole layers alone; what their few widths can tell; tokens of a step.
+LAYERS_ONLY = ("rtx_4090",)
+REFITTED = ("launch_s", "compute_efficiency", "memory_efficiency", "sm_bandwidth", "wave_s", "wave_odds", "throttle")
+LAYER_KNOTS = (1.0, 16.0, 32.0, 64.0, 96.0, 128.0, 192.0, 256.0, 384.0, 512.0, 1024.0, 2048.0)
 
 
 class _Products(NamedTuple):
-    """The form on rows of a table, weights hot as they were measured."""
+    """The form on rows of a table, weights hot as they were measured, or ``cold`` in layers that were timed whole."""
 
     dtype: str
     hw: Hardware
+    cold: bool = False
 
     def shape(self, rows: pd.DataFrame) -> gemm.GemmShape:
         return gemm.shape(rows["m"].to_numpy(), rows["n"].to_numpy(), rows["k"].to_numpy(), self.dtype)
 
     def predict(self, rows: pd.DataFrame, c: Coefficients) -> Array:
-        return gemm.gemm_s(self.shape(rows), c, self.hw, cold=False)
+        return gemm.gemm_s(self.shape(rows), c, self.hw, cold=self.cold)
 
     def compute_floor(self, rows: pd.DataFrame) -> Array:
         """FLOPs at the peak; bytes may come from the cache in a replay."""
@@ -76,7 +80,7 @@ def tables_for(folder: str) -> Iterator[Table]:
     Weights of 4 and 8 bits that are multiplied in bf16 were measured on A100 and H200; others take them by their peaks
     from whichever has the same kind of tensor-core instruction.
     """
-    newer = folder in ("h100_sxm", "h200_sxm", *BLACKWELL)
+    newer = folder in (*HOPPER, *BLACKWELL)
     if folder == "a100_sxm":
         yield Table("bf16", folder, "gemm__sglang")
     else:
@@ -96,6 +100,9 @@ def problems(device: Facts, kernels: Path) -> Iterator[Problem]:
             continue
         found = problem(kernels / "datacenter" / table.folder / f"{table.name}.parquet", table.dtype)
         judge = _layer_judge(device, kernels) if table.dtype == "bf16" else None
+        if table.dtype == "bf16" and device.folder in LAYERS_ONLY:
+            yield replace(layer_problem(device, kernels, found), judge=judge)
+            continue
         yield replace(found, evidence=evidence if table.folder == folder else "estimated", judge=judge)
 
 
@@ -105,6 +112,35 @@ def _layer_judge(device: Facts, kernels: Path) -> Judge | None:
         return None
     layers, hw = kernels / "vllm_layers" / TIMED[device.folder], Hardware.of(device.datasheet, "bf16")
     return lambda c, grid: layer_sums(layers, c, grid, hw)
+
+
+def layer_problem(device: Facts, kernels: Path, kin: Problem) -> Problem:
+    """The fit of bf16 products from timed layers, started from that of ``kin``, the nearest chip with a table.
+
+    Few widths were timed, at all numbers of tokens: rates and waves are found anew, what tells widths apart is kept
+    from the kin, and the correction depends on the tokens alone.
+    """
+    folder = TIMED[device.folder]
+    form = _Products("bf16", Hardware.of(device.datasheet, "bf16"), cold=True)
+    frame, dropped = clean(product_rows(kernels / "vllm_layers" / folder), [faster_than(form.compute_floor)])
+    kept, _ = fit_all_rows(kin)
+    everything, unseen = np.ones(len(frame), bool), frame["layer"].isin(("gate_up_proj", "o_proj")).to_numpy()
+    return replace(
+        kin,
+        source=f"vllm_layers/{folder} (vLLM 0.19); the rest of the form from {kin.source}",
+        frame=frame,
+        dropped=dropped,
+        predict=form.predict,
+        coefficients=[c for c in gemm.COEFFICIENTS if c.name in REFITTED],
+        constants=kept,
+        knots={"n": (1.0,), "k": (1.0,), "m": LAYER_KNOTS},
+        holdouts={
+            "random": (random_fifth(len(frame)), {"random": everything}),
+            "largest": ((frame["m"] >= 1024).to_numpy(), {"largest": everything}),
+            "served_shapes": (unseen, {"served_shapes": everything}),
+        },
+        weight=np.ones(len(frame)),
+    )
 
 
 def problem(table: Path, dtype: str) -> Problem:

@@ -43,6 +43,19 @@ MODELS = {"Llama-3.1-8B": Layer(4096, 32, 8, 14336), "Qwen3-32B": Layer(5120, 64
 TIMED = {"rtx_pro_6000_server": "RTXPRO6000", "rtx_4090": "RTX4090"}
 
 
+def product_rows(layers: Path) -> pd.DataFrame:
+    """Every bf16 product of the layers in the folder ``layers``: ``layer``, m, n, k, ``seconds``."""
+    found = []
+    for model, layer in MODELS.items():
+        table = layers / model / "dense.parquet"
+        if table.is_file():
+            frame = read_table(table, ["tp", "tokens", "time_us_per_call"], ["layer"])
+            for name, (n, k) in layer.products(frame["tp"].to_numpy(dtype=float)).items():
+                rows = frame.assign(m=frame["tokens"].astype(float), n=n, k=k)[frame["layer"] == name]
+                found.append(rows.assign(seconds=rows["time_us_per_call"] * SECONDS_PER_US))
+    return pd.concat(found, ignore_index=True)
+
+
 def layer_sums(layers: Path, c: Coefficients, grid: ResidualGrid, hw: Hardware) -> dict[str, HoldOut]:
     """Errors of bf16 products on the layers in the folder ``layers``: of single ones, and of the sums of a layer."""
     single, summed, residual = [], [], LogGrid.of(grid)
