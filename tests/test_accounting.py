@@ -21,10 +21,10 @@ ONE = Plan()
 SYNC = HostTerms(step_s=1e-3, per_sequence_s=17e-6, exposed_step_s=1e-4)
 
 
-def cost_of(model: str, plan: Plan = ONE, host: HostTerms = SYNC, **fields: Any) -> StepCost:
+def cost_of(model: str, plan: Plan = ONE, host: HostTerms = SYNC, device: str = "h100-sxm", **fields: Any) -> StepCost:
     engine = spec("engine", "vllm-v1-sync").model_copy(update={"host": host})
     pool = Pool(plan=plan)
-    cluster = Cluster(device=spec("device", "h100-sxm"))
+    cluster = Cluster(device=spec("device", device))
     return build_step_cost(
         Deployment(model=spec("model", model), cluster=cluster, engine=engine, pools=(pool,), **fields), pool
     )
@@ -101,6 +101,15 @@ def test_a_run_that_crosses_the_host_floor_waits_as_long_as_its_steps(plan: Plan
 def test_seconds_of_one_step_with_chunks(step: BatchStats) -> None:
     cost = cost_of("llama-3.1-8b")
     assert sum(accounted(cost, [(step, 1)]).seconds.values()) == pytest.approx(cost.stage_ns(step)[0] * 1e-9, rel=1e-5)
+
+
+@pytest.mark.parametrize("device", ["a100-sxm", "l40s"])
+@pytest.mark.parametrize("plan", [ONE, Plan(tensor=2)])
+def test_chunks_and_decodes_of_one_launch_take_what_it_takes(device: str, plan: Plan) -> None:
+    cost = cost_of("llama-3.1-8b", plan, device=device)
+    for step in (MIXED, CROWDED):
+        worked_s = sum(accounted(cost, [(step, 1)]).seconds.values())
+        assert worked_s == pytest.approx(plan.devices * sum(cost.stage_ns(step)) / 1e9, rel=1e-6)
 
 
 def test_windowed_models_too() -> None:

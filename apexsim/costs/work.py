@@ -77,12 +77,13 @@ def work_of(cost: StepCost, steps: Columns, chunks: Columns) -> Iterator[Work]:
     first_s = yield from _rows(cost, steps, own)
     for attention in cost.attentions:
         layers = lowered.layers_of(attention)
-        decode_s = yield from _decodes(cost, attention, steps, float(sum(layers) * lowered.stage_devices))
+        decode_s, chunk_s = _decode_s(cost, attention, steps), _chunk_s(cost, attention, chunks, own.launches)
+        together = _together(cost, attention, (steps, chunks, own), (decode_s, chunk_s))
+        decode_s, chunk_s = decode_s * together, chunk_s * together[chunks["step"]]
+        yield from _decodes(cost, attention, steps, (decode_s, float(sum(layers) * lowered.stage_devices)))
         # A chunk runs on one attention-data rank alone.
-        chunk_s = yield from _chunks(cost, attention, chunks, (own.launches, float(sum(layers) * lowered.tensor)))
-        first_s += layers[0] * decode_s / np.maximum(steps["repeats"], 1)
-        waited_s = np.where(own.rank == 0, chunk_s, 0.0)
-        first_s += layers[0] * np.bincount(chunks["step"], weights=waited_s, minlength=len(first_s))
+        yield from _chunks(cost, attention, chunks, (chunk_s, float(sum(layers) * lowered.tensor)))
+        first_s += layers[0] * (decode_s / np.maximum(steps["repeats"], 1) + _waited_s(chunk_s, chunks, own))
     yield _host(cost, _host_s(cost, steps, own, first_s), steps["repeats"])
 
 
@@ -172,13 +173,10 @@ def _dtype_of(operator: RowOperator) -> str | None:
     return operator.dtype if isinstance(operator, Gemm) else "bf16"
 
 
-def _decodes(cost: StepCost, attention: Mixing, steps: Columns, runs: float) -> Generator[Work, None, Array]:
-    """Decode attention; returns the seconds of one layer in every row, all its repeats together."""
-    window, batch, repeats = attention.window, steps["decodes"], steps["repeats"]
-    ranks = cost.lowered.attention_data
-    attended = steps["context" if window is None else f"window_context_{window}"]
-    growing = attended != batch * (window or 0)
-    mean = attended // np.maximum(batch, 1)
+def _decode_s(cost: StepCost, attention: Mixing, steps: Columns) -> Array:
+    """Seconds of decode attention of one layer in every row, all its repeats together."""
+    batch, repeats = steps["decodes"], steps["repeats"]
+    mean, growing = _contexts(attention, steps)
     seconds = np.zeros(len(batch))
     order = np.argsort(batch, kind="stable")
     sizes, starts, counts = np.unique(batch[order], return_index=True, return_counts=True)
@@ -186,33 +184,74 @@ def _decodes(cost: StepCost, attention: Mixing, steps: Columns, runs: float) -> 
         if size:
             at = order[start : start + count]
             ends = mean[at] + np.where(growing[at], repeats[at], 1)
-            table = cost.tables.decode(attention, share(size, ranks))
+            table = cost.tables.decode(attention, share(size, cost.lowered.attention_data))
             table.between(0, int(ends.max()))
             prefix = np.array(table.prefix, dtype=np.int64)
             seconds[at] = (prefix[ends] - prefix[mean[at]]) * np.where(growing[at], 1, repeats[at]) / NS_PER_S
+    return seconds
+
+
+def _contexts(attention: Mixing, steps: Columns) -> tuple[Sizes, Mask]:
+    """Mean context of the first step of every row, and whether it grows from step to step."""
+    attended, batch = _attended(attention, steps), steps["decodes"]
+    return attended // np.maximum(batch, 1), attended != batch * (attention.window or 0)
+
+
+def _attended(attention: Mixing, steps: Columns) -> Sizes:
+    """Keys that the decodes of the first step of every row attend to, in sum."""
+    return steps["context" if attention.window is None else f"window_context_{attention.window}"]
+
+
+def _chunk_s(cost: StepCost, attention: Mixing, chunks: Columns, launches: Array) -> Array:
+    """Seconds of attention of one layer for every chunk.
+
+    ``launches`` is its part in the launch of its step's kernel (chunks share one, which is part of decode attention
+    where there are decodes).
+    """
+    fitted = attention.chunk_cost(cost.tables.costs)
+    return fitted.many(chunks["tokens"], chunks["history"], launch=False) + launches * fitted.launch_s
+
+
+def _waited_s(chunk_s: Array, chunks: Columns, own: OwnPart) -> Array:
+    """Seconds of the chunks of every step on its fullest rank."""
+    return _floats(np.bincount(chunks["step"], np.where(own.rank == 0, chunk_s, 0.0), len(own.tokens)))
+
+
+def _together(
+    cost: StepCost, attention: Mixing, rows: tuple[Columns, Columns, OwnPart], apart_s: tuple[Array, Array]
+) -> Array:
+    """By what the seconds of chunks and decodes of every step are multiplied where they share a launch; else 1."""
+    (steps, chunks, own), (decode_s, chunk_s) = rows, apart_s
+    launch, factors = cost.tables.shared_launch(attention), np.ones(len(decode_s))
+    if launch is None or not len(chunk_s):
+        return factors
+    mean, apart = _contexts(attention, steps)[0], decode_s + _waited_s(chunk_s, chunks, own)
+    fullest: dict[int, list[tuple[int, int]]] = {}
+    for at in np.flatnonzero((own.rank == 0) & (steps["decodes"][chunks["step"]] > 0)).tolist():
+        chunk = int(chunks["tokens"][at]), int(chunks["history"][at])
+        fullest.setdefault(int(chunks["step"][at]), []).append(chunk)
+    for step, found in fullest.items():
+        factors[step] = launch(int(own.decodes[step]), int(mean[step]), found) / apart[step]
+    return factors
+
+
+def _decodes(cost: StepCost, attention: Mixing, steps: Columns, counted: tuple[Array, float]) -> Iterator[Work]:
+    """Decode attention; ``counted`` are the seconds of one layer in every row, and how often each runs."""
+    (seconds, runs), batch, repeats = counted, steps["decodes"], steps["repeats"]
+    ranks, attended = cost.lowered.attention_data, _attended(attention, steps)
+    mean, growing = _contexts(attention, steps)
     pairs = repeats * (attended + growing * batch * (repeats - 1) / 2)
     done = attention.decode_work(_floats(batch * repeats) / ranks, _floats(pairs) / ranks)
     every, sizes_now = np.arange(len(batch)), {"keys": mean, "batch": share(batch, ranks)}
     yield from _attention(cost, (attention.kinds[0], attention), (every, seconds, *done, runs), sizes_now)
-    return seconds
 
 
-def _chunks(
-    cost: StepCost, attention: Mixing, chunks: Columns, counted: tuple[Array, float]
-) -> Generator[Work, None, Array]:
-    """Chunk attention; returns the seconds of one layer for every chunk.
-
-    ``counted`` is each chunk's part in the launch of its step's kernel (chunks share one, which is part of decode
-    attention where there are decodes), and how often each chunk runs.
-    """
-    tokens, history = chunks["tokens"], chunks["history"]
-    launches, runs = counted
-    fitted = attention.chunk_cost(cost.tables.costs)
-    seconds = fitted.many(tokens, history, launch=False) + launches * fitted.launch_s
+def _chunks(cost: StepCost, attention: Mixing, chunks: Columns, counted: tuple[Array, float]) -> Iterator[Work]:
+    """Chunk attention; ``counted`` are the seconds of one layer for every chunk, and how often each runs."""
+    (seconds, runs), tokens, history = counted, chunks["tokens"], chunks["history"]
     done = attention.chunk_work(_floats(tokens), _floats(history))
     sizes = {"chunk": tokens, "history": history}
     yield from _attention(cost, (attention.kinds[1], attention), (chunks["step"], seconds, *done, runs), sizes)
-    return seconds
 
 
 def _attention(
