@@ -13,7 +13,7 @@ from pathlib import Path
 
 from apexsim.fitting import history
 from apexsim.fitting.attention import Heads, decode_problem, layer_problems, prefill_problem
-from apexsim.fitting.facts import Facts, hardware, tables_of
+from apexsim.fitting.facts import LAYERS_ONLY, Facts, hardware, tables_of
 from apexsim.fitting.mixed import SINGLE_LAUNCH, attention_rows
 from apexsim.fitting.problems import Problem
 
@@ -21,8 +21,6 @@ from apexsim.fitting.problems import Problem
 HEAD_DIMS = {"bf16": (64, 128, 256), "fp8": (64, 128)}
 # The judged one carries the error of the form on chunks behind a history, found on another device.
 JUDGED = ("bf16", 128)
-# Devices without tables whose layers were timed, with heads of 128.
-LAYERS_ONLY = ("rtx_4090",)
 
 
 def problems(device: Facts, kernels: Path) -> Iterator[Problem]:

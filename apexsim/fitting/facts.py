@@ -94,6 +94,8 @@ _PRICE_DATE = "2026-05"
 # Folders of the tables of devices with kernels of one kind.
 HOPPER = ("h100_sxm", "h200_sxm")
 BLACKWELL = ("b200_sxm", "b300_sxm", "gb200", "gb300")
+# Devices without tables of products and attention whose layers, in bf16 with heads of 128, were timed whole.
+LAYERS_ONLY = ("rtx_4090",)
 _FOLDERS = {"rtx-pro-6000": "rtx_pro_6000_server"}
 # A device without tables of its own takes those of another. The L40S has the same chip, but products and prompts of it
 # run at two thirds of a peak that a GeForce reaches nine tenths of, as the RTX PRO 6000 does.

@@ -13,7 +13,7 @@ import pandas as pd
 from apexsim.costs.forms import gemm
 from apexsim.costs.forms.hardware import COMPUTE_DTYPE, Array, Coefficients, Hardware
 from apexsim.fitting.cleaning import clean, faster_than, slower_than_kin, slower_than_larger
-from apexsim.fitting.facts import BLACKWELL, HOPPER, Facts, hardware, lesser_kin, tables_of
+from apexsim.fitting.facts import BLACKWELL, HOPPER, LAYERS_ONLY, Facts, hardware, lesser_kin, tables_of
 from apexsim.fitting.layers import TIMED, layer_sums, product_rows
 from apexsim.fitting.problems import Judge, Problem, fit_all_rows, random_fifth
 from apexsim.fitting.served import gemm_shapes
@@ -39,8 +39,7 @@ EXTRA = {
     "int4_wo": (gemm.SPLIT,),
     "int8_wo": (gemm.SPLIT,),
 }
-# Devices whose bf16 products were timed in whole layers alone; what their few widths can tell; tokens of a step.
-LAYERS_ONLY = ("rtx_4090",)
+# What the few widths of timed layers can tell, and the tokens of their steps.
 REFITTED = ("launch_s", "compute_efficiency", "memory_efficiency", "sm_bandwidth", "wave_s", "wave_odds", "throttle")
 LAYER_KNOTS = (1.0, 16.0, 32.0, 64.0, 96.0, 128.0, 192.0, 256.0, 384.0, 512.0, 1024.0, 2048.0)
 
