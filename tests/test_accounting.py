@@ -183,3 +183,11 @@ def test_no_steps_account_to_nothing() -> None:
     assert done.flops == done.bytes_moved == 0
     assert not done.seconds
     assert sum(done.energy_j.values()) == 0
+
+
+def test_sliding_windows_that_a_device_never_saw_are_estimated() -> None:
+    """The A100's tables hold none: its inner loop is taken to be as fast under a window."""
+    operators = catalog.load("device", "a100-sxm").operators["prefill_attention"]
+    assert all("window_efficiency" not in op.coefficients for op in operators.values())
+    found = accounted(cost_of("gemma-2-9b", device="a100-sxm"), [(BatchStats(0, 0, (0,), ((512, 0),), 1), 1)], (4096,))
+    assert found.seconds["prefill_attention", "estimated"] > 0

@@ -478,6 +478,18 @@ def test_one_plan_is_no_question() -> None:
     assert decisions.decisions(questions([0.1] * 4).query("tensor == 1")).empty
 
 
+@pytest.mark.parametrize("absent", ["length_range_ratio", "weight_dtype", "gpus", "tensor"])
+def test_files_without_a_column_still_get_a_report(absent: str) -> None:
+    decided = decisions.decisions(questions([0.020, 0.040, 0.012, 0.024]).drop(columns=absent))
+    assert decided.empty == (absent in ("gpus", "tensor"))
+
+
+def test_where_nothing_is_scored_there_is_no_question() -> None:
+    table = questions([0.1] * 4)
+    assert decisions.decisions(table.assign(part=scores.EXCLUDED)).empty
+    assert decisions.decisions(table.assign(ttft_mean_s=np.nan)).empty
+
+
 # -- the command ---------------------------------------------------------------------------------------------------
 
 

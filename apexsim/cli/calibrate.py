@@ -49,7 +49,7 @@ def calibrate(
     rows = [run for file in runs for run in selected(read_runs(file), draw.where or (), file)]
     groups = drawn_groups(rows, profile, draw.rows_per_group, draw.seed)
     with progress_bar("Calibrating") as report:
-        wanted = terms.split(",") if terms else None
+        wanted = None if terms is None else terms.split(",")
         fitted = run_calibration(profile, groups, terms=wanted, jobs=jobs, progress=report)
     assert fitted.calibration is not None, "a calibrated profile has a report"
     names = ", ".join(sorted({group.runs[0].set_name for group in groups}))

@@ -81,11 +81,11 @@ def validate(
     chosen = rows.read(runs)
     with progress_bar("validate") as progress:
         table = run_rows(chosen, itl=itl, seed=rows.seed, jobs=jobs, progress=progress)
+    if output.out:
+        _write_csv(table, output.out)
     parted = with_parts(table)
     found = report(parted)
     _print_tables(table_console(output.json_target), found)
-    if output.out:
-        _write_csv(table, output.out)
     if output.json_target:
         emit_json(found, output.json_target)
     if output.plot:

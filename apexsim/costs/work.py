@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from apexsim.costs.fitted import OperatorCosts
 from apexsim.costs.forms.hardware import Array
+from apexsim.costs.forms.prefill import WINDOW_EFFICIENCY
 from apexsim.costs.mixing import Mixing
 from apexsim.costs.operators import Collective, Experts, Gemm, RowOperator, Sampling
 from apexsim.costs.ranks import OwnPart, share
@@ -165,6 +166,13 @@ def _evidence(costs: OperatorCosts, operator: RowOperator) -> str:
     return "estimated" if searches else costs.evidence(operator.kind, operator.key)
 
 
+def _attention_evidence(costs: OperatorCosts, kind: str, attention: Mixing) -> str:
+    """That of the device's profile; sliding windows that it never saw are estimated."""
+    unseen = attention.window is not None and kind == "prefill_attention"
+    unseen = unseen and WINDOW_EFFICIENCY.name not in costs.operator(kind, attention.key).coefficients
+    return "estimated" if unseen else costs.evidence(kind, attention.key)
+
+
 def _dtype_of(operator: RowOperator) -> str | None:
     if isinstance(operator, Collective):
         return None
@@ -272,7 +280,7 @@ def _attention(
             step=step,
             at=np.arange(len(seconds)),
             runs=np.full(len(seconds), runs),
-            evidence=costs.evidence(kind, attention.key),
+            evidence=_attention_evidence(costs, kind, attention),
             spread=costs.spread(kind, attention.key),
             outside=costs.extrapolated(kind, attention.key, **sizes, **attention.sizes()),
         )

@@ -173,7 +173,7 @@ class MemoryDefaults(Spec):
 
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     reserve_bytes: int = Field(0, ge=0)
-    kv_blocks: int | None = Field(None, gt=0)
+    kv_blocks: int | None = Field(None, gt=0, le=2**40)
 
 
 class CommunicationDefaults(Spec):

@@ -34,7 +34,8 @@ Chooser = Callable[["pd.DataFrame", float], "int | None"]
 def decisions(table: pd.DataFrame) -> pd.DataFrame:
     """One row a question: its group, its limit, and for each chooser its regret (NaN where it has no numbers).
 
-    ``table`` is that of ``scores.with_parts``. Only closed loops have a question; excluded rows are no answers.
+    ``table`` is that of ``scores.with_parts``. Only closed loops that say their devices and tensor
+    degree have a question; excluded rows are no answers.
     """
     import pandas as pd
 
@@ -61,10 +62,13 @@ def summary(decided: pd.DataFrame) -> pd.DataFrame:
 
 
 def _groups(table: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    if "concurrency" not in table or "tpot_mean_s" not in table:
-        return
     used = (table["workload"] == "closed_loop") & (table["part"] != EXCLUDED) & (table["tpot_mean_s"] > 0)
-    rows = _with_rates(table[used & (table["ttft_mean_s"] > 0)])
+    asked = table[used & (table["ttft_mean_s"] > 0)]
+    if asked.empty:
+        return
+    # A column that no file has is one that every row leaves empty.
+    rows = _with_rates(asked.reindex(columns=list(dict.fromkeys((*asked, *_SAME_QUESTION, *_PLAN, "gpus")))))
+    rows = rows.dropna(subset=["rate", "tensor"])
     for names, group in rows.groupby(list(_SAME_QUESTION), sort=True, dropna=False):
         if group["plan"].nunique() > 1:
             yield dict(zip(_SAME_QUESTION, names, strict=True)), group.reset_index(drop=True)
@@ -75,13 +79,13 @@ def _with_rates(rows: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     numbers = {key: pd.to_numeric(rows[key]) for key in ("concurrency", "output_tokens", "tensor", "gpus")}
-    ratio = pd.to_numeric(rows["length_range_ratio"]).fillna(1.0) if "length_range_ratio" in rows else 1.0
+    ratio = pd.to_numeric(rows["length_range_ratio"]).fillna(1.0)
     outputs = numbers["output_tokens"] * (1 + ratio) / 2
     rates = {}
     for prefix in ("", "predicted_", "peer_"):
         life_s = rows[f"{prefix}ttft_mean_s"] + (outputs - 1) * rows[f"{prefix}tpot_mean_s"]
         rates[f"{prefix}rate"] = numbers["concurrency"] * outputs / life_s / numbers["gpus"]
-    plans = rows[[key for key in _PLAN if key in rows]].astype(str).agg("-".join, axis=1)
+    plans = ["-".join(map(str, plan)) for plan in rows[list(_PLAN)].itertuples(index=False)]
     return rows.assign(**rates, plan=plans, tensor=numbers["tensor"], gpus=numbers["gpus"])
 
 

@@ -9,7 +9,8 @@ multiprocessors, BW HBM bytes/s.
     pairs = sum over the chunk of min(H + i, win)             query-key pairs, causal
     kvl   = pairs / L + min(L, TQ / gp) / 2 + pad             keys per tile; pad 64, with a window 128
             + (1 - skip) (L - 1) / 2 behind a history         kernels that do not skip the upper triangle there
-    tile  = 4 TQ 128 d / (P / SM e_c)                         one query tile against 128 keys (over w_eff with a window)
+    tile  = 4 TQ 128 d / (P / SM e_c)                         one query tile against 128 keys (over w_eff with a window;
+                                                              1 where no window was measured)
     work  = b (h / gp) nt (max(kvl, 64) / 128 tile + tau) / SM
     long  = c_l (ceil(kvmax / 128) tile ns^-a + tau)          the longest tile; ns: key splits at low occupancy
     T     = t0 + pnorm(work, long) max(1, T / 1 ms)^thr + (kv_passes 2 L b kv d (2 + w_kv) + io_passes 4 L b h d) / BW
@@ -93,7 +94,7 @@ def bind(heads: Heads, c: Coefficients, hw: Hardware) -> Bound:
     """Work out the constants of one head shape: seconds of a tile, per new token, per pair and per key read."""
     h, kv, d, window, kv_bytes = heads
     tq = c["query_tile"]
-    efficiency = c["compute_efficiency"] * (1.0 if window is None else c["window_efficiency"])
+    efficiency = c["compute_efficiency"] * (1.0 if window is None else c.get(WINDOW_EFFICIENCY.name, 1.0))
     traffic = c["kv_passes"] * 2 * kv * (2 + kv_bytes) + c["io_passes"] * 4 * h
     return Bound(
         heads=h,
