@@ -307,3 +307,14 @@ def test_a_broken_table_is_named() -> None:
     data["residuals"][0]["spread"] = [1.0]
     with pytest.raises(BadInput, match="every spread needs a quantile"):
         read_table(json.dumps(data), "mine.json")
+
+
+@pytest.mark.parametrize("cell", ["abc", "inf"])
+def test_cells_that_are_no_numbers_are_named(cell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = tmp_path / "rows.csv", tmp_path / "out.json"
+    rows = rows_of(groups_drawn(np.random.default_rng(5), 2)).astype({"predicted_tpot_mean_s": object})
+    rows.loc[3, "predicted_tpot_mean_s"] = cell
+    rows.to_csv(source, index=False)
+    assert main(["calibrate-intervals", str(source), "--out", str(target)]) == 2
+    assert "predicted_tpot_mean_s, row 4" in capsys.readouterr().err
+    assert not target.exists()

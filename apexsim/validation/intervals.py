@@ -60,7 +60,21 @@ def read_rows(path: Path) -> pd.DataFrame:
         raise BadInput("is not a CSV file; give what apexsim validate --out wrote", where=path) from None
     if missing := [name for name in _NEEDED if name not in table]:
         raise BadInput("give a file that apexsim validate --out wrote", where=path, key=missing[0])
+    _check_figures(table, path)
     return table.fillna({name: "" for name in _TEXTS if name in table})
+
+
+def _check_figures(table: pd.DataFrame, path: Path) -> None:
+    """Raise BadInput where a measured or predicted figure is not a finite number."""
+    import pandas as pd
+
+    for name in [f"{prefix}{figure}" for figure in COLUMNS.values() for prefix in ("", "predicted_")]:
+        if name in table:
+            cells = table[name].dropna()
+            wrong = cells[~np.isfinite(pd.to_numeric(cells, errors="coerce").astype(float))]
+            if len(wrong):
+                at = f"{name}, row {wrong.index[0] + 1} (the first data row is 1)"
+                raise BadInput("give a finite number, or leave it empty", where=path, key=at, got=wrong.iloc[0])
 
 
 def calibrate_intervals(tables: Sequence[pd.DataFrame], source: str) -> IntervalTable:
