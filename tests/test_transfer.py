@@ -214,6 +214,7 @@ def test_the_command_writes_a_profile_that_serves(tmp_path: Path, capsys: pytest
     [
         ([], "--from-datasheet: give a datasheet, a name and a file"),
         (["--from-datasheet", "x.yaml", "--name", "new"], "--out: give a datasheet, a name and a file"),
+        (["--from-datasheet", "x.yaml", "--name", "", "--out", "o.yaml"], "--name: give a datasheet, a name"),
         (["--from-datasheet", "x.yaml", "--name", "h100-sxm", "--out", "o.yaml"], "a measured device has that name"),
         (["--errors", "--name", "new"], "--errors: leave --name and --out away"),
     ],

@@ -34,7 +34,7 @@ def device(
         _print_errors(measured)
         return
     for flag, given in (("--from-datasheet", from_datasheet), ("--name", name), ("--out", out)):
-        if given is None:
+        if given in (None, ""):
             raise BadInput("give a datasheet, a name and a file for the profile, or --errors alone", where=flag)
     assert from_datasheet is not None, "asked for above"
     assert name is not None, "asked for above"
