@@ -154,6 +154,9 @@ class _Fit:
         self._before = self._errors(self._start)
         if not np.isfinite(self._before).any():
             raise BadInput("none of the rows can be simulated; apexsim validate says why", where="runs")
+        if np.isfinite(self._before).sum() <= len(wanted):
+            said = f"{len(wanted)} terms need more figures than that; name fewer, or give more rows"
+            raise BadInput(said, where="runs", got=f"{np.isfinite(self._before).sum()} figures")
         effects = self._effects(self._start, self._before)
         seen = np.abs(effects * self._spans()).max(axis=(0, 1)) > LEAST_EFFECT
         if terms and not seen.all():
