@@ -46,9 +46,12 @@ def fit(
     parts = tuple(part.strip() for part in only.split(",")) if only else None
     targets = _targets(device, out, all_devices=all_devices)
     todo = [_Job(name, tables, parts, plots, file) for name, file in targets.items()]
+    written = {}
     for job, profile in _fitted(todo):
         write_yaml(job.target, profile.model_dump(mode="json", exclude_defaults=True))
         typer.echo(f"{job.name}: written to {job.target}", err=True)
+        written[job.name] = profile
+    for profile in written.values():
         print_tables(*device_tables(profile))
 
 
@@ -71,12 +74,21 @@ def _targets(device: str | None, out: Path | None, *, all_devices: bool) -> dict
 
 
 def _fitted(todo: list[_Job]) -> Iterator[tuple[_Job, DeviceProfile]]:
-    """Every job with its profile, in order; several of them side by side, one a core."""
+    """Every job with its profile, in order; several of them side by side, one a core.
+
+    The power of a device may rest on its relatives' shipped profiles: it comes last, one device after another.
+    """
+    from apexsim.fitting.pipeline import PARTS
+
     if len(todo) == 1:
         yield todo[0], _run(todo[0])
         return
+    kernels = [job._replace(only=tuple(part for part in job.only or PARTS if part != "power")) for job in todo]
     with ProcessPoolExecutor() as pool:
-        yield from zip(todo, pool.map(_run, todo), strict=True)
+        yield from zip(kernels, pool.map(_run, kernels), strict=True)
+    for job in todo:
+        if "power" in (job.only or PARTS):
+            yield job, _run(job._replace(only=("power",)))
 
 
 def _run(job: _Job) -> DeviceProfile:
