@@ -44,9 +44,7 @@ def slower_than_larger(by: Sequence[str], size: str, tolerance: float = 1.25) ->
     A product of more rows contains the smaller one, so such a time is a hiccup or a bad kernel choice of the
     measurement. Not for kernels whose tiles make real steps (fp8_block).
     """
-    return Rule(
-        f"over {tolerance:g}x a larger {size}", lambda frame: _no_hiccups(frame, by, size, tolerance)
-    )
+    return Rule(f"over {tolerance:g}x a larger {size}", lambda frame: _no_hiccups(frame, by, size, tolerance))
 
 
 def _no_hiccups(frame: pd.DataFrame, by: Sequence[str], size: str, tolerance: float) -> Mask:
