@@ -154,15 +154,15 @@ class _Fit:
         self._before = self._errors(self._start)
         if not np.isfinite(self._before).any():
             raise BadInput("none of the rows can be simulated; apexsim validate says why", where="runs")
-        if np.isfinite(self._before).sum() <= len(wanted):
-            said = f"{len(wanted)} terms need more figures than that; name fewer, or give more rows"
-            raise BadInput(said, where="runs", got=f"{np.isfinite(self._before).sum()} figures")
         effects = self._effects(self._start, self._before)
         seen = np.abs(effects * self._spans()).max(axis=(0, 1)) > LEAST_EFFECT
         if terms and not seen.all():
             unseen = [term for term, sees in zip(wanted, seen, strict=True) if not sees]
             raise BadInput("no row is moved by it; leave it out", where="--terms", got=", ".join(unseen))
         self.terms = tuple(term for term, sees in zip(wanted, seen, strict=True) if sees)
+        if np.isfinite(self._before).sum() <= len(self.terms):
+            said = f"{len(self.terms)} terms need more figures than that; name fewer, or give more rows"
+            raise BadInput(said, where="runs", got=f"{np.isfinite(self._before).sum()} figures")
         self._slopes = effects[:, :, seen]
         self._refuse_alike(self._slopes)
 
