@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from apexsim import catalog
 from apexsim.costs.fitted import AttentionShape, MoeLayer, OperatorCosts
-from apexsim.costs.forms import decode, gemm, mixed, mla, moe, prefill, small
+from apexsim.costs.forms import decode, gemm, mixed, mla, moe, prefill, routing, small
 from apexsim.costs.forms.hardware import Hardware
 from apexsim.errors import Unsupported
 from apexsim.io.yaml_files import format_yaml
@@ -151,12 +151,12 @@ def test_no_experts_beat_the_roofline(name, tokens, model, degrees, data):
     hidden, inter, topk, experts = model
     tensor, ep = degrees
     dtype = data.draw(st.sampled_from(sorted(PROFILES[name].operators["moe"])))
-    routing = data.draw(st.sampled_from(["balanced", "power_law_1.01"]))
-    layer = MoeLayer(hidden, inter // tensor, topk, experts, ep, dtype, routing)
+    law = data.draw(st.sampled_from(["balanced", "power_law_1.01"]))
+    layer = MoeLayer(hidden, inter // tensor, topk, experts, ep, dtype, law)
     seconds = BURST[name].moe_s(tokens, layer)
     matrix = 3 * hidden * inter // tensor
     assert seconds >= 2 * tokens * topk / ep * matrix / peak(name, dtype) * (1 - 1e-9)
-    touched = moe.touched_experts(tokens, experts, topk, 0.0 if routing == "balanced" else 1.01)
+    touched = routing.touched_experts(tokens, experts, topk, 0.0 if law == "balanced" else 1.01)
     assert seconds >= touched / ep * matrix * dtype_bytes(dtype) / bandwidth(name) * (1 - 1e-9)
 
 

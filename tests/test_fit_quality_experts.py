@@ -9,7 +9,7 @@ import pytest
 from apexsim import catalog
 from apexsim.costs.collectives import CollectiveTable, clean_points, copies_sent
 from apexsim.costs.fitted import AttentionShape, MoeLayer, OperatorCosts
-from apexsim.costs.forms import mixed, moe
+from apexsim.costs.forms import mixed, moe, routing
 from apexsim.costs.forms.hardware import Hardware
 from apexsim.costs.forms.residual import LogGrid
 from apexsim.costs.forms.scalar import SCALAR
@@ -66,7 +66,7 @@ def test_experts_obey_the_roofline_and_grow_with_tokens(name, dtype):
     layer = MoeLayer(4096, 1536, 8, 128, dtype=dtype)
     tokens = np.array([1, 8, 64, 512, 4096, 16384])
     seconds = COSTS[name].moe_s(tokens, layer)
-    touched = moe.touched_experts(tokens, 128, 8, 1.01)
+    touched = routing.touched_experts(tokens, 128, 8, 1.01)
     assert (
         seconds >= touched * 3 * 4096 * 1536 * dtype_bytes(dtype) / PROFILES[name].datasheet.memory_bytes_per_s
     ).all()
@@ -83,8 +83,8 @@ def test_all_experts_of_group_limited_routing_are_read_in_serving(name):
 @pytest.mark.parametrize("name", [*HOPPER, *BLACKWELL])
 def test_skewed_routing_and_more_ranks_cost_what_they_should(name):
     balanced, skewed = (
-        COSTS[name].moe_s(8192, MoeLayer(4096, 1536, 8, 128, 8, "fp8_block", routing))
-        for routing in ("balanced", "power_law_1.2")
+        COSTS[name].moe_s(8192, MoeLayer(4096, 1536, 8, 128, 8, "fp8_block", law))
+        for law in ("balanced", "power_law_1.2")
     )
     assert balanced < skewed < 4 * balanced
     alone, spread = (COSTS[name].moe_s(8192, MoeLayer(4096, 1536, 8, 128, ep, "fp8_block")) for ep in (1, 8))
@@ -99,8 +99,8 @@ def test_activated_experts_set_the_time_of_a_layer(data):
     op = PROFILES["rtx-pro-6000"].operators["moe"]["bf16"]
     shape = moe.MoeShape(
         *(rows["tokens"].to_numpy(float), 2048.0, 768.0, 8.0, 128.0, 1.0, 3.0),
-        touched=rows["activated_experts"].to_numpy(float),
-        power_law=0.0,
+        active=rows["activated_experts"].to_numpy(float),
+        local=8 * rows["tokens"].to_numpy(float),
     )
     hw = Hardware.of(PROFILES["rtx-pro-6000"].datasheet, "bf16")
     seconds = moe.moe_s(shape, 2.0, op.coefficients, hw, cold=False)

@@ -10,7 +10,7 @@ from apexsim import catalog
 from apexsim.costs.forms.hardware import Coefficient, Hardware
 from apexsim.costs.forms.residual import LogGrid
 from apexsim.errors import BadInput
-from apexsim.fitting import attention, cleaning, facts, moe, pipeline, served
+from apexsim.fitting import attention, cleaning, facts, moe, pipeline, routing, served
 from apexsim.fitting.fit import fit_coefficients, fit_residual
 from apexsim.fitting.problems import fit_all_rows
 from apexsim.fitting.tables import data_root, read_table
@@ -131,9 +131,9 @@ def test_half_the_experts_of_group_limited_routing_are_read(data):
     problem = moe.problem(data / "kernels" / "datacenter", kernel, hw)
     grouped = (problem.frame["hidden"] == 7168) & (problem.frame["experts"] == 256)
     rows = problem.frame[grouped & (problem.frame["routing"] == "balanced")]
-    assert rows["touched"].max() == 128
-    assert (rows.loc[rows["ep"] == 8, "spread"] == 4).all()
-    assert problem.frame["touched"].max() > 128
+    assert rows.loc[rows["ep"] == 1, "active"].max() == 128
+    assert (rows.loc[rows["ep"] == 8, "local"] == (rows.loc[rows["ep"] == 8, "tokens"] * 2).clip(lower=1)).all()
+    assert problem.frame["active"].max() > 128
 
 
 def test_a_refit_gives_the_shipped_operator_again(data):
@@ -148,3 +148,14 @@ def test_a_refit_gives_the_shipped_operator_again(data):
     difference = np.array(first[1].percent) - np.array(shipped.residual.percent)
     assert np.abs(difference).max() <= 2
     assert shipped.rows_used == len(problem.frame)
+
+
+def test_the_timed_device_of_a_power_law_has_what_the_collector_gave_it():
+    """Every expert once where there are fewer picks than experts; the fullest of ep groups; no token twice."""
+    for tokens, ep in ((1, 1), (4, 1), (64, 4), (4096, 8)):
+        load = routing.timed_device(tokens, 128, 8, ep, 1.01)
+        assert 8 * tokens / ep <= load.rows <= 8 * tokens
+        assert load.active <= min(128 // ep, load.rows)
+    assert routing.timed_device(1, 128, 8, 1, 1.01).active == 8
+    assert routing.timed_device(64, 128, 8, 4, 0.0) == (32, 128)
+    assert routing.timed_device(16, 128, 8, 4, 1.2).rows > routing.timed_device(16, 128, 8, 4, 1.01).rows > 32

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from apexsim.costs.attention import interpolate
 from apexsim.costs.collectives import CollectiveTable, clean_points, thin_points
-from apexsim.costs.forms import decode, gemm, moe, prefill, small
+from apexsim.costs.forms import decode, gemm, moe, prefill, routing, small
 from apexsim.costs.forms.hardware import Hardware, pnorm
 from apexsim.costs.forms.residual import LogGrid
 from apexsim.costs.forms.scalar import SCALAR
@@ -117,23 +117,23 @@ def test_decode_cold_reads_all_keys_from_memory():
 
 @given(experts=st.sampled_from([8, 16, 128, 512]), topk=st.integers(1, 8), alpha=st.sampled_from([1.01, 1.2]))
 def test_every_token_picks_topk_experts(experts, topk, alpha):
-    chances = moe.pick_chances(experts, topk, alpha)
+    chances = routing.pick_chances(experts, topk, alpha)
     assert chances.sum() == pytest.approx(topk)
     assert (chances > 0).all()
     assert (chances <= 1 + 1e-12).all()
-    touched = moe.touched_experts(np.array([1.0, 2.0, 8.0, 64.0, 4096.0]), experts, topk, alpha)
+    touched = routing.touched_experts(np.array([1.0, 2.0, 8.0, 64.0, 4096.0]), experts, topk, alpha)
     assert touched[0] == pytest.approx(topk)
     assert (np.diff(touched) >= 0).all()
     assert touched[-1] <= experts
 
 
 def test_balanced_routing_touches_as_many_experts_as_it_can():
-    np.testing.assert_array_equal(moe.touched_experts([1, 4, 16, 1000], 128, 8, 0.0), [8, 32, 128, 128])
+    np.testing.assert_array_equal(routing.touched_experts([1, 4, 16, 1000], 128, 8, 0.0), [8, 32, 128, 128])
 
 
 def test_moe_pays_for_the_experts_touched():
-    def seconds(touched):
-        shape = moe.MoeShape(16.0, 4096.0, 1536.0, 8.0, 128.0, 1.0, 3.0, touched, 1.0)
+    def seconds(active):
+        shape = moe.MoeShape(16.0, 4096.0, 1536.0, 8.0, 128.0, 1.0, 3.0, active, 128.0)
         return float(moe.moe_s(shape, 2.0, MOE, HW))
 
     one = 3 * 4096 * 1536 * 2 / (1e12 * MOE["memory_efficiency"])
@@ -197,3 +197,16 @@ def test_thinned_points_give_the_others_back(seconds):
     assert {points[0], points[-1]} <= set(kept)
     table = CollectiveTable(Points(bytes=[int(b) for b, _ in kept], seconds=[s for _, s in kept]))
     np.testing.assert_allclose(table([b for b, _ in points]), [s for _, s in points], rtol=0.0101)
+
+
+@given(
+    st.sampled_from([8, 64, 128, 256]),
+    st.sampled_from([1, 2, 4, 8]),
+    st.sampled_from([0.0, 1.01]),
+    st.integers(1, 9999),
+)
+def test_the_fullest_device_has_its_share_at_least_and_all_at_most(experts, ep, alpha, tokens):
+    load = routing.fullest_device(tokens, experts, 2, ep, alpha)
+    touched = routing.touched_experts(float(tokens), experts, 2, alpha)
+    assert touched / ep * (1 - 1e-6) <= load.active <= min(experts / ep, touched) * (1 + 1e-6) or load.active == 1
+    assert 2 * tokens / ep * (1 - 1e-6) <= load.rows <= 2 * tokens

@@ -121,7 +121,7 @@ def _draw(folder: Path, device: str, problem: Problem, found: FittedOperator) ->
         {
             size: problem.frame[column],
             "measured_s": problem.frame["seconds"],
-            "predicted_s": predicted_s(problem, found.coefficients, found.residual),
+            "predicted_s": predicted_s(problem, found.coefficients, found.residual, found.shapes),
         }
     )
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from apexsim.costs.forms import gemm, moe, small
 from apexsim.costs.forms.hardware import COMPUTE_DTYPE, Array, Hardware
 from apexsim.costs.forms.prefill import Heads
 from apexsim.costs.forms.residual import LogGrid
+from apexsim.costs.forms.routing import fullest_device
 from apexsim.costs.stand_ins import stand_in
 from apexsim.errors import Unsupported
 from apexsim.specs.device import DeviceProfile, Evidence, FittedOperator
@@ -84,6 +85,7 @@ class OperatorCosts:
         self._tables: dict[tuple[str, str], CollectiveTable] = {}
         self.prefill_attention = lru_cache(maxsize=256)(self._prefill_attention)
         self._decode_cost = lru_cache(maxsize=4096)(self._decode_curve)
+        self._own_experts = lru_cache(maxsize=64)(self._find_own_experts)
 
     def operator(self, kind: str, key: str) -> FittedOperator:
         """The fitted operator, or an estimate in its place; raises Unsupported, naming what there is."""
@@ -188,6 +190,9 @@ class OperatorCosts:
         shape, width = self._moe_shape(tokens, layer), dtype_bytes(layer.dtype)
         seconds = moe.moe_s(shape, width, op.coefficients, hw)
         seconds = seconds * self._correction("moe", layer.key, moe.residual_coordinates(shape))
+        if own := self._own_experts(layer):
+            grid, split = own
+            seconds = seconds * np.exp(grid.log_factor(*moe.shape_coordinates(split, shape.tokens)))
         floor = moe.roofline_s(shape, width, hw)
         per_expert = shape.tokens * layer.topk / layer.experts
         factor = self.sustained_factor(np.maximum(per_expert, 1.0), layer.dtype)
@@ -260,6 +265,17 @@ class OperatorCosts:
             self._grids[kind, key] = LogGrid.of(grid) if grid else None
         return self._grids[kind, key]
 
+    def _find_own_experts(self, layer: MoeLayer) -> tuple[LogGrid, float] | None:
+        """The correction of the model that the experts belong to, where it was measured, and how they are split."""
+        shapes = self.operator("moe", layer.key).shapes
+        for name in shapes.percent if shapes else ():
+            hidden, width, topk, experts = map(int, name.split("x"))
+            cuts, rest = divmod(width, layer.inter)
+            if not rest and (hidden, topk, experts) == (layer.hidden, layer.topk, layer.experts):
+                assert shapes is not None, "it has names"
+                return LogGrid.of(shapes.grid(name)), layer.ep / cuts
+        return None
+
     def _table(self, kind: str, key: str) -> CollectiveTable:
         if (kind, key) not in self._tables:
             points = self.operator(kind, key).points
@@ -271,9 +287,9 @@ class OperatorCosts:
     def _moe_shape(self, tokens: Any, layer: MoeLayer) -> moe.MoeShape:
         if layer.routing not in ROUTING_ALPHA:
             raise Unsupported(f"no routing {layer.routing}; there is: {', '.join(ROUTING_ALPHA)}")
-        alpha = ROUTING_ALPHA[layer.routing]
         count = np.maximum(np.asarray(tokens, dtype=float), 1.0)
-        touched = moe.touched_experts(count, layer.experts, layer.topk, alpha)
+        alpha = ROUTING_ALPHA[layer.routing]
+        load = fullest_device(count, layer.experts, layer.topk, layer.ep, alpha)
         matrices = 3.0 if layer.gated else 2.0
         sizes = (float(layer.hidden), float(layer.inter), float(layer.topk), float(layer.experts), float(layer.ep))
-        return moe.MoeShape(count, *sizes, matrices, touched, float(alpha > 0))
+        return moe.MoeShape(count, *sizes, matrices, load.active, load.rows)

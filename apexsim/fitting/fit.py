@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,9 +15,16 @@ Knots = Mapping[str, Sequence[float]]
 
 # Errors beyond this fraction count linearly, not squared: kernel choices of the library make outliers.
 SOFT_ERROR = 0.05
-# Weight of smoothness and of smallness of the residual, in rows per knot.
-SMOOTHNESS = 3.0
-SMALLNESS = 0.3
+
+
+class Stiffness(NamedTuple):
+    """How much a residual resists its rows: weight of smoothness and of smallness, in rows per knot."""
+
+    smooth: float
+    small: float
+
+
+STIFFNESS = Stiffness(smooth=3.0, small=0.3)
 
 
 def fit_coefficients(
@@ -58,7 +66,9 @@ def fit_coefficients(
     return {name: _round(value) for name, value in unpack(found.x).items()}
 
 
-def fit_residual(log_error: Array, weight: Array, coordinates: Sequence[Array], knots: Knots) -> ResidualGrid:
+def fit_residual(
+    log_error: Array, weight: Array, coordinates: Sequence[Array], knots: Knots, *, stiffness: Stiffness = STIFFNESS
+) -> ResidualGrid:
     """Smooth grid of corrections that best explains ``log_error`` (log measured - log form), in whole percent.
 
     Weighted least squares on the multilinear basis, with second differences along every axis and the values
@@ -73,7 +83,7 @@ def fit_residual(log_error: Array, weight: Array, coordinates: Sequence[Array], 
         sparse.csr_matrix((share, (rows, index)), shape=(len(rows), grid.values.size))
         for index, share in grid.corners(np.broadcast_arrays(*coordinates))
     )
-    penalty = _penalty(shape) * (weight.sum() / grid.values.size)
+    penalty = _penalty(shape, stiffness) * (weight.sum() / grid.values.size)
     robust = np.ones_like(log_error)
     for _ in range(3):
         scaled = basis.multiply((weight * robust)[:, None]).tocsr()
@@ -85,9 +95,9 @@ def fit_residual(log_error: Array, weight: Array, coordinates: Sequence[Array], 
     return ResidualGrid(axes=axes, percent=tuple(tuple(row) for row in percent.tolist()))
 
 
-def _penalty(shape: Sequence[int]) -> Array:
+def _penalty(shape: Sequence[int], stiffness: Stiffness) -> Array:
     """Quadratic form of roughness (second differences along every axis) and size of a grid of ``shape``."""
-    total = SMALLNESS * 0.05 * np.eye(int(np.prod(shape)))
+    total = stiffness.small * 0.05 * np.eye(int(np.prod(shape)))
     for axis, size in enumerate(shape):
         order = min(2, size - 1)
         if order == 0:
@@ -95,7 +105,7 @@ def _penalty(shape: Sequence[int]) -> Array:
         difference = np.diff(np.eye(size), n=order, axis=0)
         before, after = int(np.prod(shape[:axis])), int(np.prod(shape[axis + 1 :]))
         along = np.kron(np.kron(np.eye(before), difference.T @ difference), np.eye(after))
-        total += SMOOTHNESS * 0.05 * along
+        total += stiffness.smooth * 0.05 * along
     return total
 
 

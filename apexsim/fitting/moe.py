@@ -14,26 +14,27 @@ from apexsim.costs.forms import moe
 from apexsim.costs.forms.hardware import COMPUTE_DTYPE, Array, Coefficients, Hardware
 from apexsim.fitting.cleaning import clean, faster_than, thin_shards
 from apexsim.fitting.facts import BLACKWELL, HOPPER, Facts, hardware
-from apexsim.fitting.problems import Problem, random_fifth
+from apexsim.fitting.problems import OwnShapes, Problem, random_fifth
+from apexsim.fitting.routing import timed_devices
 from apexsim.fitting.served import expert_shapes
 from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
 from apexsim.units import dtype_bytes
 
 NUMBERS = ["tokens", "hidden", "inter", "topk", "experts", "tp", "ep", "latency_us"]
 KNOTS = {
-    "routing": (1.0, 2.0),
     "sparsity": (4.0, 32.0),
-    "ep": (1.0, 8.0, 64.0),
+    "ep": (1.0, 2.0, 8.0, 64.0),
     "matrix": (2.5e5, 2e6, 1e7, 1e8),
-    "tokens": (1.0, 8.0, 32.0, 128.0, 512.0, 1536.0, 4096.0, 16384.0),
+    "tokens": (1.0, 8.0, 32.0, 128.0, 512.0, 2048.0, 16384.0),
 }
-# The A100 kernels are tuned for some widths of some models only and twice as slow beside them; only finer knots see
-# that. The gpt-oss kernels have two models of one width.
-A100_KNOTS = {
-    "sparsity": (4.0, 8.0, 16.0, 32.0),
-    "matrix": (2.5e5, 1e6, 2e6, 4e6, 7e6, 1.3e7, 3e7, 5e7, 1e8),
+# Kernels are tuned for the experts of well-known models, and other ones run where they are whole on a device than where
+# they are cut: every measured model has a correction of its own over expert / tensor degree and tokens.
+SHAPE_KNOTS = {
+    "split": (0.125, 1.0, 2.0, 8.0),
+    "tokens": (1.0, 4.0, 8.0, 16.0, 32.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0),
 }
-GPT_OSS_KNOTS = {"sparsity": (8.0, 32.0), "matrix": (2.5e5, 1e6, 8.3e6)}
+# Serving routes by a power law: balanced rows, a third of all, hardly count in those.
+BALANCED_WEIGHT = 0.2
 # Shapes of plain (not gated) experts: two matrices instead of three. The tables of before vLLM 0.24, whose kernels go
 # by this name, ran them with three: times per byte are those of their gated neighbours only so.
 PLAIN = {(2688, 1856), (2048, 5120), (1024, 2688)}
@@ -54,7 +55,6 @@ class Kernel(NamedTuple):
     label: str
     name: str
     folder: str
-    knots: dict[str, tuple[float, ...]] = KNOTS
     gpt_oss: bool = False
 
 
@@ -78,7 +78,7 @@ def kernels_of(folder: str) -> tuple[Kernel, ...]:
         grouped = [own(dtype, "monolithic") for dtype in ("fp8_block", "nvfp4")]
         mxfp4 = own("mxfp4", "mxfp4_mxfp8", "w4a8_mxfp4_mxfp8")._replace(gpt_oss=True)
         return (*dense, *grouped, int4, mxfp4)
-    mxfp4 = own("mxfp4", "gptoss", "w4a16_mxfp4")._replace(knots=KNOTS | GPT_OSS_KNOTS)
+    mxfp4 = own("mxfp4", "gptoss", "w4a16_mxfp4")
     if folder in HOPPER:
         return (own("bf16", "triton"), _hopper_fp8(), own("fp8_block", "fp8moe"), int4, mxfp4)
     if folder == "l40s":
@@ -88,8 +88,8 @@ def kernels_of(folder: str) -> tuple[Kernel, ...]:
 
 def _a100() -> tuple[Kernel, ...]:
     """From the table of SGLang, which runs the Triton kernel of vLLM: that of vLLM has no balanced rows."""
-    bf16 = Kernel("bf16", "moe__sglang.parquet", "bf16", "fused_moe_triton", "a100_sxm", KNOTS | A100_KNOTS)
-    return (bf16, bf16._replace(dtype="int4_wo", label="int4_wo", name="marlin", knots=KNOTS))
+    bf16 = Kernel("bf16", "moe__sglang.parquet", "bf16", "fused_moe_triton", "a100_sxm")
+    return (bf16, bf16._replace(dtype="int4_wo", label="int4_wo", name="marlin"))
 
 
 def _hopper_fp8() -> Kernel:
@@ -118,16 +118,16 @@ class _Experts(NamedTuple):
     hw: Hardware
 
     def shape(self, rows: pd.DataFrame) -> moe.MoeShape:
-        columns = ("tokens", "hidden", "shard", "topk", "reachable", "spread", "matrices", "touched", "power_law")
+        columns = ("tokens", "hidden", "shard", "topk", "experts", "ep", "matrices", "active", "local")
         return moe.MoeShape(*(rows[column].to_numpy(dtype=float) for column in columns))
 
     def predict(self, rows: pd.DataFrame, c: Coefficients) -> Array:
         return moe.moe_s(self.shape(rows), self.weight_bytes, c, self.hw, cold=False)
 
     def compute_floor(self, rows: pd.DataFrame) -> Array:
-        """FLOPs of an average device at the peak."""
+        """FLOPs of the device at the peak."""
         s = self.shape(rows)
-        return np.asarray(2 * s.tokens * s.topk / s.ep * s.matrices * s.hidden * s.inter / self.hw.flops_per_s)
+        return np.asarray(2 * s.local * s.matrices * s.hidden * s.inter / self.hw.flops_per_s)
 
     def coordinates(self, rows: pd.DataFrame) -> tuple[Array, ...]:
         return moe.residual_coordinates(self.shape(rows))
@@ -152,7 +152,7 @@ def problem(tables: Path, kernel: Kernel, hw: Hardware, *, own: bool = True) -> 
         predict=form.predict,
         coefficients=moe.COEFFICIENTS,
         coordinates=form.coordinates,
-        knots=_knots(frame, kernel),
+        knots=_knots(frame),
         valid={"tokens": "tokens", "hidden": "hidden", "inter": "shard", "experts": "experts", "ep": "ep"},
         holdouts={
             "random": (random_fifth(len(frame)), {"random": everything, "random_served": served}),
@@ -160,6 +160,18 @@ def problem(tables: Path, kernel: Kernel, hw: Hardware, *, own: bool = True) -> 
             "served_shapes": (served, {"served_shapes": everything}),
         },
         weight=frame["weight"].to_numpy(),
+        shapes=_own_shapes(frame),
+    )
+
+
+def _own_shapes(frame: pd.DataFrame) -> OwnShapes:
+    """The models whose experts a table holds, by name."""
+    sizes = zip(frame["hidden"], frame["inter"], frame["topk"], frame["experts"], strict=True)
+    return OwnShapes(
+        names=np.array([moe.shape_name(*model) for model in sizes]),
+        weight=(frame["weight"] * np.where(frame["power_law"] > 0, 1.0, BALANCED_WEIGHT)).to_numpy(),
+        coordinates=moe.shape_coordinates((frame["ep"] / frame["tp"]).to_numpy(), frame["tokens"].to_numpy()),
+        knots=SHAPE_KNOTS,
     )
 
 
@@ -174,8 +186,7 @@ def _rows(tables: Path, kernel: Kernel) -> pd.DataFrame:
     plain &= ~frame["kernel_source"].str.contains(ALWAYS_GATED, regex=False).to_numpy()
     frame["matrices"] = np.where(plain, 2.0, 3.0)
     frame["power_law"] = (frame["routing"] != "balanced").astype(float)
-    frame["touched"] = _touched(frame)
-    return _group_limited(frame)
+    return _routed(frame)
 
 
 def _rows_of(table: Path, label: str, kernels: str) -> pd.DataFrame:
@@ -183,36 +194,26 @@ def _rows_of(table: Path, label: str, kernels: str) -> pd.DataFrame:
     keep = (frame["dtype"] == label) & frame["kernel_source"].str.contains(kernels, regex=False)
     frame = frame[keep].reset_index(drop=True)
     frame["seconds"] = frame["latency_us"] * SECONDS_PER_US
-    return frame.assign(shard=frame["inter"] / frame["tp"], reachable=frame["experts"], spread=frame["ep"], weight=1.0)
+    return frame.assign(shard=frame["inter"] / frame["tp"], weight=1.0)
 
 
-def _group_limited(frame: pd.DataFrame) -> pd.DataFrame:
-    """Say which experts balanced rows of DeepSeek reach: 4 of 8 groups, the same ones for all synthetic tokens.
+def _routed(frame: pd.DataFrame) -> pd.DataFrame:
+    """Say how many experts and rows the device of every row had.
 
-    Those are half of the experts, on half of the devices: on two devices the rows take as long as on one (B200,
-    fp8_block: 0.83 ms for 32 tokens). Power-law rows reach them all. In serving tokens differ and all are reached.
+    Balanced rows of DeepSeek reach 4 of 8 groups of experts, the same ones for all synthetic tokens: half of the
+    experts, on half of the devices (B200, fp8_block: 32 tokens take 0.83 ms on two devices as on one). Power-law rows
+    reach them all, as tokens in serving do.
     """
     grouped = (frame["hidden"] == GROUPED[0]) & (frame["experts"] == GROUPED[1]) & (frame["power_law"] == 0)
-    half = GROUPED[1] / 2
-    frame.loc[grouped, "touched"] = np.minimum(frame.loc[grouped, "touched"], half)
-    frame.loc[grouped, "reachable"] = half
-    frame.loc[grouped, "spread"] = np.maximum(1.0, frame.loc[grouped, "ep"] / 2)
-    return frame
+    experts = np.where(grouped, GROUPED[1] // 2, frame["experts"])
+    ranks = np.where(grouped, np.maximum(1, frame["ep"] // 2), frame["ep"])
+    rows = np.column_stack([frame["tokens"], experts, frame["topk"], ranks])
+    alphas = frame["routing"].map(ROUTING_ALPHA).to_numpy(dtype=float)
+    load = timed_devices(rows, np.asarray(alphas))
+    return frame.assign(active=load.active, local=load.rows)
 
 
-def _touched(frame: pd.DataFrame) -> Array:
-    """Distinct experts that the tokens of every row reach."""
-    out = np.empty(len(frame))
-    group = frame.groupby(["experts", "topk", "routing"]).ngroup().to_numpy()
-    for at in (group == number for number in np.unique(group)):
-        first = frame[at].iloc[0]
-        alpha = ROUTING_ALPHA[first["routing"]]
-        out[at] = moe.touched_experts(frame["tokens"].to_numpy()[at], int(first["experts"]), int(first["topk"]), alpha)
-    return out
-
-
-def _knots(frame: pd.DataFrame, kernel: Kernel) -> dict[str, tuple[float, ...]]:
-    """The knots of a kernel, without those of coordinates that its rows never vary."""
-    varies = {"ep": frame["ep"].nunique() > 1, "routing": frame["power_law"].nunique() > 1}
-    varies["sparsity"] = (frame["experts"] / frame["topk"]).nunique() > 1
-    return {name: points if varies.get(name, True) else points[:1] for name, points in kernel.knots.items()}
+def _knots(frame: pd.DataFrame) -> dict[str, tuple[float, ...]]:
+    """The knots, without those of coordinates that the rows of a kernel never vary."""
+    varies = {"ep": frame["ep"].nunique() > 1, "sparsity": (frame["experts"] / frame["topk"]).nunique() > 1}
+    return {name: points if varies.get(name, True) else points[:1] for name, points in KNOTS.items()}

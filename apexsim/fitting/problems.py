@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +13,8 @@ import pandas as pd
 from apexsim.costs.forms.hardware import Array, Coefficient, Coefficients
 from apexsim.costs.forms.residual import LogGrid
 from apexsim.fitting.cleaning import Mask
-from apexsim.fitting.fit import Knots, fit_coefficients, fit_residual
-from apexsim.specs.device import Evidence, FittedOperator, HoldOut, ResidualGrid
+from apexsim.fitting.fit import Knots, Stiffness, fit_coefficients, fit_residual
+from apexsim.specs.device import Evidence, FittedOperator, HoldOut, ResidualGrid, ShapeResiduals
 
 FIT_ROWS = 4000
 RESIDUAL_ROWS = 20000
@@ -23,6 +24,24 @@ SEED = 20260101
 Judge = Callable[[Coefficients, ResidualGrid], dict[str, HoldOut]]
 # Operators by kind and key, as in a profile.
 Operators = dict[str, dict[str, FittedOperator]]
+
+
+# A shape has few rows, but they are its own: its correction follows them more closely than that of all shapes.
+SHAPE_STIFFNESS = Stiffness(smooth=0.3, small=0.1)
+# Mean error, as a fraction, that the correction of a shape must take away to be worth its place in the profile.
+SHAPE_GAIN = 0.01
+
+
+class OwnShapes(NamedTuple):
+    """Shapes whose own rows correct a fit further: for every row of the problem the name of its shape and its weight.
+
+    ``coordinates`` of the rows are those of the correction over ``knots``.
+    """
+
+    names: npt.NDArray[np.str_]
+    weight: Array
+    coordinates: Sequence[Array]
+    knots: Knots
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +72,7 @@ class Problem:
     evidence: Evidence = "fitted"
     checks: Mapping[str, HoldOut] = field(default_factory=dict)
     judge: Judge | None = None
+    shapes: OwnShapes | None = None
 
 
 def random_fifth(rows: int) -> Mask:
@@ -65,11 +85,13 @@ def solve(problem: Problem) -> FittedOperator:
     everything = np.ones(len(problem.frame), dtype=bool)
     quality: dict[str, HoldOut] = {}
     c, grid = _fit_rows(problem, everything, _choose_constants(problem))
+    shapes = fit_shapes(problem, everything, c, grid)
     for test, scores in problem.holdouts.values():
         if not test.any() or test.all():
             continue
         # The search starts where that on all rows ended, which saves most of it; what it ends at is fitted without.
-        errors = _errors(problem, *_fit_rows(problem, ~test, c))
+        without = _fit_rows(problem, ~test, c)
+        errors = _errors(problem, *without, fit_shapes(problem, ~test, *without))
         quality |= {name: summary(errors[test & mask]) for name, mask in scores.items() if (test & mask).any()}
     quality |= problem.checks
     quality |= problem.judge(c, grid) if problem.judge else {}
@@ -80,6 +102,7 @@ def solve(problem: Problem) -> FittedOperator:
         form=problem.form,
         coefficients=c,
         residual=grid,
+        shapes=shapes,
         valid=valid,
         evidence=problem.evidence,
         source=problem.source,
@@ -138,15 +161,44 @@ def _sample(mask: Mask, most: int) -> npt.NDArray[np.int64]:
     return np.sort(np.random.default_rng(SEED).choice(rows, most, replace=False))
 
 
-def predicted_s(problem: Problem, c: Coefficients, grid: ResidualGrid) -> Array:
+def fit_shapes(problem: Problem, train: Mask, c: Coefficients, grid: ResidualGrid) -> ShapeResiduals | None:
+    """What is left of the errors of single shapes on the rows in ``train``; None for a problem without such shapes."""
+    own = problem.shapes
+    if own is None:
+        return None
+    left = np.log(problem.frame["seconds"].to_numpy() / predicted_s(problem, c, grid))
+    percent = {}
+    for name in np.unique(own.names[train]).tolist():
+        at = train & (own.names == name)
+        where, weight = [x[at] for x in own.coordinates], own.weight[at]
+        found = fit_residual(left[at], weight, where, own.knots, stiffness=SHAPE_STIFFNESS)
+        gain = np.abs(left[at]) - np.abs(left[at] - LogGrid.of(found).log_factor(*where))
+        if np.average(gain, weights=weight) >= SHAPE_GAIN:
+            percent[name] = found.model_dump(mode="json")["percent"]
+    axes = {name: tuple(float(x) for x in points) for name, points in own.knots.items()}
+    return ShapeResiduals(axes=axes, percent=percent) if percent else None
+
+
+def predicted_s(problem: Problem, c: Coefficients, grid: ResidualGrid, shapes: ShapeResiduals | None = None) -> Array:
     """What a fit says of every row, as it was measured."""
-    factor = np.exp(LogGrid.of(grid).log_factor(*problem.coordinates(problem.frame)))
-    return np.asarray(problem.predict(problem.frame, c) * factor)
+    log_factor = LogGrid.of(grid).log_factor(*problem.coordinates(problem.frame))
+    if shapes is not None and problem.shapes is not None:
+        log_factor = log_factor + _own_log_factor(problem.shapes, shapes)
+    return np.asarray(problem.predict(problem.frame, c) * np.exp(log_factor))
 
 
-def _errors(problem: Problem, c: Coefficients, grid: ResidualGrid) -> Array:
+def _own_log_factor(own: OwnShapes, shapes: ShapeResiduals) -> Array:
+    """Log of the correction of every row's shape; 0 for shapes without one."""
+    total = np.zeros(len(own.names))
+    for name in shapes.percent:
+        at = own.names == name
+        total[at] = LogGrid.of(shapes.grid(name)).log_factor(*(x[at] for x in own.coordinates))
+    return total
+
+
+def _errors(problem: Problem, c: Coefficients, grid: ResidualGrid, shapes: ShapeResiduals | None) -> Array:
     """Absolute relative error of every row."""
-    return np.asarray(np.abs(predicted_s(problem, c, grid) / problem.frame["seconds"].to_numpy() - 1))
+    return np.asarray(np.abs(predicted_s(problem, c, grid, shapes) / problem.frame["seconds"].to_numpy() - 1))
 
 
 def summary(errors: Array) -> HoldOut:

@@ -42,6 +42,11 @@ class Price(Spec):
     date: str
 
 
+def short_axes(axes: dict[str, tuple[float, ...]]) -> dict[str, list[int | float]]:
+    """Knots with whole numbers without their ``.0``: files have thousands of them."""
+    return {name: [int(x) if x == int(x) else x for x in knots] for name, knots in axes.items()}
+
+
 class ResidualGrid(Spec):
     """A smooth correction, multiplied in: exp(percent / 100), multilinear in the logarithms of the coordinates.
 
@@ -64,8 +69,7 @@ class ResidualGrid(Spec):
 
     @field_serializer("axes", when_used="json")
     def _short(self, axes: dict[str, tuple[float, ...]]) -> dict[str, list[int | float]]:
-        """Whole numbers without their ``.0``: files have thousands of them."""
-        return {name: [int(x) if x == int(x) else x for x in knots] for name, knots in axes.items()}
+        return short_axes(axes)
 
     @field_serializer("percent", when_used="json")
     def _as_text(self, rows: tuple[tuple[int, ...], ...]) -> str:
@@ -79,6 +83,30 @@ class ResidualGrid(Spec):
         rows = math.prod(sizes[:-1])
         if len(self.percent) != rows or any(len(row) != sizes[-1] for row in self.percent):
             raise ValueError(f"percent must be {rows} rows of {sizes[-1]}")
+        return self
+
+
+class ShapeResiduals(Spec):
+    """Corrections of single shapes that were measured, multiplied in after the residual of all shapes.
+
+    ``percent`` has one grid over ``axes`` for each shape by name (see the form), its numbers row by row in one text.
+    """
+
+    axes: dict[str, tuple[float, ...]]
+    percent: dict[str, str]
+
+    def grid(self, name: str) -> ResidualGrid:
+        """The correction of one shape."""
+        return ResidualGrid.model_validate({"axes": self.axes, "percent": self.percent[name]})
+
+    @field_serializer("axes", when_used="json")
+    def _short(self, axes: dict[str, tuple[float, ...]]) -> dict[str, list[int | float]]:
+        return short_axes(axes)
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> ShapeResiduals:
+        for name in self.percent:
+            self.grid(name)
         return self
 
 
@@ -117,6 +145,7 @@ class FittedOperator(Spec):
     form: str
     coefficients: dict[str, float] = Field(default_factory=dict)
     residual: ResidualGrid | None = None
+    shapes: ShapeResiduals | None = None
     points: Points | None = None
     valid: dict[str, tuple[float, float]] = Field(default_factory=dict)
     evidence: Evidence
