@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from apexsim import catalog
 from apexsim.cli.main import main
 from apexsim.errors import BadInput, InfeasiblePlan
+from apexsim.io.deployments import with_engine_options
 from apexsim.validation import decisions, scores
 from apexsim.validation.cases import case_of, kind_of, version_known
 from apexsim.validation.loads import STEADY_REQUESTS, requests_of
+from apexsim.validation.recipes import launched, recipes, version_numbers
 from apexsim.validation.replay import replay, run_rows
 from apexsim.validation.runs import MEASURED, MeasuredRun, RunRow, read_runs, sampled, selected
 
@@ -150,10 +154,7 @@ def test_a_row_becomes_the_deployment_it_states() -> None:
     assert (memory.gpu_memory_utilization, memory.kv_blocks) == (0.8, 5000)
 
 
-@pytest.mark.parametrize(
-    ("source", "budget"),
-    [("inferencex_csv_dump", 1088), ("nvidia_gap_analysis", 2 * 1000 + 4), ("elsewhere", 8192)],
-)
+@pytest.mark.parametrize(("source", "budget"), [("nvidia_gap_analysis", 2 * 1000 + 4), ("elsewhere", 8192)])
 def test_recipes_of_tensorrt_llm_set_its_token_budget(source: str, budget: int) -> None:
     row = {"engine": "trtllm", "engine_version": "1.0.0rc3", "source": source}
     assert case(**row).deployment.for_load(1000, 4).scheduler.token_budget == budget
@@ -161,37 +162,116 @@ def test_recipes_of_tensorrt_llm_set_its_token_budget(source: str, budget: int) 
     assert stated.for_load(1000, 4).scheduler.token_budget == 4096
 
 
+def test_every_recipe_can_be_launched_and_names_its_script() -> None:
+    for recipe in recipes():
+        options = {**recipe.options, **dict.fromkeys(recipe.rules, 64)}
+        profile = with_engine_options(catalog.load("engine", recipe.engine), options, recipe.script)
+        assert profile.engine == recipe.engine
+        if recipe.when.sources != ("nvidia",):
+            assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", recipe.script or "")
+        assert recipe.kv_dtype in (None, "fp8", "bf16")
+        assert recipe.options or recipe.rules or recipe.plan
+
+
+def inferencex(**changes: Any) -> Any:
+    return case(**{"source": "inferencex_csv_dump", "prompt_tokens": 1024, "output_tokens": 1024, **changes})
+
+
+R1: dict[str, Any] = {"engine": "sglang", "engine_version": "0.5.9", "model": "deepseek-r1", "device": "b200-sxm",
+                      "tensor": 8, "weight_dtype": "nvfp4"}  # fmt: skip
+MINIMAX: dict[str, Any] = {"engine_version": "0.19.0", "model": "minimax-m2.5", "device": "b200-sxm", "tensor": 4,
+                           "weight_dtype": "fp8_block", "expert": 1, "moe_tensor": 4, "attention_data": 1}  # fmt: skip
+
+
 def test_runs_of_inferencex_are_launched_as_its_scripts_do() -> None:
-    row = {"engine": "sglang", "engine_version": "0.5.9", "model": "deepseek-r1", "tensor": 8, "weight_dtype": "nvfp4"}
-    launched = case(**row, device="b200-sxm", source="inferencex_csv_dump")
+    launched = inferencex(**R1)
     assert (launched.deployment.scheduler.token_budget, launched.deployment.kv_cache) == (16_384, "fp8")
-    assert any(note.startswith("as its benchmark launches it: max_num_batched_tokens") for note in launched.notes)
-    assert [
-        case(
-            **row, device=device, source="inferencex_csv_dump", concurrency=clients
-        ).deployment.scheduler.receive_interval
+    assert "as its benchmark launches it: max_num_batched_tokens 16384, max_num_seqs 256, receive_interval 10" in (
+        launched.notes
+    )
+    intervals = [
+        inferencex(**R1 | {"device": device, "concurrency": clients}).deployment.scheduler.receive_interval
         for device, clients in (("b200-sxm", 8), ("b200-sxm", 16), ("h200-sxm", 16))
-    ] == [10, 30, 1]
-    elsewhere = case(**row, device="b200-sxm").deployment
+    ]
+    assert intervals == [10, 30, 1]
+    elsewhere = case(**R1).deployment
     assert (elsewhere.scheduler.token_budget, elsewhere.kv_cache) == (8192, "bf16")
-    assert case(**row, device="b200-sxm", source="inferencex_csv_dump", kv_dtype="bf16").deployment.kv_cache == "bf16"
+    assert inferencex(**R1, kv_dtype="bf16").deployment.kv_cache == "bf16"
 
 
-def test_tensorrt_llm_budgets_and_waits_of_inferencex_follow_the_load() -> None:
-    row = {"engine": "trtllm", "engine_version": "", "source": "inferencex_csv_dump", "tensor": 8, "concurrency": 64}
-    long = {"model": "deepseek-r1", "device": "h200-sxm", "weight_dtype": "fp8_block", "prompt_tokens": 8192}
-    assert case(**row, **long).deployment.scheduler.token_budget == 8320
-    assert case(**row, **long | {"prompt_tokens": 1024}).deployment.scheduler.token_budget == 8192
-    llama = {"model": "llama-3.1-70b", "device": "h200-sxm", "prompt_tokens": 1024, "output_tokens": 1024}
-    assert case(**row, **llama).deployment.scheduler.stream_interval == 1
-    assert case(**row | {"tensor": 4}, **llama).deployment.scheduler.stream_interval == 20
+def test_budgets_seats_and_graphs_follow_the_load() -> None:
+    row = {"engine": "trtllm", "engine_version": "", "tensor": 8, "concurrency": 64, "device": "h200-sxm"}
+    r1 = {**row, "model": "deepseek-r1", "weight_dtype": "fp8_block"}
+    budgets = [
+        inferencex(**r1 | {"engine_version": version, "prompt_tokens": prompt}).deployment.scheduler.token_budget
+        for version, prompt in (("", 8192), ("", 1024), ("1.2.0rc6", 1024), ("1.1.0rc2.post2", 1024))
+    ]
+    assert budgets == [8320, 8192, 8192, 1152]
+    llama = {**row, "model": "llama-3.1-70b"}
+    assert inferencex(**llama).deployment.scheduler.stream_interval == 1
+    assert inferencex(**llama | {"tensor": 4}).deployment.scheduler.stream_interval == 20
+    vllm = {"engine_version": "", "model": "llama-3.1-70b", "device": "h200-sxm", "tensor": 8, "weight_dtype": "fp8"}
+    found = [inferencex(**vllm, concurrency=clients).deployment for clients in (8, 512)]
+    assert [(each.scheduler.max_num_seqs, each.engine.host.graph_tokens) for each in found] == [(8, 16), (512, 512)]
+    assert inferencex(**MINIMAX, prompt_tokens=8192).deployment.scheduler.token_budget == 16_384
+
+
+@pytest.mark.parametrize(
+    ("version", "wanted"),
+    [("0.17.0", ("bf16", 0.95, 512)), ("0.18.1", ("bf16", 0.95, 512)), ("0.19.0", ("fp8", 0.9, 2048)),
+     ("v0.19.1-cu130", ("fp8", 0.9, 2048)), ("", ("fp8", 0.9, 2048)), ("nightly-1", ("fp8", 0.9, 2048))],
+)  # fmt: skip
+def test_recipes_hold_for_their_versions(version: str, wanted: tuple[str, float, int]) -> None:
+    row = RunRow.model_validate(
+        {**CLOSED, **MINIMAX, "source": "inferencex", "engine_version": version, "prompt_tokens": 1024}
+    )
+    launch = launched(row)
+    options = launch.options
+    assert (launch.kv_dtype, options["gpu_memory_utilization"], options.get("graph_tokens", 512)) == wanted
+
+
+def test_versions_compare_by_their_numbers() -> None:
+    versions = ["0.9.2", "0.10", "0.10.2rc1", "v0.11.0-cu130", "1.0.0rc3"]
+    numbers = [version_numbers(version) for version in versions]
+    assert numbers == sorted(numbers) == [(0, 9, 2), (0, 10), (0, 10, 2), (0, 11, 0), (1, 0, 0)]
+    assert version_numbers("") == version_numbers("nightly-5b8c30d") > version_numbers("999.0")
+
+
+def test_versions_without_numbers_may_have_a_recipe_of_their_own() -> None:
+    row = {**CLOSED, **MINIMAX, "source": "inferencex", "weight_dtype": "nvfp4", "prompt_tokens": 1024}
+    budgets = [
+        launched(RunRow.model_validate({**row, "engine_version": version})).options.get("max_num_batched_tokens")
+        for version in ("nightly-5b8c30d62b754b57", "nightly-6")
+    ]
+    assert budgets == [None, 2048]
+
+
+@pytest.mark.parametrize(
+    ("changes", "plan", "note"),
+    [
+        ({"engine_version": "0.17.0"}, (4, 1, 4), "expert 4 instead of 1"),
+        ({}, (4, 1, 1), None),
+        ({"expert": 4, "moe_tensor": 1}, (4, 1, 4), None),
+        ({"tensor": 2, "attention_data": 2, "expert": 4, "moe_tensor": 1}, (2, 1, 2),
+         "attention_data 1 instead of 2, expert 2 instead of 4"),
+        ({"tensor": 2, "attention_data": 2, "expert": 4, "moe_tensor": 1, "weight_dtype": "nvfp4"}, (1, 2, 2),
+         "tensor 1 instead of 2, expert 2 instead of 4"),
+        ({"model": "kimi-k2.5", "engine_version": "0.17.0", "weight_dtype": "nvfp4", "expert": 4, "moe_tensor": 1},
+         (4, 1, 1), "expert 1 instead of 4"),
+    ],
+)  # fmt: skip
+def test_scripts_lay_plans_out(changes: dict[str, Any], plan: tuple[int, int, int], note: str | None) -> None:
+    found = inferencex(**MINIMAX | changes)
+    laid_out = found.deployment.pools[0].plan
+    assert (laid_out.tensor, laid_out.attention_data, laid_out.expert) == plan
+    said = [each for each in found.notes if "instead of" in each]
+    assert said == ([f"as its benchmark launches it: {note}"] if note else [])
 
 
 def test_what_a_row_states_outweighs_its_recipe() -> None:
-    row = {"engine": "sglang", "engine_version": "0.5.9", "model": "deepseek-r1", "tensor": 8, "weight_dtype": "nvfp4"}
-    stated = case(**row, device="b200-sxm", source="inferencex_csv_dump", flags="--max-num-batched-tokens 4096")
+    stated = inferencex(**R1, flags="--max-num-batched-tokens 4096")
     assert stated.deployment.scheduler.token_budget == 4096
-    assert "as its benchmark launches it: receive_interval 10" in stated.notes
+    assert "as its benchmark launches it: max_num_seqs 256, receive_interval 10" in stated.notes
     budget = case(engine="trtllm", engine_version="1.0.0rc3", source="nvidia_gap_analysis",
                   flags="--max-num-batched-tokens 4096").deployment  # fmt: skip
     assert budget.for_load(1000, 4).scheduler.token_budget == 4096

@@ -16,7 +16,7 @@ from apexsim.errors import BadInput, InfeasiblePlan
 from apexsim.io.deployments import DeploymentFile, resolve_deployment
 from apexsim.specs.base import parse_spec
 from apexsim.specs.deployment import Deployment
-from apexsim.validation.recipes import launched
+from apexsim.validation.recipes import Launch, launched
 from apexsim.validation.runs import RunRow
 from apexsim.validation.sampling import sampling_of
 
@@ -64,7 +64,10 @@ def case_of(row: RunRow, engine_options: Mapping[str, Any] = MappingProxyType({}
     out.
     """
     choice = catalog.engine_for(row.engine, row.engine_version)
-    options, notes = _engine_options(row)
+    launch = launched(row)
+    row, laid_out = _as_laid_out(row, launch)
+    options, notes = _engine_options(row, launch)
+    notes += laid_out
     notes += [f"{degree} not known: 1" for degree in _DEGREES if not getattr(row, degree)]
     weights, experts, taken = _dtypes(row)
     notes += taken
@@ -80,12 +83,11 @@ def case_of(row: RunRow, engine_options: Mapping[str, Any] = MappingProxyType({}
     }
     if choices["sampling"] != "greedy":
         notes.append("sampling not known: top_p, as the generation_config of the model says")
-    kv_dtype = launched(row)[1]
-    if row.kv_dtype or kv_dtype:
-        choices["kv_cache"] = row.kv_dtype or kv_dtype
+    if row.kv_dtype or launch.kv_dtype:
+        choices["kv_cache"] = row.kv_dtype or launch.kv_dtype
     deployment = resolve_deployment(parse_spec(DeploymentFile, choices, "run"), "run")
     if not row.kv_dtype:
-        chosen = "as its benchmark launches it" if kv_dtype else "the engine default"
+        chosen = "as its benchmark launches it" if launch.kv_dtype else "the engine default"
         notes.append(f"kv_dtype not known: {chosen}, {deployment.kv_cache}")
     _check_plan(row, deployment)
     notes += [choice.note] * (not choice.mapped) + list(deployment.pools[0].plan.assumptions)
@@ -132,10 +134,19 @@ def _dtypes(row: RunRow) -> tuple[str, str | None, list[str]]:
     return weights, experts, []
 
 
-def _engine_options(row: RunRow) -> tuple[dict[str, Any], list[str]]:
+def _as_laid_out(row: RunRow, launch: Launch) -> tuple[RunRow, list[str]]:
+    """A row with the degrees that its benchmark's script makes of it, and what changed."""
+    if not launch.degrees:
+        return row, []
+    changes = [f"{name} {value} instead of {getattr(row, name) or 1}" for name, value in launch.degrees.items()]
+    # What experts are cut into follows from the other degrees.
+    laid_out = row.model_copy(update={**launch.degrees, "moe_tensor": None})
+    return laid_out, [f"as its benchmark launches it: {', '.join(changes)}"]
+
+
+def _engine_options(row: RunRow, launch: Launch) -> tuple[dict[str, Any], list[str]]:
     """Engine options of a row, and what was not understood: columns outweigh flags, and those its recipe."""
-    launch = launched(row)[0]
-    options = dict(launch)
+    options = dict(launch.options)
     left = re.sub(r"\s+#.*|^[\w>=.\s]*(\(docker [^)]*\))?;", "", row.flags)
     for pattern, read in _FLAGS.items():
         if match := re.search(pattern, left):
@@ -151,7 +162,7 @@ def _engine_options(row: RunRow) -> tuple[dict[str, Any], list[str]]:
         options["max_num_seqs"] = -(-row.max_num_seqs // row.attention_data)
     unknown = " ".join(left.replace(";", " ").split())
     notes = [f"flags without effect here: {unknown}"] if unknown else []
-    if used := [f"{key} {value}" for key, value in launch.items() if options.get(key) == value]:
+    if used := [f"{key} {value}" for key, value in launch.options.items() if options.get(key) == value]:
         notes.append(f"as its benchmark launches it: {', '.join(used)}")
     if row.prefix_caching:
         notes.append("prefixes that requests share are not looked for")
