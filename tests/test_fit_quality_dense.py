@@ -11,10 +11,14 @@ import pytest
 
 from apexsim import catalog
 from apexsim.costs.fitted import OperatorCosts
+from apexsim.costs.forms.residual import LogGrid
 from apexsim.fitting import gemm, layers
 from apexsim.fitting.facts import devices, hardware
+from apexsim.fitting.gaps import launch_gap_s
+from apexsim.fitting.inside import combined
 from apexsim.fitting.problems import fit_all_rows, predicted_s
 from apexsim.plots import plot_fit
+from apexsim.specs.device import ResidualGrid
 
 HOPPER = ("h100-sxm", "h200-sxm")
 BLACKWELL = ("b200-sxm", "b300-sxm", "gb200", "gb300")
@@ -53,6 +57,32 @@ def test_products_of_more_rows_than_any_fitted(name):
 
 def test_layers_of_another_laboratory_off_the_grid():
     check("rtx-pro-6000", "gemm", "bf16", "sum_of_vllm_layers", (0.04, 0.11))
+
+
+def test_what_products_and_decodes_take_inside_layers_of_models_kept_out():
+    """Both are corrected by layers of a few models; the layers of each were predicted from those of the others."""
+    for kind, key, models, limits in (
+        ("gemm", "bf16", 2, (0.045, 0.12)),
+        ("decode_attention", "bf16_d128", 3, (0.045, 0.14)),
+    ):
+        names = [name for name in PROFILES["rtx-pro-6000"].operators[kind][key].quality if "in_layers_" in name]
+        assert len(names) == models
+        for name in names:
+            check("rtx-pro-6000", kind, key, name, limits)
+
+
+def test_two_corrections_are_one():
+    first = ResidualGrid(axes={"n": (2.0, 32.0), "m": (1.0, 16.0)}, percent=((0, 10), (20, 30)))
+    second = ResidualGrid(axes={"n": (8.0,), "m": (1.0, 4.0, 64.0)}, percent=((4, -6, 8),))
+    both = combined(first, second)
+    assert both.axes == {"n": (2.0, 8.0, 32.0), "m": (1.0, 4.0, 16.0, 64.0)}
+    for at in ((1.0, 1.0), (2.0, 4.0), (8.0, 16.0), (32.0, 30.0), (100.0, 500.0)):
+        apart = LogGrid.of(first).log_factor(*at) + LogGrid.of(second).log_factor(*at)
+        assert LogGrid.of(both).log_factor(*at) == pytest.approx(apart, abs=0.0101)
+
+
+def test_a_kernel_of_a_graph_starts_less_than_a_microsecond_after_the_last(data):
+    assert launch_gap_s(data / "kernels") == pytest.approx(0.78e-6)
 
 
 def test_products_and_attention_from_timed_layers_alone():

@@ -195,6 +195,13 @@ def test_a_shared_launch_costs_more_than_the_sum_where_decodes_lose_their_packin
     assert 2 < together / apart < 5
 
 
+@pytest.mark.parametrize("name", SINGLE_LAUNCH)
+def test_a_long_chunk_starts_blocks_for_every_decode_beside_it(name):
+    """A grid has room for the longest chunk in every sequence: one of 2,048 tokens costs more than 16 of 128."""
+    launch = COSTS[name].shared_launch(AttentionShape(32, 8, 128))
+    assert launch(128, 256, [(2048, 0)]) > launch(128, 256, [(128, 0)] * 16)
+
+
 @pytest.mark.parametrize("window", [None, 1024])
 def test_a_shared_launch_is_one_form_on_floats_and_arrays_and_knows_no_order(window):
     costs, shape = COSTS["rtx-pro-6000"], AttentionShape(32, 8, 128, window)

@@ -619,5 +619,15 @@ def test_a_few_measured_rows_of_each_set(data: Path) -> None:
         assert errors.abs().mean() < percent / 100
 
 
+@pytest.mark.parametrize("device", ["rtx-4090", "rtx-pro-6000"])
+def test_a_burst_of_vllm_runs_is_met_request_by_request(data: Path, device: str) -> None:
+    runs = read_runs(data / "ground_truth" / "vllm_runs" / "runs.csv")
+    found = replay(next(run for run in runs if run.row.device == device))
+    measured = next(run.row.e2e_mean_s for run in runs if run.row.device == device)
+    assert found.status == "ok"
+    assert found.figures["e2e_mean_s"] == pytest.approx(measured, rel=0.02)
+    assert found.figures["request_ttft_error_percent"] <= 8
+
+
 def _dense_on_h100(runs: list[MeasuredRun]) -> list[MeasuredRun]:
     return [r for r in runs if (r.row.model, r.row.device, r.row.engine) == ("llama-3.1-70b", "h100-sxm", "vllm")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from apexsim.costs.forms import decode, prefill
 from apexsim.costs.forms.hardware import Array, Coefficient, Coefficients, Hardware
 from apexsim.fitting.cleaning import Mask, Rule, clean, faster_than, one_query_token, slower_than_kin
 from apexsim.fitting.facts import lesser_kin
+from apexsim.fitting.inside import InLayers
 from apexsim.fitting.problems import Problem, random_fifth
 from apexsim.fitting.served import head_shapes
 from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
@@ -48,6 +50,13 @@ LAYER_PREFILL_KNOTS = {
     "chunk": (2.0, 16.0, 32.0, 64.0, 96.0, 128.0, 192.0, 256.0, 512.0, 1024.0, 2048.0),
 }
 LAYER_DECODE_KNOTS = {**DECODE_KNOTS, "window": (1.0,), "group": (1.0,)}
+# Three models with all their decodes: how packed groups of heads fill a device shows in the correction of replays.
+INSIDE_KNOTS = {
+    "window": (1.0,),
+    "group": (1.0,),
+    "pairs": (8.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0),
+    "keys": (16.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 16384.0),
+}
 CAUSAL_SKIP = Coefficient("causal_skip", 0.9, 0.01, 1.0, "skip: share of the triangle behind a history left out")
 
 DECODE_KERNEL = Rule(
@@ -225,15 +234,26 @@ def decode_problem(table: Path, heads: Heads) -> Problem:
     )
 
 
+def decodes_inside(problem: Problem, rows: pd.DataFrame, heads: Heads, source: str) -> Problem:
+    """The fit of a table of decodes, corrected for what they take inside timed layers (``mixed.attention_rows``)."""
+    form = _Decode(dtype_bytes(heads.kv_dtype), heads.hw, cold=True)
+    inside = InLayers(_lone_decodes(rows, heads).assign(weight=1.0), form.predict, form.coordinates, INSIDE_KNOTS)
+    return replace(problem, source=f"{problem.source}; {source}", refine=inside.refine)
+
+
+def _lone_decodes(rows: pd.DataFrame, heads: Heads) -> pd.DataFrame:
+    """Timed layers without a chunk, in the columns of a table of decodes."""
+    decodes = rows[(rows["chunk"] == 0) & (rows["decodes"] > 0)].reset_index(drop=True)
+    return decodes.assign(head_dim=float(heads.head_dim), window_size=0.0, batch=decodes["decodes"].astype(float))
+
+
 def layer_problems(rows: pd.DataFrame, heads: Heads, source: str) -> Iterator[Problem]:
     """Prefill and decode attention from timed layers (``mixed.attention_rows``), each where it ran alone."""
     frame = rows.assign(head_dim=float(heads.head_dim), window_size=0.0)
     chunks = frame[(frame["chunk"] > 1) & (frame["decodes"] == 0)]
     chunks = chunks.assign(batch=1.0, q_len=chunks["chunk"], kv_len=chunks["chunk"] + chunks["history"])
     yield _layer_chunks(chunks.reset_index(drop=True), heads, source)
-    decodes = frame[(frame["chunk"] == 0) & (frame["decodes"] > 0)]
-    decodes = decodes.assign(batch=decodes["decodes"].astype(float))
-    yield _layer_decodes(decodes.reset_index(drop=True), heads, source)
+    yield _layer_decodes(_lone_decodes(rows, heads), heads, source)
 
 
 def _layer_chunks(rows: pd.DataFrame, heads: Heads, source: str) -> Problem:

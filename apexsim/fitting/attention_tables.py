@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from apexsim.fitting import history
-from apexsim.fitting.attention import Heads, decode_problem, layer_problems, prefill_problem
+from apexsim.fitting.attention import Heads, decode_problem, decodes_inside, layer_problems, prefill_problem
 from apexsim.fitting.facts import LAYERS_ONLY, Facts, hardware, tables_of
-from apexsim.fitting.mixed import SINGLE_LAUNCH, attention_rows
+from apexsim.fitting.mixed import OWN, SINGLE_LAUNCH, attention_rows
 from apexsim.fitting.problems import Problem
 
 # fp8 caches of heads of 256 are rare and follow those of 128.
@@ -39,7 +39,12 @@ def problems(device: Facts, kernels: Path) -> Iterator[Problem]:
             prompts = prefill_problem(tables / "context_attention.parquet", heads, skip)
             checks = {"chunk_with_history_on_rtx_pro_6000": check} if (kv_dtype, head_dim) == JUDGED else {}
             yield replace(prompts, checks=checks, evidence=evidence)
-            yield replace(decode_problem(tables / "generation_attention.parquet", heads), evidence=evidence)
+            decodes = decode_problem(tables / "generation_attention.parquet", heads)
+            if device.folder in OWN and (kv_dtype, head_dim) == JUDGED:
+                timed = SINGLE_LAUNCH[device.folder]
+                rows = attention_rows(kernels / "vllm_layers", timed)
+                decodes = decodes_inside(decodes, rows, heads, f"vllm_layers/{timed.folder} (vLLM 0.19)")
+            yield replace(decodes, evidence=evidence)
 
 
 def _of_layers(device: Facts, kernels: Path) -> Iterator[Problem]:

@@ -14,7 +14,8 @@ from apexsim.costs.forms import gemm
 from apexsim.costs.forms.hardware import COMPUTE_DTYPE, Array, Coefficients, Hardware
 from apexsim.fitting.cleaning import clean, faster_than, slower_than_kin, slower_than_larger
 from apexsim.fitting.facts import BLACKWELL, HOPPER, LAYERS_ONLY, Facts, hardware, lesser_kin, tables_of
-from apexsim.fitting.layers import TIMED, layer_sums, product_rows
+from apexsim.fitting.inside import InLayers
+from apexsim.fitting.layers import TIMED, head_rows, layer_sums, product_rows
 from apexsim.fitting.problems import Judge, Problem, fit_all_rows, random_fifth
 from apexsim.fitting.served import gemm_shapes
 from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
@@ -41,6 +42,8 @@ EXTRA = {
 }
 # What the few widths of timed layers can tell, and the tokens of their steps.
 REFITTED = ("launch_s", "compute_efficiency", "memory_efficiency", "sm_bandwidth", "wave_s", "wave_odds", "throttle")
+# The widest product of a layer that was timed, and a width between it and that of a whole LM head.
+HEAD_KNOTS = (51200.0, 65536.0)
 LAYER_KNOTS = (1.0, 16.0, 32.0, 64.0, 96.0, 128.0, 192.0, 256.0, 384.0, 512.0, 1024.0, 2048.0)
 
 
@@ -102,6 +105,8 @@ def problems(device: Facts, kernels: Path) -> Iterator[Problem]:
         if table.dtype == "bf16" and device.folder in LAYERS_ONLY:
             yield replace(layer_problem(device, kernels, found), judge=judge)
             continue
+        if judge:
+            found = in_layers(device, kernels, found)
         yield replace(found, evidence=evidence if table.folder == folder else "estimated", judge=judge)
 
 
@@ -111,6 +116,23 @@ def _layer_judge(device: Facts, kernels: Path) -> Judge | None:
         return None
     layers, hw = kernels / "vllm_layers" / TIMED[device.folder], Hardware.of(device.datasheet, "bf16")
     return lambda c, grid: layer_sums(layers, c, grid, hw)
+
+
+def in_layers(device: Facts, kernels: Path, found: Problem) -> Problem:
+    """The fit of a table, corrected for what products of the device take inside layers, by their tokens.
+
+    LM heads, wider than all others, have a correction of their own. Fewer of them were timed: as a kind of product they
+    count as much as any other.
+    """
+    folder = TIMED[device.folder]
+    form = _Products("bf16", Hardware.of(device.datasheet, "bf16"), cold=True)
+    layers = kernels / "vllm_layers" / folder
+    products, heads = product_rows(layers), head_rows(layers)
+    share = len(products) / products["layer"].nunique() / len(heads)
+    rows = pd.concat([products.assign(weight=1.0), heads.assign(weight=share)], ignore_index=True)
+    knots = {"n": HEAD_KNOTS, "k": (2048.0,), "m": LAYER_KNOTS}
+    inside = InLayers(rows, form.predict, form.coordinates, knots)
+    return replace(found, source=f"{found.source}; vllm_layers/{folder} (vLLM 0.19)", refine=inside.refine)
 
 
 def layer_problem(device: Facts, kernels: Path, kin: Problem) -> Problem:

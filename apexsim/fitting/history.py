@@ -20,7 +20,8 @@ from apexsim.costs.forms import prefill
 from apexsim.costs.forms.hardware import Array
 from apexsim.costs.forms.residual import LogGrid
 from apexsim.fitting.attention import Heads, prefill_problem
-from apexsim.fitting.mixed import MODELS, RTX_PRO_6000, attention_rows
+from apexsim.fitting.gaps import MODELS
+from apexsim.fitting.mixed import RTX_PRO_6000, attention_rows
 from apexsim.fitting.problems import fit_all_rows, summary
 from apexsim.specs.device import HoldOut
 

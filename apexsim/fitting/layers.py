@@ -14,6 +14,7 @@ import pandas as pd
 from apexsim.costs.forms import gemm
 from apexsim.costs.forms.hardware import Array, Coefficients, Hardware
 from apexsim.costs.forms.residual import LogGrid
+from apexsim.fitting.gaps import launch_gap_s
 from apexsim.fitting.problems import summary
 from apexsim.fitting.tables import SECONDS_PER_US, read_table
 from apexsim.specs.device import HoldOut, ResidualGrid
@@ -39,20 +40,38 @@ class Layer(NamedTuple):
 
 
 MODELS = {"Llama-3.1-8B": Layer(4096, 32, 8, 14336), "Qwen3-32B": Layer(5120, 64, 8, 25600)}
+VOCABULARIES = {"Llama-3.1-8B": 128256, "Qwen3-32B": 151936}
 # Folders of the layers timed on a device, by the folder of its other tables.
 TIMED = {"rtx_pro_6000_server": "RTXPRO6000", "rtx_4090": "RTX4090"}
 
 
 def product_rows(layers: Path) -> pd.DataFrame:
-    """Every bf16 product of the layers in the folder ``layers``: ``layer``, m, n, k, ``seconds``."""
-    found = []
+    """Every bf16 product of the layers in the folder ``layers``: ``model``, ``layer``, m, n, k, ``seconds``.
+
+    CUDA time, and the gap between a kernel and the next.
+    """
+    found, gap_s = [], launch_gap_s(layers.parents[1])
     for model, layer in MODELS.items():
         table = layers / model / "dense.parquet"
         if table.is_file():
             frame = read_table(table, ["tp", "tokens", "time_us_per_call"], ["layer"])
             for name, (n, k) in layer.products(frame["tp"].to_numpy(dtype=float)).items():
-                rows = frame.assign(m=frame["tokens"].astype(float), n=n, k=k)[frame["layer"] == name]
-                found.append(rows.assign(seconds=rows["time_us_per_call"] * SECONDS_PER_US))
+                rows = frame.assign(model=model, m=frame["tokens"].astype(float), n=n, k=k)[frame["layer"] == name]
+                found.append(rows.assign(seconds=rows["time_us_per_call"] * SECONDS_PER_US + gap_s))
+    return pd.concat(found, ignore_index=True)
+
+
+def head_rows(layers: Path) -> pd.DataFrame:
+    """The LM heads timed beside them, in the same columns: the widest products there are."""
+    found, gap_s = [], launch_gap_s(layers.parents[1])
+    for model, layer in MODELS.items():
+        table = layers / model / "per_sequence.parquet"
+        if table.is_file():
+            frame = read_table(table, ["tp", "sequences", "time_us_per_call"], ["layer"])
+            frame = frame[frame["layer"] == "lm_head"]
+            shape = {"m": frame["sequences"].astype(float), "n": VOCABULARIES[model] / frame["tp"]}
+            rows = frame.assign(model=model, **shape, k=float(layer.hidden))
+            found.append(rows.assign(seconds=rows["time_us_per_call"] * SECONDS_PER_US + gap_s))
     return pd.concat(found, ignore_index=True)
 
 
@@ -66,7 +85,7 @@ def layer_sums(layers: Path, c: Coefficients, grid: ResidualGrid, hw: Hardware) 
         frame = read_table(table, ["tp", "tokens", "time_us_per_call"], ["layer"])
         measured = frame.pivot_table(index=["tp", "tokens"], columns="layer", values="time_us_per_call")
         predicted = _products_s(measured, layer, (c, residual, hw)) / SECONDS_PER_US
-        measured = measured[list(predicted.columns)]
+        measured = measured[list(predicted.columns)] + launch_gap_s(layers.parents[1]) / SECONDS_PER_US
         single.append(np.abs(np.asarray(predicted / measured) - 1).ravel())
         summed.append(np.abs(np.asarray(predicted.sum(axis=1) / measured.sum(axis=1)) - 1))
     return {

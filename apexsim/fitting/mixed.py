@@ -17,21 +17,12 @@ from apexsim.costs.forms.hardware import Array, Coefficients, Hardware
 from apexsim.costs.forms.prefill import Heads
 from apexsim.fitting.facts import Facts
 from apexsim.fitting.fit import fit_coefficients
+from apexsim.fitting.gaps import launch_gap_s, timed_attention
 from apexsim.fitting.problems import FIT_ROWS, SEED, Operators, summary
-from apexsim.fitting.tables import SECONDS_PER_US, read_table
+from apexsim.fitting.tables import SECONDS_PER_US
 from apexsim.specs.device import FittedOperator, HoldOut
 
-# Query and KV heads of the models timed.
-MODELS = {"Llama-3.1-8B": (32, 8), "Qwen3-32B": (64, 8), "Qwen3-30B-A3B-Instruct-2507": (32, 4)}
 HEAD_DIM, KV_BYTES = 128.0, 2.0
-COLUMNS = {
-    "tp": "tp",
-    "prefill_chunk_tokens": "chunk",
-    "prefill_kv_history_tokens": "history",
-    "n_decode_requests": "decodes",
-    "decode_kv_tokens": "keys",
-    "time_us_per_layer": "us",
-}
 
 
 class Timed(NamedTuple):
@@ -55,18 +46,9 @@ OWN = ("rtx_pro_6000_server", "rtx_4090")
 
 
 def attention_rows(layers: Path, timed: Timed) -> pd.DataFrame:
-    """Timed attention of one layer: ``chunk`` tokens behind ``history``, ``decodes`` at ``keys``, ``seconds``.
-
-    ``heads`` and ``kv_heads`` are those of one rank; ``model`` says whose they are.
-    """
-    found = []
-    for model, (heads, kv_heads) in MODELS.items():
-        table = layers / timed.folder / model / "attention.parquet"
-        if table.is_file():
-            rows = read_table(table, list(COLUMNS)).rename(columns=COLUMNS)
-            rows["heads"], rows["kv_heads"] = heads / rows["tp"], np.maximum(1.0, kv_heads / rows["tp"])
-            found.append(rows.assign(model=model, seconds=rows["us"] * SECONDS_PER_US))
-    return pd.concat(found, ignore_index=True)
+    """Attention of one layer as a step has it (``gaps.timed_attention``, and ``seconds`` with the gap before it)."""
+    rows = timed_attention(layers / timed.folder)
+    return rows.assign(seconds=rows["us"] * SECONDS_PER_US + launch_gap_s(layers.parent))
 
 
 def operators(device: Facts, kernels: Path) -> Operators:

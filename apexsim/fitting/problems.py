@@ -22,6 +22,8 @@ SEED = 20260101
 
 # Scores of a fit (coefficients, residual) on other measurements.
 Judge = Callable[[Coefficients, ResidualGrid], dict[str, HoldOut]]
+# A fit's residual corrected by other measurements, and its scores on them (see ``inside``).
+Refine = Callable[[Coefficients, ResidualGrid], tuple[ResidualGrid, dict[str, HoldOut]]]
 # Operators by kind and key, as in a profile.
 Operators = dict[str, dict[str, FittedOperator]]
 
@@ -51,7 +53,8 @@ class Problem:
     ``frame`` holds the cleaned rows with their ``seconds``; ``predict`` gives the form's seconds on rows as they were
     measured (caches hot); ``coordinates`` those of the residual over ``knots``. ``scan`` are constants tried in turn
     (a tile size), the best kept. ``holdouts`` maps a name to the rows kept out of that fit and the rows scored by
-    score name; ``checks`` are scores found elsewhere that belong beside them, ``judge`` finds more from the fit itself.
+    score name; ``checks`` are scores found elsewhere that belong beside them, ``judge`` finds more from the fit itself,
+    and ``refine`` corrects it last of all.
     """
 
     kind: str
@@ -71,6 +74,7 @@ class Problem:
     scan: tuple[str, Sequence[float]] | None = None
     evidence: Evidence = "fitted"
     checks: Mapping[str, HoldOut] = field(default_factory=dict)
+    refine: Refine | None = None
     judge: Judge | None = None
     shapes: OwnShapes | None = None
 
@@ -94,6 +98,9 @@ def solve(problem: Problem) -> FittedOperator:
         errors = _errors(problem, *without, fit_shapes(problem, ~test, *without))
         quality |= {name: summary(errors[test & mask]) for name, mask in scores.items() if (test & mask).any()}
     quality |= problem.checks
+    if problem.refine:
+        grid, found = problem.refine(c, grid)
+        quality |= found
     quality |= problem.judge(c, grid) if problem.judge else {}
     valid = {
         name: (float(problem.frame[col].min()), float(problem.frame[col].max())) for name, col in problem.valid.items()

@@ -18,6 +18,7 @@ from apexsim.costs.forms.small import ELEMENTWISE, SAMPLING, elementwise_s, samp
 from apexsim.fitting import estimates
 from apexsim.fitting.facts import Facts, hardware
 from apexsim.fitting.fit import fit_coefficients
+from apexsim.fitting.gaps import launch_gap_s
 from apexsim.fitting.mixed import OWN, RTX_PRO_6000, SINGLE_LAUNCH, Timed
 from apexsim.fitting.problems import Operators, summary
 from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
@@ -78,13 +79,14 @@ def _small(device: Facts, kernels: Path) -> Operators:
 
 
 def _elementwise_rows(folder: Path) -> Iterator[pd.DataFrame]:
-    """Timed element-wise kernels: ``kind``, ``bytes`` moved, ``seconds``."""
+    """Timed element-wise kernels: ``kind``, ``bytes`` moved, ``seconds`` with the gap before them."""
+    gap_s = launch_gap_s(folder.parents[1])
     for model, widths in MODELS.items():
         table = folder / model / "dense.parquet"
         if not table.is_file():
             continue
         frame = read_table(table, ["tp", "tokens", "time_us_per_call"], ["layer"])
-        frame["seconds"] = frame["time_us_per_call"] * SECONDS_PER_US
+        frame["seconds"] = frame["time_us_per_call"] * SECONDS_PER_US + gap_s
         for kind, (names, bytes_of) in LAYERS.items():
             rows = frame[frame["layer"].isin(names)]
             yield rows.assign(kind=kind, bytes=rows["tokens"] * bytes_of(widths, rows["tp"].to_numpy()))

@@ -10,9 +10,13 @@ of a cached element; a chunk has ``q`` tokens behind ``h`` cached ones; ``nd`` d
     one    = 4 64 128 d / (P / SM e_c)                      64 queries against 128 keys
     chunk  : ceil(q / 64) H blocks of (h + (1 - skip / 2) q + 64) / 128 one + tau, the longest of (h + q) / 128 one
     decode : nd H blocks of k / 128 one c_d + tau t_b
+    idle   : H (most n - sum of them) blocks of t_e, n sequences with ceil(q / 64) tiles each, ``most`` at most
     KV     = 2 d kv w (h + q) of every chunk + 2 d kv w k nd r
     r      = 1 + (again - 1) / (1 + (c L2 / (2 d w k nd))^4),  again = clip(H / kv nd / (occ SM), 1, H / kv)
     T      = t0 + pnorm(all blocks / SM, longest block, KV / (BW e_m))
+
+The grid of a launch has room for the longest chunk in every sequence: beside 128 decodes a chunk of 2,048 tokens starts
+31 blocks a head for every decode that find nothing to do, and leave.
 
 ``r`` counts reads of KV from HBM: the query heads that share a KV head run one after another over the whole batch, and
 find it in L2 only if the batch's part of it fits there or they run at the same time.
@@ -37,6 +41,7 @@ COEFFICIENTS = (
     Coefficient("causal_skip", 0.9, 0.01, 1.0, "skip: share of the triangle above the diagonal that is not computed"),
     Coefficient("decode_tile", 0.3, 0.01, 2.0, "c_d: keys of one query against those of a full tile"),
     Coefficient("decode_block", 0.5, 0.01, 4.0, "t_b: block cost of a decode against that of a chunk"),
+    Coefficient("idle_block_s", 0.1e-6, 0.001e-6, 2e-6, "t_e: a block that finds no query to work on"),
     Coefficient("memory_efficiency", 0.85, 0.3, 0.97, "e_m: share of the HBM peak"),
     Coefficient("blocks_in_flight", 2.0, 0.2, 32.0, "occ: blocks of a multiprocessor that share what they read"),
     Coefficient("cached_share", 0.5, 0.05, 2.0, "c: share of L2 that keeps the KV of one head for its next query head"),
@@ -45,11 +50,17 @@ COEFFICIENTS = (
 
 
 class Blocks(NamedTuple):
-    """What some sequences bring to a launch: seconds of all their blocks, of the longest, and bytes of KV."""
+    """What some sequences bring to a launch: seconds of all their blocks, of the longest, and bytes of KV.
+
+    ``tiles`` of queries are those of all sequences, ``most_tiles`` those of the longest, both of one head.
+    """
 
     work_s: Any
     longest_s: Any
     kv_bytes: Any
+    sequences: Any
+    tiles: Any
+    most_tiles: Any
 
 
 class Bound(NamedTuple):
@@ -81,8 +92,9 @@ def chunk_blocks(tokens: Any, history: Any, bound: Bound, xp: Any = np) -> Block
         keys, reach = xp.minimum(keys, bound.window + tokens), xp.minimum(reach, bound.window + KEYS)
     longest = keys if bound.window is None else xp.minimum(keys, bound.window + KEYS)
     block = reach / KEYS * bound.tile_s + c["block_s"]
-    work = bound.heads * xp.ceil(tokens / QUERIES) * block
-    return Blocks(work, longest / KEYS * bound.tile_s + c["block_s"], bound.token_bytes * keys)
+    tiles = xp.ceil(tokens / QUERIES)
+    longest_s = longest / KEYS * bound.tile_s + c["block_s"]
+    return Blocks(bound.heads * tiles * block, longest_s, bound.token_bytes * keys, 1.0, tiles, tiles)
 
 
 def decode_blocks(decodes: Any, keys: Any, bound: Bound, xp: Any = np) -> Blocks:
@@ -93,19 +105,22 @@ def decode_blocks(decodes: Any, keys: Any, bound: Bound, xp: Any = np) -> Blocks
     missed = 1.0 / (1.0 + (c["cached_share"] * bound.hw.l2_bytes / of_head) ** 4)
     again = xp.maximum(1.0, xp.minimum(bound.group * decodes / (c["blocks_in_flight"] * bound.hw.sms), bound.group))
     reads = 1.0 + (again - 1.0) * missed
-    return Blocks(bound.heads * decodes * block, block, bound.token_bytes * keys * decodes * reads)
+    kv_bytes = bound.token_bytes * keys * decodes * reads
+    return Blocks(bound.heads * decodes * block, block, kv_bytes, decodes, decodes, 1.0)
 
 
 def together(parts: Sequence[Blocks]) -> Blocks:
     """Several chunks of one launch as one."""
-    works, longest, kv_bytes = zip(*parts, strict=True)
-    return Blocks(sum(works), max(longest), sum(kv_bytes))
+    works, longest, kv_bytes, sequences, tiles, most_tiles = zip(*parts, strict=True)
+    return Blocks(sum(works), max(longest), sum(kv_bytes), sum(sequences), sum(tiles), max(most_tiles))
 
 
 def launch_s(chunks: Blocks, decodes: Blocks, bound: Bound, xp: Any = np) -> Any:
     """Seconds of one launch over chunks (their blocks added up, the longest of them) and decodes."""
     c, p = bound.c, bound.c["sharpness"]
-    busy = (chunks.work_s + decodes.work_s) / bound.hw.sms
+    room = xp.maximum(chunks.most_tiles, decodes.most_tiles) * (chunks.sequences + decodes.sequences)
+    idle_s = bound.heads * (room - chunks.tiles - decodes.tiles) * c["idle_block_s"]
+    busy = (chunks.work_s + decodes.work_s + idle_s) / bound.hw.sms
     longest = xp.maximum(chunks.longest_s, decodes.longest_s)
     moved = (chunks.kv_bytes + decodes.kv_bytes) / (bound.hw.bytes_per_s * c["memory_efficiency"])
     most = xp.maximum(xp.maximum(busy, longest), moved)
