@@ -186,9 +186,8 @@ MINIMAX: dict[str, Any] = {"engine_version": "0.19.0", "model": "minimax-m2.5", 
 def test_runs_of_inferencex_are_launched_as_its_scripts_do() -> None:
     launched = inferencex(**R1)
     assert (launched.deployment.scheduler.token_budget, launched.deployment.kv_cache) == (16_384, "fp8")
-    assert "as its benchmark launches it: max_num_batched_tokens 16384, max_num_seqs 256, receive_interval 10" in (
-        launched.notes
-    )
+    options = "max_num_batched_tokens 16384, max_num_seqs 256, fused_norm_max_bytes 33554432, receive_interval 10"
+    assert f"as its benchmark launches it: {options}" in launched.notes
     intervals = [
         inferencex(**R1 | {"device": device, "concurrency": clients}).deployment.scheduler.receive_interval
         for device, clients in (("b200-sxm", 8), ("b200-sxm", 16), ("h200-sxm", 16))
@@ -271,7 +270,10 @@ def test_scripts_lay_plans_out(changes: dict[str, Any], plan: tuple[int, int, in
 def test_what_a_row_states_outweighs_its_recipe() -> None:
     stated = inferencex(**R1, flags="--max-num-batched-tokens 4096")
     assert stated.deployment.scheduler.token_budget == 4096
-    assert "as its benchmark launches it: max_num_seqs 256, receive_interval 10" in stated.notes
+    assert (
+        "as its benchmark launches it: max_num_seqs 256, fused_norm_max_bytes 33554432, receive_interval 10"
+        in stated.notes
+    )
     budget = case(engine="trtllm", engine_version="1.0.0rc3", source="nvidia_gap_analysis",
                   flags="--max-num-batched-tokens 4096").deployment  # fmt: skip
     assert budget.for_load(1000, 4).scheduler.token_budget == 4096

@@ -29,7 +29,6 @@ OWN_ELEMENTWISE = ("qk_norm", "norm", "rope", "activation", "embedding")
 HOLD_OUTS = ("generation_left_out", "device_left_out", "served_shapes_cold", "served_shapes", "random")
 NORMAL_P90 = 1.645
 UNSCORED_SPREAD = 0.25
-ROUTING_ALPHA = {"balanced": 0.0, "power_law_1.01": 1.01, "power_law_1.2": 1.2}
 
 
 class AttentionShape(NamedTuple):
@@ -60,7 +59,7 @@ class MoeLayer(NamedTuple):
     experts: int
     ep: int = 1
     dtype: str = "bf16"
-    routing: str = "power_law_1.01"
+    routing_exponent: float = 0.7
     gated: bool = True
 
     @property
@@ -285,11 +284,8 @@ class OperatorCosts:
         return self._tables[kind, key]
 
     def _moe_shape(self, tokens: Any, layer: MoeLayer) -> moe.MoeShape:
-        if layer.routing not in ROUTING_ALPHA:
-            raise Unsupported(f"no routing {layer.routing}; there is: {', '.join(ROUTING_ALPHA)}")
         count = np.maximum(np.asarray(tokens, dtype=float), 1.0)
-        alpha = ROUTING_ALPHA[layer.routing]
-        load = fullest_device(count, layer.experts, layer.topk, layer.ep, alpha)
+        load = fullest_device(count, layer.experts, layer.topk, layer.ep, layer.routing_exponent)
         matrices = 3.0 if layer.gated else 2.0
         sizes = (float(layer.hidden), float(layer.inter), float(layer.topk), float(layer.experts), float(layer.ep))
         return moe.MoeShape(count, *sizes, matrices, load.active, load.rows)

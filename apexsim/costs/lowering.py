@@ -48,6 +48,7 @@ EXCHANGES: dict[tuple[str, str], CollectiveKind] = {
     ("trtllm", "combine"): "trtllm_combine",
 }
 Operator = RowOperator | Mixing
+FP32_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,13 +168,15 @@ def _head(deployment: Deployment, pool: Pool) -> tuple[RowOperator, ...]:
     return (lm_head, gathered, sampling)
 
 
-def _all_reduce(deployment: Deployment, pool: Pool, name: str) -> tuple[RowOperator, ...]:
-    """The all-reduce that ends a row-split product; nothing on one rank."""
+def _all_reduce(
+    deployment: Deployment, pool: Pool, name: str, *, row_bytes: float | None = None
+) -> tuple[RowOperator, ...]:
+    """The all-reduce that ends a row-split product, or of ``row_bytes`` a token; nothing on one rank."""
     if pool.plan.tensor == 1:
         return ()
     communication = deployment.engine.communication
     custom = communication.custom_all_reduce_max_bytes if communication.custom_all_reduce else 0
-    width = ACTIVATION_BYTES * deployment.model.hidden
+    width = row_bytes or ACTIVATION_BYTES * deployment.model.hidden
     return (Collective(name, "all_reduce", pool.plan.tensor, width, custom_max_bytes=custom),)
 
 
@@ -182,7 +185,7 @@ def _block(deployment: Deployment, pool: Pool, kind: LayerKind) -> Block:
     import networkx as nx
 
     attention, before, after = _mixer_part(deployment, pool, kind)
-    norm = [_norm(deployment, "ffn_norm")] if kind.ffn else []
+    norm = [_norm(deployment, pool, "ffn_norm")] if kind.ffn else []
     flat: list[Operator] = [*before, *([attention] if attention else []), *after, *norm]
     graph = nx.DiGraph(window=kind.window, moe=kind.moe)
     _chain(graph, flat)
@@ -207,9 +210,14 @@ def _chain(graph: Any, operators: list[Operator]) -> None:
     graph.add_edges_from((a.name, b.name) for a, b in pairwise(operators))
 
 
-def _norm(deployment: Deployment, name: str) -> Elementwise:
-    """A fused residual-add and norm: reads and writes both the hidden state and the residual."""
-    return Elementwise(name, 4 * ACTIVATION_BYTES * deployment.model.hidden)
+def _norm(deployment: Deployment, pool: Pool, name: str) -> Elementwise:
+    """A fused residual-add and norm: reads and writes both the hidden state and the residual.
+
+    Some engines do it in the all-reduce that comes before it.
+    """
+    width = ACTIVATION_BYTES * deployment.model.hidden
+    fused_bytes = deployment.engine.communication.fused_norm_max_bytes if pool.plan.tensor > 1 else 0
+    return Elementwise(name, 4 * width, fused_rows=fused_bytes / width)
 
 
 def _post_norm(deployment: Deployment, name: str) -> tuple[RowOperator, ...]:
@@ -230,7 +238,7 @@ def _mixer_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixed:
     attention, before, after = part(deployment, pool, kind)
     after += _all_reduce(deployment, pool, "attention_all_reduce")
     after += _post_norm(deployment, "attention_post_norm")
-    return attention, [_norm(deployment, "attention_norm"), *before], after
+    return attention, [_norm(deployment, pool, "attention_norm"), *before], after
 
 
 def _attention_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixed:
@@ -242,8 +250,7 @@ def _attention_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixe
     before: list[RowOperator] = [
         _gemm(deployment, "qkv", (heads + gates + 2 * kv_heads) * model.head_dim, model.hidden, dtype)
     ]
-    if model.qk_norm:
-        before.append(Elementwise("qk_norm", qk_bytes * model.head_dim))
+    before += _qk_norm(deployment, pool, qk_bytes * model.head_dim)
     if model.rotates(kind) and "rope" not in deployment.engine.fusions:
         before.append(Elementwise("rope", qk_bytes * (model.rotary_dim or model.head_dim)))
     after: list[RowOperator] = [_gemm(deployment, "o", model.hidden, heads * model.head_dim, dtype)]
@@ -251,6 +258,21 @@ def _attention_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixe
         after.insert(0, Elementwise("output_gate", 3 * ACTIVATION_BYTES * heads * model.head_dim))
     shape = AttentionShape(heads, kv_heads, model.head_dim, kind.window, deployment.kv_cache)
     return Attention("attention", shape), before, after
+
+
+def _qk_norm(deployment: Deployment, pool: Pool, qk_bytes: float) -> list[RowOperator]:
+    """The norm of queries and keys, where the model has one.
+
+    One over all heads of a layer needs their squares from all ranks: vLLM sums two float32 a token between one kernel
+    that makes them and one that scales (``MiniMaxText01RMSNormTP``).
+    """
+    norm = Elementwise("qk_norm", qk_bytes)
+    if deployment.model.qk_norm is None:
+        return []
+    if deployment.model.qk_norm != "layer" or pool.plan.tensor == 1:
+        return [norm]
+    squares = Elementwise("qk_squares", qk_bytes / 2)
+    return [squares, *_all_reduce(deployment, pool, "qk_all_reduce", row_bytes=2 * FP32_BYTES), norm]
 
 
 def _gemm(deployment: Deployment, name: str, n: int, k: int, dtype: str) -> Gemm:
@@ -313,7 +335,7 @@ def _moe_part(deployment: Deployment, pool: Pool) -> list[list[RowOperator]]:
         experts=moe.experts,
         ep=plan.expert,
         dtype=deployment.expert_dtype,
-        routing=moe.routing,
+        routing_exponent=moe.routing_exponent,
         gated=model.gated,
     )
     routed: list[RowOperator] = [Gemm("router", moe.experts, model.hidden, "bf16")]

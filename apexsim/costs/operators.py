@@ -131,18 +131,22 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class Elementwise:
-    """A memory-bound kernel (norm, rotary embedding, activation, lookup) moving ``bytes_per_row``."""
+    """A memory-bound kernel (norm, rotary embedding, activation, lookup) moving ``bytes_per_row``.
+
+    In steps of up to ``fused_rows`` it is a part of the kernel before it and takes no time of its own.
+    """
 
     name: str
     bytes_per_row: float
     rows: Rows = "tokens"
+    fused_rows: float = 0.0
     kind = "elementwise"
     key = "any"
     launches = 1
     weight_bytes = 0.0
 
     def seconds(self, costs: OperatorCosts, rows: Array) -> Array:
-        return costs.elementwise_s(self.bytes_moved(rows), self.name)
+        return np.where(rows > self.fused_rows, costs.elementwise_s(self.bytes_moved(rows), self.name), 0.0)
 
     def flops(self, rows: Array) -> Array:
         return np.zeros_like(rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from apexsim.costs.fitted import ROUTING_ALPHA, MoeLayer
+from apexsim.costs.fitted import MoeLayer
 from apexsim.costs.forms.hardware import Array
 from apexsim.costs.forms.routing import fullest_device, touched_experts
 
@@ -14,7 +14,6 @@ def busy_share(layer: MoeLayer, tokens: Array) -> Array:
 
     The time is taken to follow the experts that a rank reads.
     """
-    routing = layer.experts, layer.topk
-    alpha = ROUTING_ALPHA[layer.routing]
-    average = touched_experts(np.maximum(tokens, 1.0), *routing, alpha) / layer.ep
-    return np.asarray(np.minimum(average / fullest_device(tokens, *routing, layer.ep, alpha).active, 1.0))
+    experts, topk, exponent = layer.experts, layer.topk, layer.routing_exponent
+    average = touched_experts(np.maximum(tokens, 1.0), experts, topk, exponent) / layer.ep
+    return np.asarray(np.minimum(average / fullest_device(tokens, experts, topk, layer.ep, exponent).active, 1.0))

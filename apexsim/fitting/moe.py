@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from apexsim.costs.fitted import ROUTING_ALPHA
 from apexsim.costs.forms import moe
 from apexsim.costs.forms.hardware import COMPUTE_DTYPE, Array, Coefficients, Hardware
 from apexsim.fitting.cleaning import clean, faster_than, thin_shards
@@ -33,6 +32,8 @@ SHAPE_KNOTS = {
     "split": (0.125, 1.0, 2.0, 8.0),
     "tokens": (1.0, 4.0, 8.0, 16.0, 32.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0),
 }
+# Exponents of the power laws by what the tables call them.
+EXPONENTS = {"balanced": 0.0, "power_law_1.01": 1.01, "power_law_1.2": 1.2}
 # Serving routes by a power law: balanced rows, a third of all, hardly count in those.
 BALANCED_WEIGHT = 0.2
 # Shapes of plain (not gated) experts: two matrices instead of three. The tables of before vLLM 0.24, whose kernels go
@@ -208,7 +209,7 @@ def _routed(frame: pd.DataFrame) -> pd.DataFrame:
     experts = np.where(grouped, GROUPED[1] // 2, frame["experts"])
     ranks = np.where(grouped, np.maximum(1, frame["ep"] // 2), frame["ep"])
     rows = np.column_stack([frame["tokens"], experts, frame["topk"], ranks])
-    alphas = frame["routing"].map(ROUTING_ALPHA).to_numpy(dtype=float)
+    alphas = frame["routing"].map(EXPONENTS).to_numpy(dtype=float)
     load = timed_devices(rows, np.asarray(alphas))
     return frame.assign(active=load.active, local=load.rows)
 

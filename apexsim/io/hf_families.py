@@ -75,7 +75,7 @@ def _gpt_oss(config: Config) -> dict[str, Any]:
     _swiglu(config)
     bias = bool(config.get("attention_bias", True))
     method = config.mapping("quantization_config").get("quant_method")
-    experts = {"router_bias": True, "routing": "power_law_1.2", "dtype": "mxfp4" if method == "mxfp4" else None}
+    experts = {"router_bias": True, "dtype": "mxfp4" if method == "mxfp4" else None}
     return {
         "qkv_bias": bias,
         "o_bias": bias,

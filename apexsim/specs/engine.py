@@ -179,6 +179,9 @@ class MemoryDefaults(Spec):
 class CommunicationDefaults(Spec):
     """Which collective kernels an engine uses: its own all-reduce up to ``custom_all_reduce_max_bytes``, else NCCL.
 
+    All-reduces of up to ``fused_norm_max_bytes`` do the residual add and the norm behind them in the same kernel
+    (FlashInfer's and TensorRT-LLM's fused all-reduce).
+
     ``moe_dispatch`` says how tokens reach experts that are whole on a rank (expert degree = devices of a stage > 1);
     where experts are cut, and under ``all_reduce``, every rank has all tokens (gathered over attention-data ranks)
     and partial sums are all-reduced (and scattered to those ranks). ``all_to_all`` is NCCL's;
@@ -187,6 +190,7 @@ class CommunicationDefaults(Spec):
 
     custom_all_reduce: bool = True
     custom_all_reduce_max_bytes: int = Field(8 << 20, ge=0)
+    fused_norm_max_bytes: int = Field(0, ge=0)
     moe_dispatch: Literal["all_reduce", "all_to_all", "deepep", "deepep_ll", "trtllm"] = "all_reduce"
 
 

@@ -45,6 +45,8 @@ _SAID_ELSEWHERE = (
 # Models whose own "fp8" checkpoint is scaled by blocks of 128 x 128 (quantization_config of its config.json, or the
 # model card, on Hugging Face). TensorRT-LLM quantises by itself, one scale a tensor.
 _BLOCK_SCALED = ("deepseek-", "minimax-", "qwen3-")
+# Models of whose weights the NVFP4 checkpoints quantise those of experts alone (model card on Hugging Face).
+_NVFP4_EXPERTS = ("minimax-",)
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,8 @@ def _dtypes(row: RunRow) -> tuple[str, str | None, list[str]]:
         return weights, experts, [f"weight_dtype not known: {weights}"]
     if weights == "mxfp4":
         return "bf16", experts or "mxfp4", ["weight_dtype mxfp4: that of the experts alone, bf16 elsewhere"]
+    if weights == "nvfp4" and row.model.startswith(_NVFP4_EXPERTS):
+        return "bf16", experts or "nvfp4", ["weight_dtype nvfp4: that of the experts alone, as in the checkpoint"]
     if weights == "fp8" and row.engine != "trtllm" and row.model.startswith(_BLOCK_SCALED):
         return "fp8_block", experts, ["weight_dtype fp8: scaled by blocks, as the checkpoint of the model is"]
     return weights, experts, []
