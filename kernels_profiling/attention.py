@@ -48,8 +48,9 @@ def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: 
     chunk = q.shape[0]
     length = history + chunk
     if one_launch(q.device):
-        starts = torch.tensor([0, chunk], dtype=torch.int32, device=q.device)
-        lengths = torch.tensor([length], dtype=torch.int32, device=q.device)
+        # Made on the device: copies from the host cannot be captured.
+        starts = torch.arange(2, dtype=torch.int32, device=q.device) * chunk
+        lengths = torch.full((1,), length, dtype=torch.int32, device=q.device)
         return mixed_attention(q, k_cache, v_cache, block_table.unsqueeze(0), lengths, starts, chunk)
     keys, values = (_gathered(cache, block_table)[:length].transpose(0, 1) for cache in (k_cache, v_cache))
     mask: Any = None if history == 0 else causal_lower_right(chunk, length)
