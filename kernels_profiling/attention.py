@@ -9,12 +9,22 @@ from __future__ import annotations
 
 import importlib.util
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+
+
+class Ragged(NamedTuple):
+    """Sequences of one launch: their blocks, their keys (those of the chunk included), where their queries begin
+    (int32, one more than sequences), and the most queries of one."""
+
+    block_tables: Tensor
+    lengths: Tensor
+    starts: Tensor
+    longest: int
 
 
 @lru_cache
@@ -51,7 +61,7 @@ def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: 
         # Made on the device: copies from the host cannot be captured.
         starts = torch.arange(2, dtype=torch.int32, device=q.device) * chunk
         lengths = torch.full((1,), length, dtype=torch.int32, device=q.device)
-        return mixed_attention(q, k_cache, v_cache, block_table.unsqueeze(0), lengths, starts, chunk)
+        return mixed_attention(q, k_cache, v_cache, Ragged(block_table.unsqueeze(0), lengths, starts, chunk))
     keys, values = (_gathered(cache, block_table)[:length].transpose(0, 1) for cache in (k_cache, v_cache))
     mask: Any = None if history == 0 else causal_lower_right(chunk, length)
     heads = q.transpose(0, 1)
@@ -67,10 +77,13 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: 
     ``block_tables`` is ``[batch, blocks]`` (int32), as wide as the longest sequence; entries beyond a sequence's end
     are any lawful block. ``lengths`` are int32.
     """
-    batch, heads, dim = q.shape
+    batch = q.shape[0]
     if one_launch(q.device):
         starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
-        return mixed_attention(q, k_cache, v_cache, block_tables, lengths, starts, 1)
+        return mixed_attention(q, k_cache, v_cache, Ragged(block_tables, lengths, starts, 1))
+    if q.device.type == "cpu":
+        # Tables may be wider than their sequences; here to look costs nothing.
+        block_tables = block_tables[:, : -(-int(lengths.max()) // k_cache.shape[1])]
     keys, values = (
         _gathered(cache, block_tables.flatten()).view(batch, -1, *cache.shape[2:]).transpose(1, 2)
         for cache in (k_cache, v_cache)
@@ -84,22 +97,16 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: 
     return out.squeeze(2).to(q.dtype)
 
 
-def mixed_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, lengths: Tensor, starts: Tensor, longest: int
-) -> Tensor:
-    """Chunks and decodes in one launch of FlashAttention-3.
-
-    ``starts`` (int32, one more than sequences) are where each sequence's queries begin in ``q[tokens, heads, d]``;
-    ``lengths`` its keys, chunk included; ``longest`` the most queries of one.
-    """
+def mixed_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, ragged: Ragged) -> Tensor:
+    """Chunks and decodes, ``q[tokens, heads, d]`` in all, in one launch of FlashAttention-3."""
     out = _flash3().flash_attn_with_kvcache(
         q,
         k_cache,
         v_cache,
-        cache_seqlens=lengths,
-        page_table=block_tables,
-        cu_seqlens_q=starts,
-        max_seqlen_q=longest,
+        cache_seqlens=ragged.lengths,
+        page_table=ragged.block_tables,
+        cu_seqlens_q=ragged.starts,
+        max_seqlen_q=ragged.longest,
         causal=True,
     )
     return torch.as_tensor(out[0] if isinstance(out, tuple) else out)

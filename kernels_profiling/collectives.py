@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
+from torch.multiprocessing.spawn import start_processes
 
 from kernels_profiling.timers import summarised
 
@@ -31,7 +31,7 @@ def measured(points: Sequence[Mapping[str, Any]], device: torch.device) -> list[
     with tempfile.TemporaryDirectory() as folder:
         wanted = [(str(point["collective"]), int(point["bytes"])) for point in points]
         try:
-            mp.start_processes(_rank, (group, device.type, wanted, folder), nprocs=group, start_method="spawn")
+            start_processes(_rank, (group, device.type, wanted, folder), nprocs=group, start_method="spawn")
             found: list[Outcome] = json.loads(_answer(folder).read_text())
         except Exception as error:  # a rank that died: torch wraps what it raised
             lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -53,9 +53,10 @@ def _rank(rank: int, group: int, kind: str, wanted: list[tuple[str, int]], folde
     torch.set_num_threads(1)
     if kind == "cuda":
         torch.cuda.set_device(rank)
-    store = dist.FileStore(f"{folder}/store", group)
-    dist.init_process_group(_backend(kind), store=store, rank=rank, world_size=group, timeout=TIMEOUT)
-    found = [_outcome(name, size, group, torch.device(kind, rank if kind == "cuda" else None)) for name, size in wanted]
+    meeting = f"file://{folder}/store"
+    dist.init_process_group(_backend(kind), init_method=meeting, rank=rank, world_size=group, timeout=TIMEOUT)
+    device = torch.device("cuda", rank) if kind == "cuda" else torch.device("cpu")
+    found = [_outcome(name, size, group, device) for name, size in wanted]
     if rank == 0:
         _answer(folder).write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -1,7 +1,7 @@
 """The kernels that are timed, and that the live engine runs: the very same callables.
 
-Shapes are those of one rank. Caches are paged, ``[blocks, block_size, kv_heads, head_dim]``; a token of position p of a
-sequence lies in slot ``block_table[p // block_size] * block_size + p % block_size``. None of these waits for the device,
+Shapes are those of one rank. Caches are paged, ``[blocks, block_size, kv_heads, head_dim]``; a token at position p of a
+sequence lies in slot ``block_table[p // block_size] * block_size + p % block_size``. None of these waits for a GPU,
 and all but ``prefill_attention`` keep their shapes from step to step: they can be captured in CUDA graphs.
 """
 
@@ -51,7 +51,7 @@ def rope_tables(positions: int, dim: int, base: float, like: Tensor) -> tuple[Te
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate ``q[tokens, heads, d]`` and ``k`` by ``cos, sin[tokens, d]`` (rows of ``rope_tables`` at the positions)."""
+    """Rotate ``q[tokens, heads, d]`` and ``k`` by ``cos, sin[tokens, d]``, rows of ``rope_tables`` at the positions."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return torch.addcmul(q * cos, _half_turned(q), sin), torch.addcmul(k * cos, _half_turned(k), sin)
 

@@ -16,8 +16,10 @@ from apexsim.fitting import facts
 from apexsim.fitting.own import DEVICE_FILE, MeasuredDevice
 from apexsim.io.yaml_files import load_spec, write_yaml
 from apexsim.specs.device import Datasheet, Price
+from apexsim.units import dtype_bytes
 from kernels_profiling.power import Meter
 from kernels_profiling.rig import Rig
+from kernels_profiling.tables import Tables
 
 # Profiles by the name that the driver gives the device.
 KNOWN = {
@@ -46,10 +48,13 @@ def torch_device(kind: str) -> torch.device:
     return torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")
 
 
-def set_threads(threads: int | None) -> None:
-    """Let torch use so many threads of a CPU; as many as it likes where None."""
-    if threads:
-        torch.set_num_threads(threads)
+def set_threads(device: torch.device, threads: int | None) -> None:
+    """Let torch use so many threads where the device is a CPU; one by default.
+
+    On cores that others use too, threads wait for each other at the end of every kernel, and times double at random.
+    """
+    if device.type == "cpu":
+        torch.set_num_threads(threads or 1)
 
 
 def meter_of(device: torch.device) -> Meter | None:
@@ -75,6 +80,25 @@ def described(folder: Path, rig: Rig) -> MeasuredDevice:
         would_do = f"this is {name} with {threads or 'no'} threads; give another --out, or the --threads of then"
         raise BadInput(would_do, where=path, key="device", got=f"{found.device}, {found.threads} threads")
     return found
+
+
+def raise_peaks(tables: Tables) -> None:
+    """Raise measured peaks to the best rates in the tables: an idle moment after a busy one is no broken roofline."""
+    path = tables.folder / DEVICE_FILE
+    found = load_spec(MeasuredDevice, path)
+    frame = tables.read("gemm")
+    if found.profile is not None or frame is None:
+        return
+    frame = frame[frame["status"] == "ok"]
+    sheet, rates = found.datasheet, dict(found.datasheet.flops_per_s)
+    for dtype, rows in frame.groupby("dtype"):
+        best = (2 * rows["m"] * rows["n"] * rows["k"] / rows["latency_p10_s"]).max()
+        rates[str(dtype)] = max(rates.get(str(dtype), 0.0), _rounded(best))
+    width = frame["dtype"].map(dtype_bytes)
+    moved = (width * frame["n"] * frame["k"] / frame["latency_p10_s"]).max()
+    fastest = max(sheet.memory_bytes_per_s, _rounded(moved))
+    sheet = sheet.model_copy(update={"flops_per_s": rates, "memory_bytes_per_s": fastest})
+    write_yaml(path, found.model_copy(update={"datasheet": sheet}).model_dump(mode="json", exclude_defaults=True))
 
 
 def device_name(device: torch.device) -> str:
@@ -156,8 +180,8 @@ def _measured_sheet(rig: Rig) -> Datasheet:
         pcie_bytes_per_s=_rounded(bytes_per_s),
         nccl_bytes={1: 0, 2: 0, 4: 0, 8: 0},
         source=(
-            f"measured by kernels_profiling with torch {torch.__version__}: the best of repeated products, and of reads "
-            f"and copies, on {device_name(rig.device)}; last cache {cache}; watts, links and price assumed"
+            f"measured by kernels_profiling with torch {torch.__version__}: the best of repeated products, and of "
+            f"reads and copies, on {device_name(rig.device)}; last cache {cache}; watts, links and price assumed"
         ),
     )
 
@@ -173,7 +197,9 @@ def peak_bytes_per_s(rig: Rig) -> float:
     """The best rate at which memory beyond the cache is read by a product or a sum, or copied."""
     (x, *_) = rig.cold(torch.bfloat16, (4096, max(4096, rig.cache_bytes // 4096)))
     one, target = rig.hot(torch.bfloat16, (1, x.shape[1])), torch.empty_like(x)
-    read = min(_best_s(lambda: torch.nn.functional.linear(one, x), rig), _best_s(lambda: x.view(torch.float32).sum(), rig))
+    read = min(
+        _best_s(lambda: torch.nn.functional.linear(one, x), rig), _best_s(lambda: x.view(torch.float32).sum(), rig)
+    )
     return max(x.nbytes / read, 2 * x.nbytes / _best_s(lambda: target.copy_(x), rig))
 
 

@@ -64,8 +64,10 @@ class Wanted:
 class Limits:
     """How long, on how many cores, over how many ranks."""
 
-    budget_s: Annotated[float | None, typer.Option(min=0, help="Stop after so many seconds; run again to go on.")] = None
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch on a CPU.")] = None
+    budget_s: Annotated[float | None, typer.Option(min=0, help="Stop after so many seconds; run again to go on.")] = (
+        None
+    )
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch on a CPU; else one.")] = None
     ranks: Annotated[int, typer.Option(min=1, help="Ranks that collectives run over (NCCL; gloo on a CPU).")] = 1
 
 
@@ -83,7 +85,7 @@ def measure(
     from kernels_profiling.tables import Tables
 
     where = torch_device(device)
-    set_threads(limits.threads)
+    set_threads(where, limits.threads)
     names = wanted.tables()
     of = wanted.ranks(device)
     points = [point for point in all_points(wanted.scale(device), of, limits.ranks) if point[0] in names]

@@ -93,7 +93,7 @@ def mixed_attention(point: Point, rig: Rig) -> Case:
         kernels.write_kv(cache.k, cache.v, slots[i], k, v)
         tables = cache.tables[i]
         if together:
-            return attention.mixed_attention(q, cache.k, cache.v, tables, used, starts, chunk)
+            return attention.mixed_attention(q, cache.k, cache.v, attention.Ragged(tables, used, starts, chunk))
         blocks = -(-keys // cache.k.shape[1])
         apart = attention.prefill_attention(q[:chunk], cache.k, cache.v, tables[0], history)
         return apart, attention.decode_attention(q[chunk:], cache.k, cache.v, tables[1:, :blocks], used[1:])

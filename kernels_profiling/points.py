@@ -129,7 +129,12 @@ class Rank(NamedTuple):
         if model.ffn:
             width = model.ffn // self.tensor
             yield none | {"kind": "activation", "bytes": 6 * rows * width, "width": width}
-        yield none | {"kind": "embedding", "bytes": 4 * rows * model.hidden, "hidden": model.hidden, "width": model.vocab}
+        yield none | {
+            "kind": "embedding",
+            "bytes": 4 * rows * model.hidden,
+            "hidden": model.hidden,
+            "width": model.vocab,
+        }
 
 
 def ranks(models: Sequence[ModelSpec], degrees: Sequence[int]) -> list[Rank]:

@@ -1,4 +1,4 @@
-"""A run of measurements: points that are not in the tables yet, one after another, each a row whatever becomes of it."""
+"""A run of measurements: points that are not in the tables yet, one after another, each a row whatever comes of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kernels_profiling import collectives, launches
-from kernels_profiling.machine import described, device_name, driver_of
+from kernels_profiling.machine import described, device_name, driver_of, raise_peaks
 from kernels_profiling.operators import CASES
 from kernels_profiling.power import Drawn
 from kernels_profiling.rig import Rig, UnsupportedHereError
@@ -50,19 +50,24 @@ class Session:
         try:
             for name, point in single:
                 if budget_s is not None and time.monotonic() - begun > budget_s:
-                    return len(missing) - count
+                    break
                 self._keep(name, point, self._outcome(name, point, count))
                 count += 1
                 report(count / len(missing))
-            self._collectives([point for name, point in missing if name == "collective"])
+            if count == len(single):
+                self._collectives([point for name, point in missing if name == "collective"])
+                count = len(missing)
         finally:
             self._tables.flush()
         self._tables.merge()
-        return 0
+        raise_peaks(self._tables)
+        return len(missing) - count
 
     def summary(self, left: int) -> str:
         """One line on what became of the points."""
-        said = ", ".join(f"{count} {status}" for status, count in sorted(self._outcomes.items())) or "nothing to measure"
+        said = (
+            ", ".join(f"{count} {status}" for status, count in sorted(self._outcomes.items())) or "nothing to measure"
+        )
         end = f"; {left} left: run again to go on" if left else ""
         return f"{self._tables.folder}: {said}{end}"
 
@@ -72,7 +77,9 @@ class Session:
 
     def _collectives(self, points: Sequence[Mapping[str, Any]]) -> None:
         """All collectives at once: their ranks are processes that take seconds to start."""
-        for point, outcome in zip(points, collectives.measured(points, self._rig.device) if points else (), strict=True):
+        for point, outcome in zip(
+            points, collectives.measured(points, self._rig.device) if points else (), strict=True
+        ):
             self._keep("collective", point, outcome)
 
     def _outcome(self, name: str, point: Mapping[str, Any], number: int) -> dict[str, Any]:

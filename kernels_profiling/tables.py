@@ -1,8 +1,8 @@
 """The tables that measuring writes: their columns, parts that survive a kill, and one parquet file an operator.
 
 Rows go to ``parts/OPERATOR-NNNNN.parquet`` a few at a time; when an operator is done its parts become
-``OPERATOR.parquet``. Every file appears whole or not at all, so a killed run loses at most the rows of its last seconds.
-docs/profiling.md lists the columns.
+``OPERATOR.parquet``. Every file appears whole or not at all, so a killed run loses the rows of its last
+seconds at most. docs/profiling.md lists the columns.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Tables:
     def done(self, name: str) -> set[Key]:
         """Sizes of the rows that a table has, failed and unsupported ones too."""
         frame = self.read(name)
-        return set() if frame is None else {key_of(name, row) for row in frame.to_dict("records")}
+        return set() if frame is None else {key_of(name, dict(row)) for _, row in frame.iterrows()}
 
     def read(self, name: str) -> pd.DataFrame | None:
         """Every row of a table, its parts included; None where there is none."""
@@ -98,11 +98,11 @@ class Tables:
     def merge(self) -> None:
         """Make one file of the parts of every table."""
         self.flush()
-        for name in SIZES:
+        for name, sizes in SIZES.items():
             parts = self._part_files(name)
             frame = self.read(name)
             if parts and frame is not None:
-                _write(self.folder / f"{name}.parquet", frame.drop_duplicates(list(SIZES[name]), keep="last"))
+                _write(self.folder / f"{name}.parquet", frame.drop_duplicates(list(sizes), keep="last"))
                 for part in parts:
                     part.unlink()
 
@@ -114,7 +114,7 @@ class Tables:
         return sorted(self._parts.glob(f"{name}-[0-9]*.parquet"))
 
 
-def key_of(name: str, point: Mapping[str, Any]) -> Key:
+def key_of(name: str, point: Mapping[Any, Any]) -> Key:
     """What tells a point of a table apart."""
     return tuple(point[column] if column in TEXT else float(point[column]) for column in SIZES[name])
 
@@ -133,7 +133,9 @@ def read_parquet(path: Path) -> pd.DataFrame:
         return pd.read_parquet(path)
     except (OSError, ValueError) as error:
         said = " ".join(str(error).split())
-        raise BadInput(f"not a readable parquet table ({said}); delete it to measure its rows again", where=path) from None
+        raise BadInput(
+            f"not a readable parquet table ({said}); delete it to measure its rows again", where=path
+        ) from None
 
 
 def _write(path: Path, frame: pd.DataFrame) -> None:

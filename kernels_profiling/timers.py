@@ -80,7 +80,7 @@ def _cuda(case: Case, budget_s: float) -> Timing:
         graph.replay()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) * 1e-3 / calls
+        return float(begin.elapsed_time(end)) * 1e-3 / calls
 
     for _ in range(WARM_UP):
         repeat()
@@ -142,7 +142,8 @@ def _eager_cuda_s(case: Case) -> float:
 
 
 def _summary(repeat: Callable[[], float], calls: int, budget_s: float) -> Timing:
-    start, taken = time.perf_counter(), []
+    start = time.perf_counter()
+    taken: list[float] = []
     while len(taken) < LEAST_REPEATS or (time.perf_counter() - start < budget_s and len(taken) < MOST_REPEATS):
         taken.append(repeat())
     return summarised(taken, calls)

@@ -197,7 +197,7 @@ class Transformer:
         if not packed.chunks:
             return attention.decode_attention(queries, *cache, packed.tables, packed.lengths)
         if self._one_launch:
-            return attention.mixed_attention(queries, *cache, *_ragged(packed))
+            return attention.mixed_attention(queries, *cache, _ragged(packed))
         out, begin = torch.empty_like(queries), decodes
         if decodes:
             tables, lengths = packed.tables[:decodes], packed.lengths[:decodes]
@@ -248,7 +248,7 @@ def _turned(x: Tensor, norm: Tensor | None, turn: tuple[Tensor, Tensor]) -> Tens
     return kernels.rope(normed, normed[:, :0], *turn)[0]
 
 
-def _ragged(packed: Packed) -> tuple[Tensor, Tensor, Tensor, int]:
+def _ragged(packed: Packed) -> attention.Ragged:
     """Tables, lengths, where each sequence's queries begin, and the most queries of one."""
     begins = torch.nn.functional.pad(packed.last + 1, (1, 0)).to(torch.int32)
-    return packed.tables, packed.lengths, begins, max(tokens for tokens, _ in packed.chunks)
+    return attention.Ragged(packed.tables, packed.lengths, begins, max(tokens for tokens, _ in packed.chunks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,17 +113,18 @@ def problems(device: Facts, kernels: Path) -> Iterator[Problem]:
 
 
 class _Experts(NamedTuple):
-    """The form on rows of a table."""
+    """The form on rows of a table, weights hot as they were measured, or ``cold``."""
 
     weight_bytes: float
     hw: Hardware
+    cold: bool = False
 
     def shape(self, rows: pd.DataFrame) -> moe.MoeShape:
         columns = ("tokens", "hidden", "shard", "topk", "reachable", "spread", "matrices", "touched", "power_law")
         return moe.MoeShape(*(rows[column].to_numpy(dtype=float) for column in columns))
 
     def predict(self, rows: pd.DataFrame, c: Coefficients) -> Array:
-        return moe.moe_s(self.shape(rows), self.weight_bytes, c, self.hw, cold=False)
+        return moe.moe_s(self.shape(rows), self.weight_bytes, c, self.hw, cold=self.cold)
 
     def compute_floor(self, rows: pd.DataFrame) -> Array:
         """FLOPs of an average device at the peak."""
@@ -138,21 +140,37 @@ def problem(tables: Path, kernel: Kernel, hw: Hardware, *, own: bool = True) -> 
     form = _Experts(dtype_bytes(kernel.dtype), hw)
     table = tables / kernel.folder / kernel.table
     frame, dropped = clean(_rows(tables, kernel), [thin_shards("shard"), faster_than(form.compute_floor)])
+    source = f"{kernel.folder}/{table.name} ({table_version(table)}), kernels *{kernel.name}*"
+    found = _problem(form, kernel.dtype, frame, source)
+    return replace(found, dropped=dropped, knots=_knots(frame, kernel), evidence="fitted" if own else "estimated")
+
+
+def measured_problem(rows: pd.DataFrame, dtype: str, hw: Hardware, source: str) -> Problem:
+    """The fit of gated experts of one rank from ``rows`` whose weights were cold."""
+    form = _Experts(dtype_bytes(dtype), hw, cold=True)
+    frame = rows.assign(shard=rows["inter"] / rows["tp"], reachable=rows["experts"], spread=rows["ep"], weight=1.0)
+    frame = frame.assign(matrices=3.0, power_law=(frame["routing"] != "balanced").astype(float))
+    frame, dropped = clean(frame.assign(touched=_touched(frame)), [faster_than(form.compute_floor)])
+    found = _problem(form, dtype, frame, source)
+    kept = [c for c in found.coefficients if c.name != "cached_share"]
+    return replace(found, dropped=dropped, coefficients=kept)
+
+
+def _problem(form: _Experts, dtype: str, frame: pd.DataFrame, source: str) -> Problem:
     model = list(zip(frame["hidden"], frame["inter"], frame["topk"], frame["experts"], strict=True))
     served = np.array([tuple(int(x) for x in sizes) in expert_shapes() for sizes in model])
     everything = np.ones(len(frame), bool)
     return Problem(
         kind="moe",
-        key=kernel.dtype,
+        key=dtype,
         form="moe",
-        source=f"{kernel.folder}/{table.name} ({table_version(table)}), kernels *{kernel.name}*",
-        evidence="fitted" if own else "estimated",
+        source=source,
         frame=frame,
-        dropped=dropped,
+        dropped={},
         predict=form.predict,
         coefficients=moe.COEFFICIENTS,
         coordinates=form.coordinates,
-        knots=_knots(frame, kernel),
+        knots=KNOTS,
         valid={"tokens": "tokens", "hidden": "hidden", "inter": "shard", "experts": "experts", "ep": "ep"},
         holdouts={
             "random": (random_fifth(len(frame)), {"random": everything, "random_served": served}),

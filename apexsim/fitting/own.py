@@ -1,7 +1,8 @@
-"""Tables that ``python -m kernels_profiling measure`` writes: recognised by their ``device.yaml``, read for the fits."""
+"""Tables that ``python -m kernels_profiling measure`` writes: recognised by their ``device.yaml``, read for fits."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +10,7 @@ import pandas as pd
 
 from apexsim.errors import BadInput
 from apexsim.fitting.tables import read_table
+from apexsim.io.yaml_files import load_spec
 from apexsim.specs.base import Spec
 from apexsim.specs.device import Datasheet, Price
 
@@ -34,22 +36,36 @@ class MeasuredDevice(Spec):
     date: str
 
 
-def is_own(folder: Path | None) -> bool:
-    """Whether a folder holds tables of our own measuring."""
-    return folder is not None and (folder / DEVICE_FILE).is_file()
+class OwnTables:
+    """The tables of a measured device in their folder."""
 
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.device = load_spec(MeasuredDevice, folder / DEVICE_FILE)
+        if parts := sorted((folder / "parts").glob("*.parquet")):
+            would_do = "the measuring was cut short; run it again to the end"
+            raise BadInput(would_do, where=folder / "parts", got=f"{len(parts)} unmerged files")
 
-def rows(folder: Path, name: str, numbers: list[str], labels: list[str]) -> pd.DataFrame:
-    """Rows of a table that were measured, with ``seconds``, ``kernel_source`` and ``source``; empty without the table.
+    @staticmethod
+    def found_in(folder: Path | None) -> bool:
+        """Whether a folder holds tables of our own measuring."""
+        return folder is not None and (folder / DEVICE_FILE).is_file()
 
-    Failed and unsupported rows have no time and are left out.
-    """
-    path = folder / f"{name}.parquet"
-    if not path.is_file():
-        return pd.DataFrame(columns=[*numbers, *labels, "seconds", "kernel_source"])
-    status = read_table(path, [], ["status"])["status"]
-    frame = read_table(path, numbers, [*labels, "kernel_source", "table_version"], keep=(status == "ok").to_numpy())
-    frame["seconds"] = read_table(path, ["latency_s"], keep=(status == "ok").to_numpy())["latency_s"]
-    if (frame["seconds"] <= 0).any():
-        raise BadInput("a measured row takes no time", where=path, key="latency_s")
-    return frame
+    def rows(self, name: str, numbers: Sequence[str], labels: Sequence[str] = ()) -> pd.DataFrame:
+        """Measured rows of a table, with ``seconds`` and ``kernel_source``; none without the table.
+
+        Failed and unsupported rows have no time and are left out.
+        """
+        path = self.folder / f"{name}.parquet"
+        columns, texts = [*numbers, "latency_s", "latency_p10_s"], [*labels, "kernel_source"]
+        if not path.is_file():
+            return pd.DataFrame(columns=[*columns, *texts, "seconds"])
+        frame = read_table(path, columns, texts, only=("status", "ok"))
+        if (frame["latency_s"] <= 0).any():
+            raise BadInput("a measured row takes no time", where=path, key="latency_s")
+        return frame.assign(seconds=frame["latency_s"])
+
+    def source(self, frame: pd.DataFrame) -> str:
+        """Where rows come from, for a profile."""
+        kernels = ", ".join(sorted(frame["kernel_source"].unique()))
+        return f"measured on {self.device.device}, {self.device.date}: {kernels}"
