@@ -79,7 +79,7 @@ def test_the_docs_name_every_profile_with_its_versions() -> None:
 
 
 def test_every_engine_has_few_profiles() -> None:
-    assert {profile.engine for profile in ENGINES} == {"vllm", "sglang", "trtllm"}
+    assert {profile.engine for profile in ENGINES} == {"vllm", "sglang", "trtllm", "reference"}
     assert len(ENGINES) <= 8
 
 
