@@ -93,7 +93,7 @@ class LiveEngine:
         self._check(traffic.requests, workload.name)
         self._start()
         self.runner.tables = self._tables
-        self.runner.known = _prompts(traffic.requests, self.settings.model.vocab, self.settings.seed)
+        self.runner.known = prompts(traffic.requests, self.settings.model.vocab, self.settings.seed)
         with no_cycle_collection():
             self._began_ns = time.perf_counter_ns()
             self._loop(traffic)
@@ -175,7 +175,7 @@ class LiveEngine:
         return leaving
 
 
-def _prompts(requests: list[Request], vocab: int, seed: int) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
+def prompts(requests: list[Request], vocab: int, seed: int) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
     """Room for all tokens of each request, its prompt drawn at random."""
     random = np.random.default_rng(seed)
     known = [np.zeros(request.total, dtype=np.int64) for request in requests]
