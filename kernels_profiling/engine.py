@@ -89,8 +89,8 @@ class LiveEngine:
 
         Times are nanoseconds since the start. Raises BadInput before any work where a request could never be served.
         """
+        self.check(workload)
         traffic = Traffic(workload)
-        self._check(traffic.requests, workload.name)
         self._start()
         self.runner.tables = self._tables
         self.runner.known = prompts(traffic.requests, self.settings.model.vocab, self.settings.seed)
@@ -102,15 +102,17 @@ class LiveEngine:
         self.outputs = [known[r.prompt_tokens :] for known, r in zip(self.runner.known, traffic.requests, strict=True)]
         return traffic.requests, self._recorder
 
-    # -- parts ------------------------------------------------------------------------------------------------
-
-    def _check(self, requests: list[Request], name: str) -> None:
+    def check(self, workload: Requests) -> None:
+        """Raise BadInput where a request of a workload could never be served."""
+        requests = Traffic(workload).requests
         door = Door(self._limits, min(self.settings.longest, self.settings.model.max_context), self._memory)
         refused = [(request.index + 1, why) for request in requests if (why := door.refuses(request))]
         if refused:
             row, why = refused[0]
             said = f"{len(refused)} of {len(requests)} requests cannot be served; request {row}: {why}"
-            raise BadInput(said, where=name)
+            raise BadInput(said, where=workload.name)
+
+    # -- parts ------------------------------------------------------------------------------------------------
 
     def _now_ns(self) -> int:
         return time.perf_counter_ns() - self._began_ns

@@ -78,6 +78,7 @@ def live(
     settings = settings_for(model_flags.spec(), load, engine_flags, place)
     what = _what_ran(out, settings, model_flags, engine_flags, profile)
     engine = LiveEngine(settings)
+    engine.check(load)  # before a warm-up that would seem to be at fault
     engine.serve(warm_up_load(load, settings.scheduler))
     run_id = write_run(out, serve_metered(engine, load), what)
     typer.echo(f"{out}/runs.csv: {run_id}")

@@ -189,7 +189,7 @@ class Transformer:
         return kernels.gemm(kernels.silu_mul(kernels.gemm(normed, gate_up)), down), residual
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.model.head_dim))
+        return x.view(x.shape[0], -1, self.model.head_dim)
 
     def _attend(self, index: int, queries: Tensor, packed: Packed) -> Tensor:
         """Attention of all tokens to their own sequences: in one launch where the device has one, else part by part."""
