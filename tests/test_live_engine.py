@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from apexsim.specs.workload import Requests
 
 torch = pytest.importorskip("torch")
 
+from kernels_profiling import attention  # noqa: E402
 from kernels_profiling.engine import EngineSettings, LiveEngine  # noqa: E402
 from kernels_profiling.transformer import Packed  # noqa: E402
 
@@ -93,6 +95,28 @@ def test_tokens_are_those_of_plain_passes(
     requests, _ = served.serve(LOAD)
     assert [len(output) for output in served.outputs] == LOAD.output_tokens.tolist()
     assert any(request.preemptions for request in requests) == preempts
+    assert [output.tolist() for output in served.outputs] == full_recompute(served)
+
+
+def one_launch_for_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ragged: attention.Ragged) -> torch.Tensor:
+    """What FlashAttention-3 does with chunks and decodes, sequence by sequence."""
+    out, starts = torch.empty_like(q), ragged.starts.tolist()
+    assert starts[0] == 0
+    assert starts[-1] == len(q)
+    assert max(np.diff(starts)) == ragged.longest
+    for row, (begin, end) in enumerate(pairwise(starts)):
+        length = int(ragged.lengths[row])
+        table = ragged.block_tables[row, : -(-length // BLOCK)]
+        out[begin:end] = attention.prefill_attention(q[begin:end], k, v, table, length - (end - begin))
+    return out
+
+
+def test_tokens_are_the_same_where_chunks_and_decodes_share_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = engine()
+    monkeypatch.setattr(served.model, "_one_launch", True)
+    monkeypatch.setattr(attention, "mixed_attention", one_launch_for_all)
+    served.serve(LOAD)
+    monkeypatch.undo()
     assert [output.tolist() for output in served.outputs] == full_recompute(served)
 
 
