@@ -1,8 +1,8 @@
 """Which sizes are measured: those that models put on a rank, by tensor degree, and a grid beside them.
 
 A ``Scale`` holds the grids: ``QUICK`` for a minute on a CPU, ``CPU`` for some minutes, ``CUDA`` for a datacenter GPU.
-Points come in an order drawn once with a fixed seed, so that a disturbance meets all operators alike, and a run cut
-short by its budget knows something of each.
+Points come in orders drawn with a fixed seed, so that a disturbance meets all operators alike and a run cut short by
+its budget knows something of each; in several rounds where others' work disturbs, as on a CPU.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from apexsim.specs.model import ModelSpec
+from kernels_profiling.tables import ROUND
 
 Points = Iterator[tuple[str, dict[str, Any]]]
 SEED = 20260101
@@ -37,6 +38,7 @@ class Scale(NamedTuple):
     dtypes: tuple[str, ...]
     held_s: float
     point_s: float
+    rounds: int
 
 
 QUICK = Scale(
@@ -52,7 +54,8 @@ QUICK = Scale(
     mixed=((32, 128), (0, 128), (2, 8), (128,)),
     dtypes=("bf16",),
     held_s=0.0,  # no sustained rows
-    point_s=0.1,
+    point_s=0.03,
+    rounds=3,
 )
 CPU = QUICK._replace(
     tokens=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024),
@@ -66,7 +69,7 @@ CPU = QUICK._replace(
     mixed=((32, 128, 512), (0, 256), (2, 8), (128, 1024)),
     dtypes=("bf16", "fp32", "fp8"),
     held_s=5.0,
-    point_s=0.3,
+    point_s=0.1,
 )
 CUDA = Scale(
     tokens=(1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384),
@@ -82,6 +85,7 @@ CUDA = Scale(
     dtypes=("bf16", "fp8"),
     held_s=5.0,
     point_s=0.04,
+    rounds=1,
 )
 
 
@@ -144,13 +148,14 @@ def ranks(models: Sequence[ModelSpec], degrees: Sequence[int]) -> list[Rank]:
 
 
 def all_points(scale: Scale, of: Sequence[Rank], group: int) -> list[tuple[str, dict[str, Any]]]:
-    """Every point once, shuffled: (table, sizes). ``group``: ranks that collectives run over."""
+    """Every point once a round, shuffled: (table, sizes). ``group``: ranks that collectives run over."""
     makers = (_products, _prefill, _decode, _mixed, _elementwise, _sampling, _experts, _host)
     found = [point for maker in makers for point in maker(scale, of)]
     found += _collectives(group)
-    order = np.random.default_rng(SEED).permutation(len(found))
-    unique = {(name, *sorted(point.items())): (name, point) for name, point in (found[at] for at in order)}
-    return list(unique.values())
+    unique = list({(name, *sorted(point.items())): (name, point) for name, point in found}.values())
+    draw = np.random.default_rng(SEED)
+    orders = [draw.permutation(len(unique)) for _ in range(scale.rounds)]
+    return [(unique[at][0], unique[at][1] | {ROUND: number}) for number, order in enumerate(orders) for at in order]
 
 
 def _products(scale: Scale, of: Sequence[Rank]) -> Points:

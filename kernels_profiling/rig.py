@@ -14,6 +14,8 @@ BLOCK_SIZE = 16
 # Buffers that take turns hold so many times the last cache: by the time one comes again nothing of it is left.
 COLD_CACHES = 4
 MOST_BUFFERS = 512
+# Shape of the weights (3 MiB in bf16) that run through the inner caches of a CPU before each call that is timed.
+SWEPT = (2048, 768)
 # Spread of the weights of trained transformers: that of their initialisation, about.
 WEIGHT_SPREAD = 0.02
 
@@ -44,6 +46,7 @@ class Rig:
         self.device, self.cache_bytes, self.meter, self._content = device, cache_bytes, meter, content
         self._pools: dict[torch.dtype, torch.Tensor] = {}
         self._draw = torch.Generator(device).manual_seed(0)
+        self._sweeps, self._one = 0, self.hot(torch.bfloat16, (1, SWEPT[1]))
 
     def with_content(self, content: str) -> Rig:
         """The same device with weights of other ``content``: normal or zeros."""
@@ -76,6 +79,12 @@ class Rig:
         order = torch.randperm(blocks, device=self.device, generator=self._draw)[: turns * needed]
         tables = order.to(torch.int32).view(turns, len(lengths), widest)
         return PagedCache(k, v, tables, sum(4 * length * kv_heads * head_dim for length in lengths))
+
+    def sweep(self) -> None:
+        """Read weights of some other layer, as happens between two kernels of a kind in a forward pass."""
+        weights = self.cold(torch.bfloat16, SWEPT)
+        self._sweeps += 1
+        torch.nn.functional.linear(self._one, weights[self._sweeps % len(weights)])
 
     def integers(self, below: int, shape: Sequence[int]) -> torch.Tensor:
         """Whole numbers from 0 to ``below``, drawn alike."""

@@ -99,7 +99,7 @@ class Session:
         if name == "sustained":
             return held(point, self._rig, self._point_s)
         case = CASES[name](point, self._rig)
-        timing = time_case(case, self._rig.device, self._point_s)
+        timing = time_case(case, self._rig, self._point_s)
         meter, drawn = self._rig.meter, Drawn()
         if meter and number % POWER_EVERY == 0:
             _, drawn = hold(case, self._rig.device, POWER_S, meter)

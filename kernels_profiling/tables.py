@@ -20,7 +20,9 @@ from apexsim.errors import BadInput
 Point = Mapping[str, Any]
 Key = tuple[Any, ...]
 
-# What tells the rows of an operator apart, by table.
+# Besides its sizes, what tells the rows of a table apart: all points are measured in as many rounds, one after another.
+ROUND = "round"
+# Sizes of an operator, by table.
 SIZES: dict[str, tuple[str, ...]] = {
     "gemm": ("m", "n", "k", "dtype"),
     "prefill_attention": ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim", "window_size", "kv_dtype"),
@@ -43,6 +45,7 @@ MEASURED = (
     "latency_s",  # median of the repeats
     "latency_p10_s",
     "latency_p90_s",
+    "latency_mean_s",
     "burst_latency_s",  # of sustained rows: before they were held
     "repeats",
     "calls",  # kernels timed together in one repeat
@@ -102,7 +105,7 @@ class Tables:
             parts = self._part_files(name)
             frame = self.read(name)
             if parts and frame is not None:
-                _write(self.folder / f"{name}.parquet", frame.drop_duplicates(list(sizes), keep="last"))
+                _write(self.folder / f"{name}.parquet", frame.drop_duplicates([*sizes, ROUND], keep="last"))
                 for part in parts:
                     part.unlink()
 
@@ -116,12 +119,12 @@ class Tables:
 
 def key_of(name: str, point: Mapping[Any, Any]) -> Key:
     """What tells a point of a table apart."""
-    return tuple(point[column] if column in TEXT else float(point[column]) for column in SIZES[name])
+    return tuple(point[column] if column in TEXT else float(point[column]) for column in (*SIZES[name], ROUND))
 
 
 def as_frame(name: str, rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Rows as a table with every column of the schema, in its order and type."""
-    frame = pd.DataFrame(list(rows)).reindex(columns=[*SIZES[name], *MEASURED])
+    frame = pd.DataFrame(list(rows)).reindex(columns=[*SIZES[name], ROUND, *MEASURED])
     text = [column for column in frame.columns if column in TEXT | TEXT_MEASURED]
     numbers = [column for column in frame.columns if column not in text]
     return frame.astype(dict.fromkeys(text, "string") | dict.fromkeys(numbers, "float64"))

@@ -10,16 +10,16 @@ import pytest
 
 from apexsim.errors import BadInput
 from kernels_profiling import commands
-from kernels_profiling.tables import MEASURED, SIZES, Tables, as_frame, key_of
+from kernels_profiling.tables import MEASURED, ROUND, SIZES, Tables, as_frame, key_of
 
-POINT = {"m": 4, "n": 256, "k": 512, "dtype": "bf16"}
+POINT = {"m": 4, "n": 256, "k": 512, "dtype": "bf16", "round": 0}
 ROW = {**POINT, "status": "ok", "latency_s": 1e-4, "latency_p10_s": 9e-5, "kernel_source": "torch linear"}
 
 
 def test_a_table_has_every_column_of_the_schema() -> None:
     """Sizes first, then what was measured; what is not known is null, not zero."""
     frame = as_frame("gemm", [ROW])
-    assert tuple(frame.columns) == (*SIZES["gemm"], *MEASURED)
+    assert tuple(frame.columns) == (*SIZES["gemm"], ROUND, *MEASURED)
     assert pd.isna(frame.loc[0, "power_w"])
     assert pd.isna(frame.loc[0, "error"])
     assert frame["m"].dtype == "float64"
@@ -29,7 +29,7 @@ def test_a_table_has_every_column_of_the_schema() -> None:
 def test_documented_columns_are_those_that_are_written(name: str) -> None:
     """docs/profiling.md names every table and every column."""
     text = (Path(__file__).resolve().parents[1] / "docs" / "profiling.md").read_text(encoding="utf-8")
-    missing = [column for column in (name, *SIZES[name], *MEASURED) if f"`{column}`" not in text]
+    missing = [column for column in (name, *SIZES[name], ROUND, *MEASURED) if f"`{column}`" not in text]
     assert not missing
 
 

@@ -30,7 +30,7 @@ def fitted_to_rows(problem: Problem, *, loose: bool) -> Problem:
 
 def _steadiness(rows: pd.DataFrame) -> Array:
     """Weights from 0 to 1: by how far the median of a row's repeats lies above their 10th percentile."""
-    above = np.log(rows["seconds"].to_numpy() / rows["latency_p10_s"].to_numpy())
+    above = np.log(rows["latency_s"].to_numpy() / rows["latency_p10_s"].to_numpy())
     return np.asarray(1 / (1 + (above / DISTURBED) ** 2))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from apexsim.specs.base import Spec
 from apexsim.specs.device import Datasheet, Price
 
 DEVICE_FILE = "device.yaml"
+TIMES = ("latency_s", "latency_p10_s", "latency_mean_s")
 
 
 class MeasuredDevice(Spec):
@@ -54,18 +56,35 @@ class OwnTables:
     def rows(self, name: str, numbers: Sequence[str], labels: Sequence[str] = ()) -> pd.DataFrame:
         """Measured rows of a table, with ``seconds`` and ``kernel_source``; none without the table.
 
-        Failed and unsupported rows have no time and are left out.
+        A point that was measured in several rounds is one row: the median of its rounds. Failed and unsupported rows
+        have no time and are left out.
         """
+        frame = self._read(name, [*numbers, *TIMES], [*labels, "kernel_source"])
+        points = frame.groupby([*numbers, *labels], as_index=False, sort=False)
+        times = points[list(TIMES)].median()
+        sources = points["kernel_source"].first()["kernel_source"]
+        return times.assign(seconds=times["latency_s"] * self.interruption, kernel_source=sources)
+
+    @cached_property
+    def interruption(self) -> float:
+        """Mean over median time of the products of a CPU: what others' work adds to a long step. 1 for a GPU.
+
+        Medians of kernels do not add up to the time of a step where some of them are always interrupted.
+        """
+        rows = self._read("gemm", TIMES, ["kernel_source"]) if self.device.kind == "cpu" else pd.DataFrame()
+        return max(1.0, float(rows["latency_mean_s"].sum() / rows["latency_s"].sum())) if len(rows) else 1.0
+
+    def _read(self, name: str, numbers: Sequence[str], labels: Sequence[str]) -> pd.DataFrame:
         path = self.folder / f"{name}.parquet"
-        columns, texts = [*numbers, "latency_s", "latency_p10_s"], [*labels, "kernel_source"]
         if not path.is_file():
-            return pd.DataFrame(columns=[*columns, *texts, "seconds"])
-        frame = read_table(path, columns, texts, only=("status", "ok"))
+            return pd.DataFrame(columns=[*numbers, *labels])
+        frame = read_table(path, numbers, labels, only=("status", "ok"))
         if (frame["latency_s"] <= 0).any():
             raise BadInput("a measured row takes no time", where=path, key="latency_s")
-        return frame.assign(seconds=frame["latency_s"])
+        return frame
 
     def source(self, frame: pd.DataFrame) -> str:
         """Where rows come from, for a profile."""
         kernels = ", ".join(sorted(frame["kernel_source"].unique()))
-        return f"measured on {self.device.device}, {self.device.date}: {kernels}"
+        stretched = f"; medians times {self.interruption:.3f} for interruptions" if self.interruption > 1 else ""
+        return f"measured on {self.device.device}, {self.device.date}: {kernels}{stretched}"

@@ -69,7 +69,7 @@ def borrowed(own: OwnTables, found: Operators) -> Operators:
 
 def sustained(own: OwnTables) -> SustainedClock:
     """How much slower large products run after seconds of replays than at first; no slow-down where none was held."""
-    rows = own.rows("sustained", ["size_0", "burst_latency_s"], ["operator", "content"])
+    rows = own.rows("sustained", ["size_0", "size_1", "size_2", "burst_latency_s"], ["operator", "content"])
     keep = (rows["operator"] == "gemm") & (rows["content"] == CONTENT) & (rows["size_0"] >= LEAST_TOKENS)
     rows = rows[keep]
     if own.device.kind == "cpu" or rows.empty:
