@@ -90,10 +90,13 @@ def _repeat_s(run: Callable[[], object], device: torch.device) -> float:
 def _calls(whole: Tensor, part: Tensor) -> dict[str, Callable[[], object]]:
     """Every collective over a buffer of the group and one of a rank's share."""
     other = torch.empty_like(whole)
+    # Newer releases of torch have other names for two of them, and warn of these.
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
     return {
         "all_reduce": lambda: dist.all_reduce(whole),
-        "all_gather": lambda: dist.all_gather_into_tensor(whole, part),
-        "reduce_scatter": lambda: dist.reduce_scatter_tensor(part, whole),
+        "all_gather": lambda: gather(whole, part),
+        "reduce_scatter": lambda: scatter(part, whole),
         "all_to_all": lambda: dist.all_to_all_single(other, whole),
         "send_recv": lambda: _hand_over(whole),
     }

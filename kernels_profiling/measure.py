@@ -31,13 +31,17 @@ class Wanted:
     only: Annotated[str | None, typer.Option(help="Tables to measure, by comma; else all.")] = None
     quick: Annotated[bool, typer.Option("--quick", help="Small grids, short timings: a minute on a CPU.")] = False
 
+    held_s: Annotated[
+        float | None, typer.Option(min=0, help="Seconds that sustained rows are held: 5; none with --quick.")
+    ] = None
+
     def scale(self, device: str) -> Scale:
         """The grids for a device."""
         from kernels_profiling import points
 
-        if self.quick:
-            return points.QUICK
-        return points.CUDA if device == "cuda" else points.CPU
+        usual = points.CUDA if device == "cuda" else points.CPU
+        scale = points.QUICK if self.quick else usual
+        return scale if self.held_s is None else scale._replace(held_s=self.held_s)
 
     def ranks(self, device: str) -> list[Rank]:
         """The models at their tensor degrees."""

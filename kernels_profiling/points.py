@@ -18,6 +18,8 @@ from kernels_profiling.tables import ROUND
 
 Points = Iterator[tuple[str, dict[str, Any]]]
 SEED = 20260101
+# Tables whose points take long enough to be measured in the first round only.
+ONCE = ("sustained", "collective")
 ROUTINGS = ("balanced", "power_law_1.01", "power_law_1.2")
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv")
 
@@ -155,7 +157,8 @@ def all_points(scale: Scale, of: Sequence[Rank], group: int) -> list[tuple[str, 
     unique = list({(name, *sorted(point.items())): (name, point) for name, point in found}.values())
     draw = np.random.default_rng(SEED)
     orders = [draw.permutation(len(unique)) for _ in range(scale.rounds)]
-    return [(unique[at][0], unique[at][1] | {ROUND: number}) for number, order in enumerate(orders) for at in order]
+    rounds = [(*unique[at], number) for number, order in enumerate(orders) for at in order]
+    return [(name, point | {ROUND: number}) for name, point, number in rounds if not (number and name in ONCE)]
 
 
 def _products(scale: Scale, of: Sequence[Rank]) -> Points:
@@ -219,9 +222,12 @@ def _host(scale: Scale, of: Sequence[Rank]) -> Points:
 
 
 def _sustained(scale: Scale, rank: Rank) -> Points:
-    held = [("gemm", scale.tokens[-1], *rank.products()[0]), ("gemm", scale.survivors[0], *rank.products()[0])]
-    held += [("prefill_attention", scale.chunks[-1], 0, 0)]
-    held += [("decode_attention", scale.batches[-1], scale.most_keys // scale.batches[-1] // 2, 0)]
+    """Two products at four numbers of tokens, two prompts and two batches, each with random weights and with zeros."""
+    (qkv, output, *_), tokens = rank.products(), [size for size in scale.tokens if size >= 128] or scale.tokens
+    some = tokens[:: max(1, len(tokens) // 4)]
+    held: list[tuple[str, int, int, int]] = [("gemm", m, *shape) for m in some for shape in (qkv, output)]
+    held += [("prefill_attention", chunk, 0, 0) for chunk in scale.chunks[-2:]]
+    held += [("decode_attention", batch, scale.most_keys // batch // 8, 0) for batch in scale.batches[-2:]]
     for (operator, *sizes), content in itertools.product(held, ("normal", "zeros")):
         named = {f"size_{at}": size for at, size in enumerate(sizes)}
         yield "sustained", {"operator": operator, "content": content, "held_s": scale.held_s} | named
