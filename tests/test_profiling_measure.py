@@ -268,6 +268,16 @@ def test_a_fit_finds_again_what_tables_say(recorded: Path) -> None:
     assert all(op.rows_used > 0 for by_key in profile.operators.values() for op in by_key.values())
 
 
+def test_one_launch_for_chunks_and_decodes_is_fitted_where_there_is_one(recorded: Path, tmp_path: Path) -> None:
+    for path in recorded.glob("*.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert "mixed_attention" not in fit_measured("a-cpu", OwnTables(recorded)).operators
+    frame = pd.read_parquet(tmp_path / "mixed_attention.parquet")
+    frame.assign(kernel_source="FlashAttention-3, paged; one launch").to_parquet(tmp_path / "mixed_attention.parquet")
+    found = fit_measured("a-gpu", OwnTables(tmp_path)).operators["mixed_attention"]["any"]
+    assert found.rows_used == 8
+
+
 def test_rows_beyond_the_roofline_are_dropped_and_counted(recorded: Path, tmp_path: Path) -> None:
     for path in recorded.glob("*.*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())

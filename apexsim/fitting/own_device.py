@@ -20,6 +20,7 @@ from apexsim.fitting.attention import Heads, chunk_problem, cold_decode_problem
 from apexsim.fitting.few import fitted_to_rows, loosened
 from apexsim.fitting.fit import fit_coefficients
 from apexsim.fitting.links import Curve
+from apexsim.fitting.mixed import shared_launch
 from apexsim.fitting.own import OwnTables
 from apexsim.fitting.power import prior
 from apexsim.fitting.problems import Operators, Problem, summary
@@ -31,6 +32,8 @@ SHAPE = ["batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim", "window_si
 EXPERTS = ["tokens", "hidden", "inter", "topk", "experts", "tp", "ep"]
 # Fewer rows tell nothing apart.
 LEAST_ROWS = 8
+# How the kernel of a mixed batch is called that takes chunks and decodes at once.
+ONE_LAUNCH = "one launch"
 # pJ a FLOP of a CPU, assumed: 20 W of two cores at 400 GFLOP/s, of which half is drawn anyway.
 CPU_PICOJOULES = {"bf16": 25.0}
 # Content and size of the products whose slow-down under load counts.
@@ -48,7 +51,7 @@ def problems(own: OwnTables) -> Iterator[Problem]:
 
 def operators(own: OwnTables) -> Operators:
     """The small operators, and collectives where ranks were measured."""
-    return {name: found for name, found in _small(own).items() if found} | _collectives(own)
+    return {name: found for name, found in _small(own).items() if found} | _collectives(own) | _mixed(own)
 
 
 def borrowed(own: OwnTables, found: Operators) -> Operators:
@@ -173,6 +176,15 @@ def _sampling(own: OwnTables, rows: pd.DataFrame) -> FittedOperator:
         rows_used=len(rows),
         quality={"in_sample": summary(np.abs(predict(c) / seconds - 1))},
     )
+
+
+def _mixed(own: OwnTables) -> Operators:
+    """Chunks and decodes in one launch, where they were launched so; else the parts of a step add up."""
+    rows = own.rows("mixed_attention", ["chunk", "history", "decodes", "keys", "heads", "kv_heads", "head_dim"])
+    rows = rows[rows["kernel_source"].astype(str).str.endswith(ONE_LAUNCH)].reset_index(drop=True)
+    if len(rows) < LEAST_ROWS:
+        return {}
+    return {"mixed_attention": {"any": shared_launch(rows, _hardware(own, "bf16"), own.source(rows))}}
 
 
 def _collectives(own: OwnTables) -> Operators:
