@@ -89,7 +89,7 @@ class Session:
                 return {"status": "ok", **self._measured(name, point, number)}
         except UnsupportedHereError as error:
             return {"status": "unsupported", "error": str(error)}
-        except (RuntimeError, ValueError, TypeError) as error:  # what torch raises, out of memory too
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # torch: no memory, no such function
             _recover(self._rig.device)
             return {"status": "failed", "error": " ".join(str(error).split())[:300] or type(error).__name__}
 

@@ -34,8 +34,8 @@ EXPERTS = ["tokens", "hidden", "inter", "topk", "experts", "tp", "ep"]
 LEAST_ROWS = 8
 # How the kernel of a mixed batch is called that takes chunks and decodes at once.
 ONE_LAUNCH = "one launch"
-# pJ a FLOP of a CPU, assumed: 20 W of two cores at 400 GFLOP/s, of which half is drawn anyway.
-CPU_PICOJOULES = {"bf16": 25.0}
+# pJ a FLOP, assumed: of a core of 10 W at 200 GFLOP/s, of which half is drawn anyway; of a GPU as of Hopper.
+PICOJOULES = {"cpu": {"bf16": 25.0}, "cuda": {"bf16": 1.0}}
 # Content and size of the products whose slow-down under load counts.
 CONTENT, LEAST_TOKENS = "normal", 128
 
@@ -91,7 +91,7 @@ def power(own: OwnTables) -> PowerModel:
     device = own.device
     if device.profile is None:
         idle_w = device.idle_power_w or 0.4 * device.datasheet.tdp_w
-        return prior(device.datasheet.tdp_w, idle_w, CPU_PICOJOULES)
+        return prior(device.datasheet.tdp_w, idle_w, PICOJOULES[device.kind])
     shipped = catalog.load("device", device.profile).power
     if device.idle_power_w is None:
         return shipped
