@@ -76,7 +76,7 @@ def _parsed(cls: type[Spec], path: Path, modified_ns: int | None) -> Spec:
 def locate(kind: Kind, name: str | os.PathLike[str], where: object = None) -> Path:
     """The file behind a name or path; BadInput at ``where`` with the nearest names where a name is unknown."""
     text = os.fspath(name)
-    if os.sep in text or text.endswith((".yaml", ".yml")):
+    if _is_path(text):
         return Path(text)
     known = names(kind)
     if kind == "engine" and text not in known:
@@ -84,6 +84,11 @@ def locate(kind: Kind, name: str | os.PathLike[str], where: object = None) -> Pa
     if text not in known:
         raise BadInput(f"unknown {kind}; {nearest(text, known)}", where=where or kind, got=text)
     return data_root() / FOLDERS[kind] / f"{text}.yaml"
+
+
+def _is_path(text: str) -> bool:
+    """Whether a name of a spec is the path of its file."""
+    return os.sep in text or text.endswith((".yaml", ".yml"))
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,13 @@ class EngineChoice:
 def engine_for(engine: str, version: str = "") -> EngineChoice:
     """Map an engine (``vllm``) and its version (``0.11.1``) to a profile, by the longest version prefix listed.
 
+    The path of a profile answers for any version.
+
     A version that says nothing (empty, nightly, dev), or is newer than every listed one, takes the engine's newest
     profile: ``mapped`` is then False and ``note`` says so. Raises BadInput for an unknown engine or an older version.
     """
+    if _is_path(engine):
+        return EngineChoice(engine, True, f"{engine} is an engine profile")
     listed = _listed(engine)
     if not listed:
         known = {profile.engine for profile in _profiles()}

@@ -131,7 +131,7 @@ class SimulationResult:
             deployment=deployment,
             workload_name=run["workload_name"],
             slo=slo,
-            request_columns=_with_latencies(run["requests"], slo),
+            request_columns=with_latencies(run["requests"], slo),
             step_columns=run["steps"],
             gaps=run["itl"],
             kv_blocks=run["memory"].blocks,
@@ -312,7 +312,7 @@ def _frame(columns: Columns) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def _with_latencies(columns: Columns, slo: SLO | None) -> Columns:
+def with_latencies(columns: Columns, slo: SLO | None) -> Columns:
     """The request columns with the latencies that follow from them, and ``good`` under an SLO."""
     arrival, first, last = (columns[key] for key in ("arrival_s", "first_token_s", "last_token_s"))
     gaps = (columns["output_tokens"] - 1).astype(np.float64)

@@ -11,6 +11,7 @@ NS_PER_S = 1_000_000_000
 # Bytes that one stored element takes, block scales included: nvfp4 carries one fp8 scale per 16 values,
 # mxfp4 one e8m0 scale per 32, fp8_block one fp32 scale per 128 x 128 (negligible), int4 one bf16 scale per 128.
 DTYPE_BYTES = {
+    "fp32": 4.0,
     "bf16": 2.0,
     "fp8": 1.0,
     "fp8_block": 1.0,

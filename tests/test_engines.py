@@ -79,8 +79,8 @@ def test_the_docs_name_every_profile_with_its_versions() -> None:
 
 
 def test_every_engine_has_few_profiles() -> None:
-    assert {profile.engine for profile in ENGINES} == {"vllm", "sglang", "trtllm"}
-    assert len(ENGINES) <= 8
+    assert {profile.engine for profile in ENGINES} == {"vllm", "sglang", "trtllm", "reference", "transformers"}
+    assert len(ENGINES) <= 9
 
 
 @pytest.mark.parametrize(

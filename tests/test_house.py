@@ -61,6 +61,9 @@ PLACES = {
 # Slow to import, so only inside functions.
 INSIDE_FUNCTIONS = {"matplotlib", "ray", "scipy", "networkx"}
 
+# Modules of kernels_profiling that are commands.
+COMMANDS = {"commands", "measure", "live", "swiftkv", "second_engine", "prove", "serving_flags"}
+
 MAX_FUNCTION_LINES = 40
 MAX_ARGUMENTS = 6
 MAX_MODULE_LINES = 400
@@ -84,7 +87,8 @@ def modules(*folders: Path) -> list[Path]:
 
 
 OURS = modules(PACKAGE)
-SIZED = modules(PACKAGE, ROOT / "scripts", ROOT / "benchmarks", ROOT / "kernels_profiling")
+PROFILER = modules(ROOT / "kernels_profiling")
+SIZED = [*OURS, *PROFILER, *modules(ROOT / "scripts", ROOT / "benchmarks")]
 
 
 @cache
@@ -189,6 +193,23 @@ def test_simulator_never_imports_the_profiler() -> None:
     assert not [path for path in OURS for name, _, _ in imports(path) if name.startswith("kernels_profiling")]
 
 
+def test_the_profiler_brings_no_second_clock_and_no_second_yaml() -> None:
+    """Time there is that of the wall; files are read where the traps of their formats are closed."""
+    faults = [
+        f"{path.name}:{line} imports {name}"
+        for path in PROFILER
+        for name, line, _ in imports(path)
+        if name.split(".")[0] in {"simpy", "yaml", "matplotlib", "ray", "scipy"}
+    ]
+    assert not faults
+
+
+@pytest.mark.parametrize("path", [path for path in PROFILER if path.stem in COMMANDS], ids=lambda path: path.name)
+def test_commands_of_the_profiler_are_light_to_import(path: Path) -> None:
+    """Their ``--help`` needs no torch."""
+    assert not [name for name, _, outer in imports(path) if outer and name.split(".")[0] in ("torch", "transformers")]
+
+
 @pytest.mark.parametrize("path", SIZED, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_sizes(path: Path) -> None:
     """Lines count docstrings, arguments everything a caller can name but ``self`` and ``cls``."""
@@ -222,9 +243,9 @@ def _may_be_called(function: str) -> bool:
 
 def test_only_the_command_line_prints() -> None:
     faults = [
-        f"{inside(path)}:{node.lineno}"
-        for path in OURS
-        if room(inside(path)) != "cli"
+        f"{path.name}:{node.lineno}"
+        for path in (*OURS, *PROFILER)
+        if path in PROFILER or room(inside(path)) != "cli"
         for node in ast.walk(tree(path))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.stdout.write", "sys.stderr.write")
     ]
@@ -233,9 +254,9 @@ def test_only_the_command_line_prints() -> None:
 
 def test_units_in_names_are_the_houses() -> None:
     faults = [
-        f"{inside(path)}:{line} {name}"
-        for path in OURS
-        if not inside(path).startswith(NAMED_BY_OTHERS)
+        f"{path.name}:{line} {name}"
+        for path in (*OURS, *PROFILER)
+        if path in PROFILER or not inside(path).startswith(NAMED_BY_OTHERS)
         for name, line in _names(path)
         if OTHER_UNITS.search(name)
     ]
@@ -283,18 +304,18 @@ def test_public_things_say_what_they_are() -> None:
     says it all.
     """
     faults = []
-    for path in OURS:
+    for path in (*OURS, *PROFILER):
         if not ast.get_docstring(tree(path)):
-            faults.append(inside(path))
+            faults.append(path.name)
         for node in tree(path).body:
             if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
                 continue
             overload = any("overload" in ast.unparse(decorator) for decorator in node.decorator_list)
             if not overload and not ast.get_docstring(node):
-                faults.append(f"{inside(path)}:{node.lineno} {node.name}")
+                faults.append(f"{path.name}:{node.lineno} {node.name}")
     assert not faults
 
 
 def test_nothing_is_left_to_do() -> None:
     unfinished = re.compile(r"\b(TODO|FIXME|XXX|HACK|NotImplementedError)\b")
-    assert not [inside(path) for path in OURS if unfinished.search(path.read_text(encoding="utf-8"))]
+    assert not [path.name for path in (*OURS, *PROFILER) if unfinished.search(path.read_text(encoding="utf-8"))]

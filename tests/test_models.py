@@ -305,7 +305,7 @@ def test_the_parts_of_a_layer_add_up_to_the_model(name: str) -> None:
         ({"moe": {"experts": 4, "active": 5, "ffn": 6}, "ffn": None}, "active (5) must not exceed experts (4)"),
         ({"moe": {"experts": 4, "active": 2, "ffn": 6, "dense_layers": 2}}, "must leave layers with experts"),
         ({"moe": {"experts": 4, "active": 2, "ffn": 6, "shared_experts": 1}}, "together, or neither"),
-        ({"moe": {"experts": 4, "active": 2, "ffn": 6, "dtype": "fp3"}}, "use one of bf16"),
+        ({"moe": {"experts": 4, "active": 2, "ffn": 6, "dtype": "fp3"}}, "use one of fp32, bf16"),
         ({"moe": {"active": 2, "ffn": 6}}, "moe.experts: is missing"),
         ({"moe": {"expert": 4, "active": 2, "ffn": 6}}, "moe.expert: unknown key; did you mean experts"),
         ({"layer": 2}, "layer: unknown key; did you mean layers"),

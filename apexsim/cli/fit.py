@@ -29,7 +29,8 @@ class _Job(NamedTuple):
 
 def fit(
     tables: Annotated[
-        Path | None, typer.Argument(metavar="[TABLES]", help="Folder of the reference data; else $APEXSIM_DATA.")
+        Path | None,
+        typer.Argument(metavar="[TABLES]", help="Folder of the reference data, or of own tables; else $APEXSIM_DATA."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="Device to fit.")] = None,
     out: Annotated[Path | None, typer.Option(help="Profile YAML to write; else the shipped one is replaced.")] = None,
@@ -45,6 +46,7 @@ def fit(
 
     parts = tuple(part.strip() for part in only.split(",")) if only else None
     targets = _targets(device, out, all_devices=all_devices)
+    _check_own(tables, out, parts)
     todo = [_Job(name, tables, parts, plots, file) for name, file in targets.items()]
     written = {}
     for job, profile in _fitted(todo):
@@ -53,6 +55,16 @@ def fit(
         written[job.name] = profile
     for profile in written.values():
         print_tables(*device_tables(profile))
+
+
+def _check_own(tables: Path | None, out: Path | None, parts: tuple[str, ...] | None) -> None:
+    """Tables of our own measuring make a new profile, whole."""
+    from apexsim.fitting.own import OwnTables
+
+    if OwnTables.found_in(tables) and out is None:
+        raise BadInput("give the profile YAML to write", where="--out")
+    if OwnTables.found_in(tables) and parts:
+        raise BadInput("own tables are fitted whole; leave it away", where="--only", got=",".join(parts))
 
 
 def _targets(device: str | None, out: Path | None, *, all_devices: bool) -> dict[str, Path]:
@@ -94,7 +106,8 @@ def _fitted(todo: list[_Job]) -> Iterator[tuple[_Job, DeviceProfile]]:
 def _run(job: _Job) -> DeviceProfile:
     """Fit one profile, telling on a line of standard error what is being fitted."""
     from apexsim import catalog
-    from apexsim.fitting.pipeline import PARTS, fit_device
+    from apexsim.fitting.own import OwnTables
+    from apexsim.fitting.pipeline import PARTS, fit_device, fit_measured
 
     base = catalog.load("device", job.name) if job.only else None
 
@@ -105,6 +118,8 @@ def _run(job: _Job) -> DeviceProfile:
         if job.plots:
             _draw(job.plots, job.name, problem, found)
 
+    if job.tables and OwnTables.found_in(job.tables):
+        return fit_measured(job.name, OwnTables(job.tables), tell, fitted=draw)
     return fit_device(job.name, job.tables, tell, only=job.only or PARTS, base=base, fitted=draw)
 
 

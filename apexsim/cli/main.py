@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
@@ -37,24 +37,26 @@ _UsageError: type[Exception] = next(base for base in typer.BadParameter.__mro__ 
 
 
 class LazyGroup(TyperGroup):
-    """The commands above, each imported when it is first asked for."""
+    """The commands of a table like the one above, each imported when it is first asked for."""
+
+    table: Mapping[str, str] = COMMANDS
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(COMMANDS)
+        return list(self.table)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in COMMANDS:
+        if cmd_name not in self.table:
             return None
         if cmd_name not in self.commands:
-            module, function = COMMANDS[cmd_name].split(":")
+            module, function = self.table[cmd_name].split(":")
             single = typer.Typer(add_completion=False)
             single.command(cmd_name)(getattr(importlib.import_module(module), function))
             self.commands[cmd_name] = typer.main.get_command(single)
         return self.commands[cmd_name]
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args[0] not in COMMANDS:
-            raise BadInput(f"unknown command; {nearest(args[0], COMMANDS)}", got=args[0])
+        if args[0] not in self.table:
+            raise BadInput(f"unknown command; {nearest(args[0], self.table)}", got=args[0])
         return super().resolve_command(ctx, args)
 
 
@@ -78,9 +80,13 @@ def apexsim(
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line (``sys.argv`` when ``args`` is None) and return its exit status."""
-    given = list(sys.argv[1:] if args is None else args)
+    return run_line(app, list(sys.argv[1:] if args is None else args), "apexsim")
+
+
+def run_line(commands: typer.Typer, given: Sequence[str], name: str) -> int:
+    """Run one command line of the program ``name`` and return its exit status; a fault is one line on stderr."""
     try:
-        status = int(app(given or ["--help"], prog_name="apexsim", standalone_mode=False) or 0)
+        status = int(commands(given or ["--help"], prog_name=name, standalone_mode=False) or 0)
         sys.stdout.flush()
         return status
     except (BrokenPipeError, SystemExit) as error:
@@ -91,29 +97,29 @@ def main(args: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        status, line = _verdict(error)
+        status, line = _verdict(error, name)
         if status == 3 and os.environ.get("APEXSIM_TRACEBACK"):
             raise
-        typer.echo(f"apexsim: {line}", err=True)
+        typer.echo(f"{name}: {line}", err=True)
         return status
 
 
-def _verdict(error: BaseException) -> tuple[int, str]:
+def _verdict(error: BaseException, name: str) -> tuple[int, str]:
     """Exit status of a failed run, and its one line."""
     if isinstance(error, InfeasiblePlan):
         return 1, f"infeasible: {error}"
     if isinstance(error, ApexsimError):
         return 2, " ".join(str(error).split())
     if isinstance(error, _UsageError):
-        return 2, _usage_line(error)
+        return 2, _usage_line(error, name)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return 130, "interrupted"
     said = " ".join(str(error).split())
     return 3, f"internal error: {type(error).__name__}: {said}; set APEXSIM_TRACEBACK=1 to see where"
 
 
-def _usage_line(error: Any) -> str:
-    command = error.ctx.command_path.removeprefix("apexsim").strip() if error.ctx else ""
+def _usage_line(error: Any, name: str) -> str:
+    command = error.ctx.command_path.removeprefix(name).strip() if error.ctx else ""
     said = " ".join(error.format_message().split())
     return f"{command}: {said}" if command else said
 

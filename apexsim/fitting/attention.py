@@ -252,11 +252,12 @@ def layer_problems(rows: pd.DataFrame, heads: Heads, source: str) -> Iterator[Pr
     frame = rows.assign(head_dim=float(heads.head_dim), window_size=0.0)
     chunks = frame[(frame["chunk"] > 1) & (frame["decodes"] == 0)]
     chunks = chunks.assign(batch=1.0, q_len=chunks["chunk"], kv_len=chunks["chunk"] + chunks["history"])
-    yield _layer_chunks(chunks.reset_index(drop=True), heads, source)
-    yield _layer_decodes(_lone_decodes(rows, heads), heads, source)
+    yield chunk_problem(chunks.reset_index(drop=True), heads, source)
+    yield cold_decode_problem(_lone_decodes(rows, heads), heads, source)
 
 
-def _layer_chunks(rows: pd.DataFrame, heads: Heads, source: str) -> Problem:
+def chunk_problem(rows: pd.DataFrame, heads: Heads, source: str) -> Problem:
+    """Prefill attention from chunks that were timed behind histories, without sliding windows."""
     form = _Prefill(dtype_bytes(heads.kv_dtype), heads.hw)
     frame, dropped = clean(rows, [faster_than(form.compute_floor)])
     everything = np.ones(len(frame), bool)
@@ -283,7 +284,8 @@ def _layer_chunks(rows: pd.DataFrame, heads: Heads, source: str) -> Problem:
     )
 
 
-def _layer_decodes(rows: pd.DataFrame, heads: Heads, source: str) -> Problem:
+def cold_decode_problem(rows: pd.DataFrame, heads: Heads, source: str) -> Problem:
+    """Decode attention from batches whose keys and values were cold, without sliding windows."""
     form = _Decode(dtype_bytes(heads.kv_dtype), heads.hw, cold=True)
     frame, dropped = clean(rows, [faster_than(form.cold_floor)])
     everything, size = np.ones(len(frame), bool), (frame["keys"] * frame["batch"] * frame["kv_heads"]).to_numpy()

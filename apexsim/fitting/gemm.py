@@ -33,6 +33,7 @@ COARSE_KNOTS = {
 }
 # Kernels with own library choices per dtype: cuBLAS cuts k, the fp8 kernels do not but quantise activations.
 EXTRA = {
+    "fp32": (gemm.SPLIT,),
     "bf16": (gemm.SPLIT,),
     "fp8": (gemm.QUANTISE,),
     "fp8_block": (gemm.QUANTISE,),
@@ -164,6 +165,15 @@ def layer_problem(device: Facts, kernels: Path, kin: Problem) -> Problem:
     )
 
 
+def measured_problem(rows: pd.DataFrame, dtype: str, hw: Hardware, source: str) -> Problem:
+    """The fit of products in ``dtype`` from ``rows`` of m, n, k, seconds whose weights were cold."""
+    form = _Products(dtype, hw, cold=True)
+    cleaned = clean(rows, [faster_than(form.compute_floor)])
+    hot = "l2_hit_share"
+    found = _problem(form, *cleaned, source)
+    return replace(found, coefficients=[c for c in found.coefficients if c.name != hot])
+
+
 def problem(table: Path, dtype: str) -> Problem:
     """The fit of products in ``dtype`` from a table of m, n, k, dtype, latency_us in the folder of a device."""
     form = _Products(dtype, hardware(table.parent.name, dtype))
@@ -171,20 +181,24 @@ def problem(table: Path, dtype: str) -> Problem:
     hiccups = [] if dtype == "fp8_block" else [slower_than_larger(["n", "k"], "m")]
     kin = [slower_than_kin(_rows(other, dtype), ["m", "n", "k"]) for other in lesser_kin(table)]
     frame, dropped = clean(_rows(table, dtype), [faster_than(form.compute_floor), *hiccups, *kin])
+    return _problem(form, frame, dropped, f"{table.parent.name}/{table.name} ({table_version(table)})")
+
+
+def _problem(form: _Products, frame: pd.DataFrame, dropped: dict[str, int], source: str) -> Problem:
     served = np.array([pair in gemm_shapes() for pair in zip(frame["n"], frame["k"], strict=True)])
     usual = (frame["n"] >= 512) & (frame["k"] >= 512) & (frame["n"] * frame["k"] < 4e8) & (frame["m"] <= 16384)
     ordinary = usual.to_numpy()
     return Problem(
         kind="gemm",
-        key=dtype,
+        key=form.dtype,
         form="gemm",
-        source=f"{table.parent.name}/{table.name} ({table_version(table)})",
+        source=source,
         frame=frame,
         dropped=dropped,
         predict=form.predict,
-        coefficients=[*gemm.COEFFICIENTS, *EXTRA[dtype]],
+        coefficients=[*gemm.COEFFICIENTS, *EXTRA[form.dtype]],
         coordinates=form.coordinates,
-        knots=COARSE_KNOTS if dtype.endswith("_wo") else KNOTS,
+        knots=COARSE_KNOTS if form.dtype.endswith("_wo") else KNOTS,
         valid={"m": "m", "n": "n", "k": "k"},
         holdouts={
             "random": (random_fifth(len(frame)), {"random": ordinary}),

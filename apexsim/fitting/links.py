@@ -53,9 +53,9 @@ def operators(device: Facts, kernels: Path) -> Operators:
     if not curves:
         return found
     for curve in curves:
-        found.setdefault(curve.kind, {})[curve.key] = _operator(curve)
+        found.setdefault(curve.kind, {})[curve.key] = operator(curve)
     for curve in _hand_overs(kernels, device.folder):
-        found[curve.kind] = {curve.key: _operator(curve)}
+        found[curve.kind] = {curve.key: operator(curve)}
     return found
 
 
@@ -198,7 +198,8 @@ def _octaves(sizes: Array, seconds: Array) -> list[tuple[float, float]]:
     return points
 
 
-def _operator(curve: Curve) -> FittedOperator:
+def operator(curve: Curve) -> FittedOperator:
+    """A measured curve as an operator: cleaned, and thinned where points give each other back."""
     kept, dropped = clean_points(curve.points)
     exchange = curve.key.startswith("ranks_")
     table = _points(thin_points(kept, EXCHANGE_TOLERANCE if exchange else TOLERANCE))

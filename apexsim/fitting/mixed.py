@@ -20,7 +20,7 @@ from apexsim.fitting.fit import fit_coefficients
 from apexsim.fitting.gaps import launch_gap_s, timed_attention
 from apexsim.fitting.problems import FIT_ROWS, SEED, Operators, summary
 from apexsim.fitting.tables import SECONDS_PER_US
-from apexsim.specs.device import FittedOperator, HoldOut
+from apexsim.specs.device import Evidence, FittedOperator, HoldOut
 
 HEAD_DIM, KV_BYTES = 128.0, 2.0
 
@@ -48,7 +48,7 @@ OWN = ("rtx_pro_6000_server", "rtx_4090")
 def attention_rows(layers: Path, timed: Timed) -> pd.DataFrame:
     """Attention of one layer as a step has it (``gaps.timed_attention``, and ``seconds`` with the gap before it)."""
     rows = timed_attention(layers / timed.folder)
-    return rows.assign(seconds=rows["us"] * SECONDS_PER_US + launch_gap_s(layers.parent))
+    return rows.assign(head_dim=HEAD_DIM, seconds=rows["us"] * SECONDS_PER_US + launch_gap_s(layers.parent))
 
 
 def operators(device: Facts, kernels: Path) -> Operators:
@@ -58,23 +58,26 @@ def operators(device: Facts, kernels: Path) -> Operators:
         return {}
     rows = attention_rows(kernels / "vllm_layers", timed)
     rows = rows[(rows["chunk"] > 0) & (rows["decodes"] > 0)].reset_index(drop=True)
-    c = _fit(rows, timed.hw)
     own = device.folder in OWN
-    return {
-        "mixed_attention": {
-            "any": FittedOperator(
-                form="mixed",
-                coefficients=c,
-                valid={
-                    name: (float(rows[name].min()), float(rows[name].max())) for name in ("chunk", "decodes", "keys")
-                },
-                evidence="fitted" if own else "estimated",
-                source=f"vllm_layers/{timed.folder} (vLLM 0.19)" + ("" if own else ", carried over by the peaks"),
-                rows_used=len(rows),
-                quality={"in_sample": _score(rows, c, timed.hw)} | _held_out(rows, timed.hw),
-            )
-        }
-    }
+    source = f"vllm_layers/{timed.folder} (vLLM 0.19)" + ("" if own else ", carried over by the peaks")
+    found = shared_launch(rows, timed.hw, source)
+    quality = found.quality | _held_out(rows, timed.hw)
+    evidence: Evidence = "fitted" if own else "estimated"
+    return {"mixed_attention": {"any": found.model_copy(update={"quality": quality, "evidence": evidence})}}
+
+
+def shared_launch(rows: pd.DataFrame, hw: Hardware, source: str) -> FittedOperator:
+    """The cost of one launch over a chunk and decodes, from rows of such."""
+    c = _fit(rows, hw)
+    return FittedOperator(
+        form="mixed",
+        coefficients=c,
+        valid={name: (float(rows[name].min()), float(rows[name].max())) for name in ("chunk", "decodes", "keys")},
+        evidence="fitted",
+        source=source,
+        rows_used=len(rows),
+        quality={"in_sample": _score(rows, c, hw)},
+    )
 
 
 def _held_out(rows: pd.DataFrame, hw: Hardware) -> dict[str, HoldOut]:
@@ -100,7 +103,7 @@ def _score(rows: pd.DataFrame, c: Coefficients, hw: Hardware) -> HoldOut:
 
 
 def _predict(rows: pd.DataFrame, c: Coefficients, hw: Hardware) -> Array:
-    heads = Heads(rows["heads"].to_numpy(), rows["kv_heads"].to_numpy(), HEAD_DIM, None, KV_BYTES)
+    heads = Heads(rows["heads"].to_numpy(), rows["kv_heads"].to_numpy(), rows["head_dim"].to_numpy(), None, KV_BYTES)
     bound = mixed.bind(heads, c, hw)
     chunks = mixed.chunk_blocks(rows["chunk"].to_numpy(), rows["history"].to_numpy(), bound)
     decodes = mixed.decode_blocks(rows["decodes"].to_numpy(), rows["keys"].to_numpy(), bound)

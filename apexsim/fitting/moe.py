@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,10 +12,11 @@ import pandas as pd
 
 from apexsim.costs.forms import moe
 from apexsim.costs.forms.hardware import COMPUTE_DTYPE, Array, Coefficients, Hardware
+from apexsim.costs.forms.routing import pick_chances
 from apexsim.fitting.cleaning import clean, faster_than, thin_shards
 from apexsim.fitting.facts import BLACKWELL, HOPPER, Facts, hardware
 from apexsim.fitting.problems import OwnShapes, Problem, random_fifth
-from apexsim.fitting.routing import timed_devices
+from apexsim.fitting.routing import EXPONENTS, timed_devices
 from apexsim.fitting.served import expert_shapes
 from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
 from apexsim.units import dtype_bytes
@@ -32,8 +34,6 @@ SHAPE_KNOTS = {
     "split": (0.125, 1.0, 2.0, 8.0),
     "tokens": (1.0, 4.0, 8.0, 16.0, 32.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0),
 }
-# Exponents of the power laws by what the tables call them.
-EXPONENTS = {"balanced": 0.0, "power_law_1.01": 1.01, "power_law_1.2": 1.2}
 # Serving routes by a power law: balanced rows, a third of all, hardly count in those.
 BALANCED_WEIGHT = 0.2
 # Shapes of plain (not gated) experts: two matrices instead of three. The tables of before vLLM 0.24, whose kernels go
@@ -113,17 +113,18 @@ def problems(device: Facts, kernels: Path) -> Iterator[Problem]:
 
 
 class _Experts(NamedTuple):
-    """The form on rows of a table."""
+    """The form on rows of a table, weights hot as they were measured, or ``cold``."""
 
     weight_bytes: float
     hw: Hardware
+    cold: bool = False
 
     def shape(self, rows: pd.DataFrame) -> moe.MoeShape:
         columns = ("tokens", "hidden", "shard", "topk", "experts", "ep", "matrices", "active", "local")
         return moe.MoeShape(*(rows[column].to_numpy(dtype=float) for column in columns))
 
     def predict(self, rows: pd.DataFrame, c: Coefficients) -> Array:
-        return moe.moe_s(self.shape(rows), self.weight_bytes, c, self.hw, cold=False)
+        return moe.moe_s(self.shape(rows), self.weight_bytes, c, self.hw, cold=self.cold)
 
     def compute_floor(self, rows: pd.DataFrame) -> Array:
         """FLOPs of the device at the peak."""
@@ -139,17 +140,33 @@ def problem(tables: Path, kernel: Kernel, hw: Hardware, *, own: bool = True) -> 
     form = _Experts(dtype_bytes(kernel.dtype), hw)
     table = tables / kernel.folder / kernel.table
     frame, dropped = clean(_rows(tables, kernel), [thin_shards("shard"), faster_than(form.compute_floor)])
+    source = f"{kernel.folder}/{table.name} ({table_version(table)}), kernels *{kernel.name}*"
+    found = _problem(form, kernel.dtype, frame, source)
+    shapes = _own_shapes(frame)
+    return replace(found, dropped=dropped, shapes=shapes, evidence="fitted" if own else "estimated")
+
+
+def measured_problem(rows: pd.DataFrame, dtype: str, hw: Hardware, source: str) -> Problem:
+    """The fit of gated experts of one rank from ``rows`` whose weights were cold."""
+    form = _Experts(dtype_bytes(dtype), hw, cold=True)
+    frame = rows.assign(shard=rows["inter"] / rows["tp"], matrices=3.0, weight=1.0, local=rows["tokens"] * rows["topk"])
+    frame, dropped = clean(frame.assign(active=_reached(frame)), [faster_than(form.compute_floor)])
+    found = _problem(form, dtype, frame, source)
+    kept = [c for c in found.coefficients if c.name != "cached_share"]
+    return replace(found, dropped=dropped, coefficients=kept)
+
+
+def _problem(form: _Experts, dtype: str, frame: pd.DataFrame, source: str) -> Problem:
     model = list(zip(frame["hidden"], frame["inter"], frame["topk"], frame["experts"], strict=True))
     served = np.array([tuple(int(x) for x in sizes) in expert_shapes() for sizes in model])
     everything = np.ones(len(frame), bool)
     return Problem(
         kind="moe",
-        key=kernel.dtype,
+        key=dtype,
         form="moe",
-        source=f"{kernel.folder}/{table.name} ({table_version(table)}), kernels *{kernel.name}*",
-        evidence="fitted" if own else "estimated",
+        source=source,
         frame=frame,
-        dropped=dropped,
+        dropped={},
         predict=form.predict,
         coefficients=moe.COEFFICIENTS,
         coordinates=form.coordinates,
@@ -161,7 +178,17 @@ def problem(tables: Path, kernel: Kernel, hw: Hardware, *, own: bool = True) -> 
             "served_shapes": (served, {"served_shapes": everything}),
         },
         weight=frame["weight"].to_numpy(),
-        shapes=_own_shapes(frame),
+    )
+
+
+def _reached(frame: pd.DataFrame) -> Array:
+    """Distinct experts that tokens reach on average which pick theirs one by one, by the exponent of their routing."""
+    columns = (frame[name] for name in ("tokens", "experts", "topk", "routing"))
+    return np.array(
+        [
+            float((1 - (1 - pick_chances(int(experts), int(topk), EXPONENTS[routing])) ** tokens).sum())
+            for tokens, experts, topk, routing in zip(*columns, strict=True)
+        ]
     )
 
 

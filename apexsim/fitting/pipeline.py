@@ -7,8 +7,9 @@ from pathlib import Path
 
 from apexsim import __version__
 from apexsim.errors import BadInput, nearest
-from apexsim.fitting import attention_tables, estimates, facts, gemm, links, mixed, mla, moe, small
+from apexsim.fitting import attention_tables, estimates, facts, gemm, links, mixed, mla, moe, own_device, small
 from apexsim.fitting.facts import Facts
+from apexsim.fitting.own import OwnTables
 from apexsim.fitting.power import fit_power
 from apexsim.fitting.problems import Operators, Problem, solve
 from apexsim.fitting.tables import data_root
@@ -66,6 +67,33 @@ def fit_device(
     # Served runs are worked through with the operators' times.
     power = fit_power(profile, root) if "power" in only or base is None else base.power
     return profile.model_copy(update={"power": power})
+
+
+def fit_measured(
+    name: str, tables: OwnTables, progress: Progress | None = None, *, fitted: Fitted | None = None
+) -> DeviceProfile:
+    """Fit a device called ``name`` from tables of our own measuring; what they lack comes from its shipped profile."""
+    tell, seen = progress or (lambda _: None), fitted or (lambda problem, found: None)
+    operators: Operators = {}
+    for problem in own_device.problems(tables):
+        tell(f"{name}: {problem.kind} {problem.key}, {len(problem.frame)} rows")
+        found = operators.setdefault(problem.kind, {})[problem.key] = solve(problem)
+        seen(problem, found)
+    operators |= own_device.operators(tables)
+    for kind, by_key in own_device.borrowed(tables, operators).items():
+        operators[kind] = {**by_key, **operators.get(kind, {})}
+    device = tables.device
+    return DeviceProfile(
+        name=name,
+        datasheet=device.datasheet,
+        price=device.price,
+        power=own_device.power(tables),
+        sustained=own_device.sustained(tables),
+        operators=operators,
+        provenance=Provenance(
+            tool=f"apexsim fit {__version__}", date=device.date, tables=(f"{device.device}, {device.library}",)
+        ),
+    )
 
 
 def _solved(device: Facts, kernels: Path, only: Collection[str], tell: Progress, fitted: Fitted) -> Operators:

@@ -85,7 +85,7 @@ def power_model(name: str) -> PowerModel:
     if name in _KIN:
         power = scaled(power_model(_KIN[name].of), _KIN[name])
     else:
-        power = _prior(*_PRIORS[name]) if name in _PRIORS else _a100()
+        power = prior(*_PRIORS[name]) if name in _PRIORS else _a100()
     nominal_mhz, knee_mhz, least = _CLOCKS[name]
     clock = ClockPower(
         nominal_mhz=nominal_mhz, knee_mhz=knee_mhz, least_voltage=least, evidence="prior", source=_CLOCK_SOURCE
@@ -171,7 +171,7 @@ def _round(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-def _prior(tdp_w: float, idle_w: float, picojoules: dict[str, float]) -> PowerModel:
+def prior(tdp_w: float, idle_w: float, picojoules: dict[str, float]) -> PowerModel:
     """Half of the limit for running at all, 55 pJ/byte (HBM3), and what a FLOP of large products takes."""
     per_flop = {dtype: 1e-12 * value for dtype, value in picojoules.items()}
     fields = ("limit_w", "idle_w", "active_w", "comm_w", "gap_w", "j_per_byte")

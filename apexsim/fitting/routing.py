@@ -16,6 +16,8 @@ import numpy.typing as npt
 from apexsim.costs.forms.hardware import Array
 from apexsim.costs.forms.routing import Load
 
+# Exponents of the power laws by what tables call them.
+EXPONENTS = {"balanced": 0.0, "power_law_1.01": 1.01, "power_law_1.2": 1.2}
 # The collector times five draws; more of them are nearer to what it expects.
 _DRAWS, _SEED = 48, 20260101
 Integers = npt.NDArray[np.int64]

@@ -6,14 +6,14 @@ a CUDA graph and for bytes at the speed of HBM, and say no more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from apexsim.costs.forms.hardware import Array, Coefficients, Hardware
+from apexsim.costs.forms.hardware import Array, Coefficient, Coefficients, Hardware
 from apexsim.costs.forms.small import ELEMENTWISE, SAMPLING, elementwise_s, sampling_s
 from apexsim.fitting import estimates
 from apexsim.fitting.facts import Facts, hardware
@@ -94,14 +94,18 @@ def _elementwise_rows(folder: Path) -> Iterator[pd.DataFrame]:
 
 def _elementwise(rows: pd.DataFrame, timed: Timed) -> FittedOperator:
     moved, seconds = rows["bytes"].to_numpy(), rows["seconds"].to_numpy()
-    return _memory_bound(moved, seconds, timed.hw, f"vllm_layers/{timed.folder} (vLLM 0.19)")
+    return memory_bound(moved, seconds, timed.hw, f"vllm_layers/{timed.folder} (vLLM 0.19)")
 
 
-def _memory_bound(moved: Array, seconds: Array, hw: Hardware, source: str) -> FittedOperator:
+def memory_bound(
+    moved: Array, seconds: Array, hw: Hardware, source: str, coefficients: Sequence[Coefficient] = ELEMENTWISE
+) -> FittedOperator:
+    """Kernels that take ``seconds`` to move bytes, as a launch and two bandwidths."""
+
     def predict(c: Coefficients) -> Array:
         return elementwise_s(moved, c, hw)
 
-    c = fit_coefficients(predict, seconds, np.ones(len(moved)), ELEMENTWISE, {})
+    c = fit_coefficients(predict, seconds, np.ones(len(moved)), coefficients, {})
     return FittedOperator(
         form="elementwise",
         coefficients=c,
@@ -124,7 +128,7 @@ def _quantise(folder: Path) -> Operators:
     hw = hardware(folder.name, "bf16")
     source = f"{folder.name}/scale_matrix.parquet and compute_scale.parquet ({table_version(tables[0])})"
     moved = 3.0 * (both["m"] * both["k"]).to_numpy()
-    return {"quantise": {"fp8": _memory_bound(moved, seconds, hw, source)}}
+    return {"quantise": {"fp8": memory_bound(moved, seconds, hw, source)}}
 
 
 def _sampling(layers: Path, timed: Timed) -> FittedOperator:

@@ -23,10 +23,13 @@ def data_root(given: str | os.PathLike[str] | None = None) -> Path:
     return root
 
 
-def read_table(path: Path, numbers: Sequence[str], labels: Sequence[str] = ()) -> pd.DataFrame:
+def read_table(
+    path: Path, numbers: Sequence[str], labels: Sequence[str] = (), *, only: tuple[str, str] | None = None
+) -> pd.DataFrame:
     """The columns ``numbers`` (as float64) and ``labels`` (as text) of a parquet table.
 
-    Raises BadInput for a file that cannot be read, a missing column, or a number that is missing.
+    ``only`` keeps the rows that have a value in a column: (column, value). Raises BadInput for a file that cannot be
+    read, a missing column, or a number that is missing.
     """
     if not path.is_file():
         raise BadInput("no such table", where=path)
@@ -34,9 +37,11 @@ def read_table(path: Path, numbers: Sequence[str], labels: Sequence[str] = ()) -
         frame = pd.read_parquet(path)
     except (OSError, ValueError) as error:
         raise BadInput(f"not a readable parquet table: {error}", where=path) from None
-    for column in [*numbers, *labels]:
+    for column in [*numbers, *labels, *(only or ())[:1]]:
         if column not in frame.columns:
             raise BadInput(f"the table lacks it; it has: {', '.join(map(str, frame.columns))}", where=path, key=column)
+    if only:
+        frame = frame[frame[only[0]] == only[1]].reset_index(drop=True)
     out = pd.DataFrame({column: _numbers(frame[column], path, column) for column in numbers})
     for column in labels:
         out[column] = frame[column].astype(str)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -19,6 +19,7 @@ from apexsim.serving.march import March, Outset, plan_march
 from apexsim.serving.recording import Recorder
 from apexsim.serving.request import Request
 from apexsim.serving.rotation import plan_rotation
+from apexsim.serving.scheduler import Scheduler
 from apexsim.serving.stretch import Stretch
 from apexsim.specs.engine import SchedulerDefaults
 
@@ -57,8 +58,6 @@ class Replica:
         on_finish: Callable[[Request], None],
     ) -> None:  # fmt: skip
         self.index = index
-        self.running: list[Request] = []
-        self.waiting: deque[Request] = deque()
         self.unfinished = 0
         self._inbox: list[Request] = []
         self._every = settings.scheduler.receive_interval if settings.cost.stages == 1 else 1
@@ -70,10 +69,11 @@ class Replica:
         self._recorder = recorder
         self._on_finish = on_finish
         self._lookahead = settings.lookahead
+        self._scheduler = Scheduler(settings.scheduler, blocks, lookahead=settings.lookahead)
+        self.running, self.waiting = self._scheduler.running, self._scheduler.waiting
         self._batches = max(settings.cost.stages, 1 + self._lookahead)
         self._balanced = settings.scheduler.pipeline_split == "balanced" and settings.cost.stages > 1
         self._in_flight: deque[Batch] = deque()
-        self._leaving = 0
         self._stage_free = [0] * settings.cost.stages
         self._frontend_free = 0
         self._alarm: Alarm | None = None
@@ -141,7 +141,7 @@ class Replica:
             end_ns, left = batch.end_ns, batch.leaving
         else:
             end_ns, left, composed = stretch.conclude(self._in_flight, self._stage_free, self._recorder, self._blocks)
-            self._see_off(composed)
+            self._scheduler.see_off(composed)
         for request in left:
             self._leave(request, end_ns)
 
@@ -154,15 +154,13 @@ class Replica:
         if leaver is None:
             return False
         self._ledger = None
-        self._see_off((leaver,))
+        self._scheduler.see_off((leaver,))
         self._leave(leaver, self._clock.now_ns)
         march.go_on(self._blocks, self._labels())
         return True
 
     def _leave(self, request: Request, end_ns: int) -> None:
-        request.last_token_ns = end_ns
-        self._blocks.release(request)
-        self._leaving -= 1
+        self._scheduler.leave(request, end_ns)
         self.unfinished -= 1
         self._on_finish(request)
 
@@ -213,17 +211,10 @@ class Replica:
         return 0 < self._cohort.size == len(self.running) <= self._most
 
     def _open_ledger(self) -> Ledger:
-        scheduler, sequences = self._set.scheduler, self._sequences()
+        sequences = self._sequences()
         if self._march:
             self._gather()
-        return Ledger(
-            self._blocks,
-            scheduler,
-            seats=scheduler.max_num_seqs - len(self.running) - self._leaving,
-            sequences=sequences,
-            lookahead=self._lookahead,
-            cohort=self._cohort if self._cohort.size else None,
-        )
+        return self._scheduler.open(sequences, self._cohort if self._cohort.size else None)
 
     def _sequences(self) -> int:
         """Most sequences of a batch: a balanced pipeline spreads everybody over its batches."""
@@ -261,33 +252,14 @@ class Replica:
     def _close(self, ledger: Ledger) -> Batch | None:
         """Apply a ledger: preemptions, seats, blocks, tokens. None when nothing was scheduled."""
         self._ledger = ledger
-        for request in ledger.preempted:
-            self._blocks.preempt(request)
-            request.computed = 0
-            request.decoding = False
-            request.preemptions += 1
-            self.running.pop()
-            self.waiting.appendleft(request)
-        if ledger.admitted:
-            self._seat(ledger)
+        if ledger.preempted or ledger.admitted:
+            self._scheduler.apply(ledger, self._clock.now_ns)
         if not (ledger.marching or ledger.decodes or ledger.chunks):
             return None
         batch = compose(ledger, self.running, self._blocks, self._set.windows, self._cohort)
         if self._march and not self._dissolved:
             self._fresh += [(request, batch.whole) for request in batch.singles if request.known < request.total]
         return batch
-
-    def _seat(self, ledger: Ledger) -> None:
-        """Admitted requests are the last chunks of a ledger and the first of the queue."""
-        for request, tokens in ledger.chunks[-ledger.admitted :]:
-            self.running.append(self.waiting.popleft())
-            held = ledger.held_after(request, tokens)
-            if request.preemptions:
-                request.computed = ledger.recovered[request]
-                self._blocks.recover(request, request.computed)
-            self._blocks.grow(request, held)
-            if request.scheduled_ns is None:
-                request.scheduled_ns = self._clock.now_ns
 
     def _launch(self, batch: Batch) -> None:
         """Send a batch through the stages: it enters one when that is free and the stage before has passed it on."""
@@ -297,23 +269,17 @@ class Replica:
             time_ns = free[stage] = max(time_ns, free[stage]) + duration_ns
         batch.end_ns = time_ns
         if batch.leaving:
-            self._see_off(batch.leaving)
+            self._scheduler.see_off(batch.leaving)
         batch.labels = self._labels()
         self._in_flight.append(batch)
 
     def _labels(self) -> tuple[int, int, int]:
-        return self.index, len(self.running) + self._leaving, len(self.waiting)
-
-    def _see_off(self, leaving: Iterable[Request]) -> None:
-        """Requests whose last token is in flight keep seat and blocks until it ends, but are not scheduled again."""
-        for request in leaving:
-            self.running.remove(request)
-            self._leaving += 1
+        return self.index, len(self.running) + self._scheduler.leaving, len(self.waiting)
 
     def check_idle(self) -> None:
         """Assert that nothing is left behind once every request is done."""
-        assert not any((self._in_flight, self.running, self.waiting, self._inbox, self.unfinished, self._leaving))
-        assert self._blocks.free == self._blocks.total, f"{self._blocks.held} blocks were never given back"
+        assert not any((self._in_flight, self._inbox, self.unfinished))
+        self._scheduler.check_idle()
 
     # -- taking many steps at once ----------------------------------------------------------------------------
 

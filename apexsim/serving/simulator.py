@@ -57,7 +57,7 @@ def simulate(
     memory = plan_memory(deployment, pool)
     cost = build_step_cost(deployment, pool, prompts=requests.prompt_tokens)
     built_s = time.perf_counter()
-    with _no_cycle_collection():
+    with no_cycle_collection():
         run = Run(deployment, requests, cost=cost, memory=memory, exact_steps=exact_steps, progress=progress)
         run.go()
     recorder, simulated_s = run.recorder, time.perf_counter()
@@ -120,7 +120,7 @@ class Run:
         ]
         self.replicas = self._replicas(deployment, cost, memory, exact_steps)
         self._router = make_router(deployment.router)
-        self._door = Door(deployment, memory)
+        self._door = Door(deployment.scheduler, deployment.context_limit, memory)
         self._response_ns = to_ns(deployment.engine.host.response_s)
         self._turnaround_ns = None if requests.concurrency is None else max(1, to_ns(requests.turnaround_s))
         self._clients = requests.concurrency
@@ -247,7 +247,7 @@ class Run:
 
 
 @contextmanager
-def _no_cycle_collection() -> Iterator[None]:
+def no_cycle_collection() -> Iterator[None]:
     """A run makes many small objects and no cycles: looking for cycles among them costs time and finds nothing."""
     was_on = gc.isenabled()
     gc.disable()
@@ -261,9 +261,8 @@ def _no_cycle_collection() -> Iterator[None]:
 class Door:
     """Refuses requests that no scheduler could ever serve, each with its reason."""
 
-    def __init__(self, deployment: Deployment, memory: MemoryPlan) -> None:
-        scheduler = deployment.scheduler
-        self._context_limit = deployment.context_limit
+    def __init__(self, scheduler: SchedulerDefaults, context_limit: int, memory: MemoryPlan) -> None:
+        self._context_limit = context_limit
         budget = scheduler.max_chunk_tokens or scheduler.max_num_batched_tokens
         self._prompt_limit = budget if not scheduler.chunked_prefill else self._context_limit
         self._memory_limit = memory.max_tokens

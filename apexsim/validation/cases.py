@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -105,8 +106,9 @@ def version_known(row: RunRow) -> bool:
 
 
 def kind_of(name: str) -> str:
-    """The class of a model by name; ``unknown`` where the catalog does not have it."""
-    return catalog.load("model", name).kind if name in catalog.names("model") else "unknown"
+    """The class of a model by name or path; ``unknown`` where there is no such model."""
+    known = name in catalog.names("model") or Path(name).is_file()
+    return catalog.load("model", name).kind if known else "unknown"
 
 
 def _check_plan(row: RunRow, deployment: Deployment) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,9 @@ def requests_of(run: MeasuredRun, *, longest: int, seed: int) -> tuple[Requests,
     row = run.row
     if row.workload == "trace":
         return read_requests(run.beside / str(row.requests_file)), []
+    if row.workload == "closed_loop" and row.requests_file and row.concurrency:
+        sent = read_requests(run.beside / row.requests_file, lengths_will_do=True)
+        return replace(sent, name=row.run_id, notes=()).closed_loop(row.concurrency), []
     random = np.random.default_rng([seed, zlib.crc32(row.run_id.encode())])
     return _closed_loop(row, random) if row.workload == "closed_loop" else _saturated(row, longest, random)
 

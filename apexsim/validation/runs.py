@@ -16,6 +16,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from apexsim.errors import BadInput, nearest
+from apexsim.io.deployments import beside
 from apexsim.specs.base import Spec
 
 MEASURED = (
@@ -38,7 +39,9 @@ _NEEDED = {
 class RunRow(Spec):
     """The columns of a run that mean something here; ``None`` = not known. ``run_id`` and what ran are required.
 
-    ``expert`` degree 0 occurs where a source did not know it. ``output_tokens`` may be a mean.
+    ``engine``, ``model`` and ``device`` are names, or paths of YAML files, looked for beside the runs first. ``expert``
+    degree 0 occurs where a source did not know it. ``output_tokens`` may be a mean. A closed loop with a
+    ``requests_file`` sends those requests.
     """
 
     run_id: str
@@ -177,7 +180,8 @@ def _run(path: Path, number: int, header: Sequence[str], line: Sequence[str]) ->
         if getattr(row, column) is None:
             said = f"is empty; a {row.workload} run needs it"
             raise BadInput(said, where=path, key=_place(column, number))
-    return MeasuredRun(path, _set_name(path), number, row, cells)
+    named = {column: beside(getattr(row, column), path) for column in ("engine", "model", "device")}
+    return MeasuredRun(path, _set_name(path), number, row.model_copy(update=named), cells)
 
 
 def _place(column: str, number: int) -> str:

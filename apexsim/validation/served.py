@@ -21,7 +21,7 @@ def request_errors(run: MeasuredRun, result: SimulationResult) -> dict[str, floa
     returned where there is no such file.
     """
     path = run.beside / f"{run.row.run_id}.csv"
-    if run.row.workload != "trace" or not path.is_file():
+    if run.row.requests_file is None or not path.is_file():
         return {}
     served = _read(path)
     found: dict[str, float | None] = {}

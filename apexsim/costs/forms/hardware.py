@@ -15,6 +15,7 @@ Coefficients = Mapping[str, float]
 
 # Tensor-core rate that each dtype computes at: weight-only formats compute in bf16.
 COMPUTE_DTYPE = {
+    "fp32": "fp32",
     "bf16": "bf16",
     "fp8": "fp8",
     "fp8_block": "fp8",

@@ -1,0 +1,191 @@
+"""The live reference engine: continuous batching with real forward passes, by the wall clock.
+
+The batching policy, the ledger, the block manager and what a ledger does to a queue are the simulator's own objects;
+here a step takes as long as the device takes. Outputs have the lengths that requests ask for: there is no end token.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from apexsim.costs.memory import MemoryPlan
+from apexsim.errors import BadInput
+from apexsim.serving.batch import Batch, compose
+from apexsim.serving.batching import Ledger
+from apexsim.serving.cohort import Cohort
+from apexsim.serving.kv_cache import BlockManager
+from apexsim.serving.recording import Recorder
+from apexsim.serving.request import Request
+from apexsim.serving.scheduler import Scheduler
+from apexsim.serving.simulator import Door, make_policy, no_cycle_collection
+from apexsim.specs.engine import SchedulerDefaults
+from apexsim.specs.model import ModelSpec
+from apexsim.specs.workload import Requests
+from apexsim.units import NS_PER_S
+from kernels_profiling.paged_cache import BlockTables
+from kernels_profiling.runner import Runner
+from kernels_profiling.traffic import Traffic
+from kernels_profiling.transformer import CacheShape, Transformer
+
+# The operating system wakes a sleeper late by up to this: the rest of a wait is spent looking at the clock.
+_WAKING_NS = 300_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """What an engine is started with. ``scheduler`` is settled: its limits are numbers.
+
+    ``kv_blocks`` of ``scheduler.block_size`` tokens, for requests of up to ``longest`` tokens. ``device`` and ``dtype``
+    are torch's; ``graphs`` lets CUDA graphs replay decodes.
+    """
+
+    model: ModelSpec
+    scheduler: SchedulerDefaults
+    kv_blocks: int
+    longest: int
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    swiftkv_layers: int | None = None
+    graphs: bool = True
+    seed: int = 0
+
+
+class LiveEngine:
+    """A replica that really computes; ``serve`` runs a workload through it."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.settings = settings
+        scheduler = self._limits = settings.scheduler
+        self._policy = make_policy(scheduler)
+        self._memory = _memory_plan(settings.kv_blocks, scheduler.block_size)
+        like = torch.empty(0, dtype=settings.dtype, device=settings.device)
+        self.model = Transformer(
+            settings.model,
+            CacheShape(settings.kv_blocks, scheduler.block_size, settings.longest),
+            like=like,
+            swiftkv_layers=settings.swiftkv_layers,
+            seed=settings.seed,
+        )
+        self._width = min(settings.kv_blocks, -(-settings.longest // scheduler.block_size))
+        self._start()
+        self.runner = Runner(self.model, self._tables, token_budget=scheduler.token_budget, graphs=settings.graphs)
+        self.runner.capture()
+
+    def _start(self) -> None:
+        """An empty replica: nothing queued, cached or recorded."""
+        blocks = BlockManager(self._memory.blocks, self._memory.block_size, self._memory.blocks_for)
+        self._scheduler = Scheduler(self._limits, blocks)
+        self._cohort = Cohort(blocks)  # stays empty: every request is advanced by itself
+        self._tables = BlockTables(blocks, seats=self._limits.max_num_seqs, width=self._width)
+        self._recorder = Recorder(())
+        self.outputs: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []
+
+    def serve(self, workload: Requests) -> tuple[list[Request], Recorder]:
+        """Serve a workload to its end; its requests with their stamps, and what was recorded of steps and gaps.
+
+        Times are nanoseconds since the start. Raises BadInput before any work where a request could never be served.
+        """
+        self.check(workload)
+        traffic = Traffic(workload)
+        self._start()
+        self.runner.tables = self._tables
+        self.runner.known = prompts(traffic.requests, self.settings.model.vocab, self.settings.seed)
+        with no_cycle_collection():
+            self._began_ns = time.perf_counter_ns()
+            self._loop(traffic)
+        self._scheduler.check_idle()
+        self._tables.check()
+        self.outputs = [known[r.prompt_tokens :] for known, r in zip(self.runner.known, traffic.requests, strict=True)]
+        return traffic.requests, self._recorder
+
+    def check(self, workload: Requests) -> None:
+        """Raise BadInput where a request of a workload could never be served."""
+        requests = Traffic(workload).requests
+        door = Door(self._limits, min(self.settings.longest, self.settings.model.max_context), self._memory)
+        refused = [(request.index + 1, why) for request in requests if (why := door.refuses(request))]
+        if refused:
+            row, why = refused[0]
+            said = f"{len(refused)} of {len(requests)} requests cannot be served; request {row}: {why}"
+            raise BadInput(said, where=workload.name)
+
+    # -- parts ------------------------------------------------------------------------------------------------
+
+    def _now_ns(self) -> int:
+        return time.perf_counter_ns() - self._began_ns
+
+    def _loop(self, traffic: Traffic) -> None:
+        """Compose and compute until no request is left."""
+        waiting, running, now_ns = self._scheduler.waiting, self._scheduler.running, self._now_ns()
+        while True:
+            waiting.extend(traffic.arrived(now_ns))
+            if waiting or running:
+                leaving = self._step()
+                now_ns = self._now_ns()
+                traffic.answered(leaving, now_ns)
+            elif traffic.next_ns is None:
+                return
+            else:
+                self._wait_until(traffic.next_ns)
+                now_ns = self._now_ns()
+
+    def _wait_until(self, at_ns: int) -> None:
+        left_ns = at_ns - self._now_ns() - _WAKING_NS
+        if left_ns > 0:
+            time.sleep(left_ns / NS_PER_S)
+        while self._now_ns() < at_ns:
+            pass
+
+    def _step(self) -> list[Request]:
+        """One decision of the policy and the step it makes; returns who has his last token."""
+        start_ns, scheduler = self._now_ns(), self._scheduler
+        ledger = scheduler.open(self._limits.max_num_seqs)
+        self._policy.fill(ledger, scheduler.running, scheduler.waiting)
+        scheduler.apply(ledger, start_ns)
+        for request in ledger.preempted:
+            self._tables.release(request)
+        if not (ledger.decodes or ledger.chunks):
+            assert ledger.preempted, "requests are there and the policy schedules none"
+            return []
+        batch = compose(ledger, scheduler.running, scheduler.blocks, (), self._cohort)
+        batch.start_ns, batch.labels = start_ns, (0, len(scheduler.running), len(scheduler.waiting))
+        self._compute(ledger)
+        batch.end_ns = self._now_ns()
+        return self._end(batch)
+
+    def _compute(self, ledger: Ledger) -> None:
+        """Run the step and note the tokens of those that sampled."""
+        requests = [*ledger.decodes, *[request for request, _ in ledger.chunks]]
+        for request in requests:
+            self._tables.grow(request)
+        known = self.runner.known
+        for request, token in zip(requests, self.runner.run(ledger.decodes, ledger.chunks), strict=True):
+            if request.decoding:
+                known[request.index][request.known - 1] = token
+
+    def _end(self, batch: Batch) -> list[Request]:
+        """Stamp the tokens of a batch; those whose last it was leave."""
+        leaving, scheduler = list(batch.leaving), self._scheduler
+        scheduler.see_off(leaving)
+        self._recorder.ended(batch, self._cohort, scheduler.blocks.held)
+        for request in leaving:
+            scheduler.leave(request, batch.end_ns)
+            self._tables.release(request)
+        return leaving
+
+
+def prompts(requests: list[Request], vocab: int, seed: int) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
+    """Room for all tokens of each request, its prompt drawn at random."""
+    random = np.random.default_rng(seed)
+    known = [np.zeros(request.total, dtype=np.int64) for request in requests]
+    for tokens, request in zip(known, requests, strict=True):
+        tokens[: request.prompt_tokens] = random.integers(0, vocab, request.prompt_tokens)
+    return known
+
+
+def _memory_plan(blocks: int, block_size: int) -> MemoryPlan:
+    """The cache as the simulator knows it; its bytes play no part in serving."""
+    return MemoryPlan(0.0, 0.0, 0.0, 0.0, 0.0, block_size, blocks)

@@ -1,0 +1,112 @@
+"""Operands on a device: pools of random values that cases cut their buffers from, and paged caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from kernels_profiling.power import Meter
+
+BLOCK_SIZE = 16
+# Buffers that take turns hold so many times the last cache: by the time one comes again nothing of it is left.
+COLD_CACHES = 4
+MOST_BUFFERS = 512
+# Shape of the weights (3 MiB in bf16) that run through the inner caches of a CPU before each call that is timed.
+SWEPT = (2048, 768)
+# Spread of the weights of trained transformers: that of their initialisation, about.
+WEIGHT_SPREAD = 0.02
+
+
+class UnsupportedHereError(Exception):
+    """The device cannot run an operator; the message says why."""
+
+
+@dataclass(frozen=True)
+class PagedCache:
+    """Keys and values of a layer, and the blocks of some sequences: ``tables[turn, sequence, block]``."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    tables: torch.Tensor
+    turn_bytes: int
+
+    def slots(self, table: torch.Tensor, first: int, count: int) -> torch.Tensor:
+        """Slots of ``count`` tokens from position ``first`` of the sequence with this table."""
+        position = torch.arange(first, first + count, device=table.device)
+        return table[position // BLOCK_SIZE].to(torch.int64) * BLOCK_SIZE + position % BLOCK_SIZE
+
+
+class Rig:
+    """Where operands lie. ``cache_bytes`` is the last cache of the device; ``content`` what weights hold."""
+
+    def __init__(self, device: torch.device, cache_bytes: int, meter: Meter | None, *, content: str = "normal") -> None:
+        self.device, self.cache_bytes, self.meter, self._content = device, cache_bytes, meter, content
+        self._pools: dict[torch.dtype, torch.Tensor] = {}
+        self._draw = torch.Generator(device).manual_seed(0)
+        self._sweeps, self._one = 0, self.hot(torch.bfloat16, (1, SWEPT[1]))
+
+    def with_content(self, content: str) -> Rig:
+        """The same device with weights of other ``content``: normal or zeros."""
+        return Rig(self.device, self.cache_bytes, self.meter, content=content)
+
+    def hot(self, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+        """One operand of its own, which stays in the cache as far as it fits."""
+        values = torch.randn(tuple(shape), device=self.device, generator=self._draw)
+        return values.to(dtype)
+
+    def cold(self, dtype: torch.dtype, shape: Sequence[int]) -> list[torch.Tensor]:
+        """Operands of one shape that take turns."""
+        size = prod(shape)
+        pool = self._pool(dtype, size)
+        # Rows of products want to start at multiples of 16 bytes; 256 suits every kernel.
+        step = -(-size // 256) * 256
+        count = min(MOST_BUFFERS, max(1, (pool.numel() - size) // step + 1))
+        return [pool[at * step : at * step + size].view(tuple(shape)) for at in range(count)]
+
+    def cache(self, kv_heads: int, head_dim: int, lengths: Sequence[int]) -> PagedCache:
+        """A paged cache with sequences of ``lengths``; every turn has blocks of its own, in no order."""
+        block = BLOCK_SIZE * kv_heads * head_dim
+        widest = max(-(-length // BLOCK_SIZE) for length in lengths)
+        needed = widest * len(lengths)
+        pool = self._pool(torch.bfloat16, 2 * needed * block)
+        blocks = pool.numel() // (2 * block)
+        turns = max(1, min(MOST_BUFFERS, blocks // needed))
+        shape = (blocks, BLOCK_SIZE, kv_heads, head_dim)
+        k, v = (pool[at * blocks * block : (at + 1) * blocks * block].view(shape) for at in (0, 1))
+        order = torch.randperm(blocks, device=self.device, generator=self._draw)[: turns * needed]
+        tables = order.to(torch.int32).view(turns, len(lengths), widest)
+        return PagedCache(k, v, tables, sum(4 * length * kv_heads * head_dim for length in lengths))
+
+    def sweep(self) -> None:
+        """Read weights of some other layer, as happens between two kernels of a kind in a forward pass."""
+        weights = self.cold(torch.bfloat16, SWEPT)
+        self._sweeps += 1
+        torch.nn.functional.linear(self._one, weights[self._sweeps % len(weights)])
+
+    def integers(self, below: int, shape: Sequence[int]) -> torch.Tensor:
+        """Whole numbers from 0 to ``below``, drawn alike."""
+        return torch.randint(below, tuple(shape), device=self.device, generator=self._draw)
+
+    def uniform(self, shape: Sequence[int]) -> torch.Tensor:
+        """Numbers between 0 and 1, never 0 or 1."""
+        drawn = torch.rand(tuple(shape), device=self.device, generator=self._draw)
+        return drawn.clamp_(1e-7, 1 - 1e-7)
+
+    def _pool(self, dtype: torch.dtype, least: int) -> torch.Tensor:
+        """A stretch of at least ``least`` elements and of ``COLD_CACHES`` caches."""
+        size = max(least, COLD_CACHES * self.cache_bytes // dtype.itemsize)
+        if dtype not in self._pools or self._pools[dtype].numel() < size:
+            self._pools.pop(dtype, None)
+            self._pools[dtype] = self._filled(dtype, size)
+        return self._pools[dtype]
+
+    def _filled(self, dtype: torch.dtype, size: int) -> torch.Tensor:
+        pool = torch.zeros(size, dtype=dtype, device=self.device)
+        step = 1 << 24
+        for at in range(0, size if self._content == "normal" and dtype.is_floating_point else 0, step):
+            part = pool[at : at + step]
+            part.copy_(torch.randn(part.numel(), device=self.device, generator=self._draw).mul_(WEIGHT_SPREAD))
+        return pool
