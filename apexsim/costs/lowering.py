@@ -8,7 +8,7 @@ there are more ranks than heads. A graph describes one block; a stage counts its
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -217,7 +217,7 @@ def _norm(deployment: Deployment, pool: Pool, name: str) -> Elementwise:
     """
     width = ACTIVATION_BYTES * deployment.model.hidden
     fused_bytes = deployment.engine.communication.fused_norm_max_bytes if pool.plan.tensor > 1 else 0
-    return Elementwise(name, 4 * width, fused_rows=fused_bytes / width)
+    return Elementwise(name, 4 * width, hidden_rows=fused_bytes / width)
 
 
 def _post_norm(deployment: Deployment, name: str) -> tuple[RowOperator, ...]:
@@ -299,7 +299,7 @@ def _recurrent_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixe
     return StateUpdate("state", layer, tensor), before, after
 
 
-def _ffn(deployment: Deployment, width: int, prefix: str = "") -> list[RowOperator]:
+def _ffn(deployment: Deployment, width: int, prefix: str = "") -> list[Gemm | Elementwise]:
     """A dense FFN whose shard on this rank is ``width`` wide."""
     model, dtype = deployment.model, deployment.weights
     up, inputs = ("gate_up", 2) if model.gated else ("up", 1)
@@ -316,11 +316,11 @@ def _ffn_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> list[list[
         return []
     if kind.moe:
         return _moe_part(deployment, pool)
-    return [_ffn(deployment, (deployment.model.ffn or 0) // pool.plan.tensor)]
+    return [[*_ffn(deployment, (deployment.model.ffn or 0) // pool.plan.tensor)]]
 
 
 def _moe_part(deployment: Deployment, pool: Pool) -> list[list[RowOperator]]:
-    """Router and routed experts; shared experts beside them as one dense FFN.
+    """Router and routed experts; shared experts as one dense FFN, hidden by them in small steps of some engines.
 
     With ``all_reduce`` every rank holds all tokens already, or gathers those of the other attention-data ranks and
     hands back their sums, and partial sums meet in the closing all-reduce; with any other ``moe_dispatch`` it sends its
@@ -345,7 +345,8 @@ def _moe_part(deployment: Deployment, pool: Pool) -> list[list[RowOperator]]:
     shared = _ffn(deployment, moe.shared_width // plan.tensor, "shared_")
     if moe.shared_gate:
         shared.append(Gemm("shared_gate", 1, model.hidden, "bf16"))
-    return [routed, shared]
+    beside = deployment.engine.host.beside_tokens
+    return [routed, [replace(op, hidden_rows=beside) for op in shared]]
 
 
 def _expert_rows(plan: Plan) -> Rows:

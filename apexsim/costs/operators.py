@@ -51,7 +51,8 @@ ATTENTION_LAUNCHES = 2
 class Gemm:
     """y[rows, n] = x[rows, k] W[k, n]: n and k are the shard of one rank.
 
-    ``quantised``: the operator before it hands over x in ``dtype``.
+    ``quantised``: the operator before it hands over x in ``dtype``. In steps of up to ``hidden_rows`` it runs beside
+    another kernel and takes no time of its own.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Gemm:
     dtype: str
     rows: Rows = "tokens"
     quantised: bool = False
+    hidden_rows: float = 0.0
     kind = "gemm"
 
     @property
@@ -75,7 +77,8 @@ class Gemm:
         return self.n * self.k * dtype_bytes(self.dtype)
 
     def seconds(self, costs: OperatorCosts, rows: Array) -> Array:
-        return costs.gemm_s(rows, self.n, self.k, self.dtype, quantised=self.quantised)
+        seconds = costs.gemm_s(rows, self.n, self.k, self.dtype, quantised=self.quantised)
+        return np.where(rows > self.hidden_rows, seconds, 0.0)
 
     def flops(self, rows: Array) -> Array:
         return 2.0 * self.n * self.k * rows
@@ -133,20 +136,20 @@ class Experts:
 class Elementwise:
     """A memory-bound kernel (norm, rotary embedding, activation, lookup) moving ``bytes_per_row``.
 
-    In steps of up to ``fused_rows`` it is a part of the kernel before it and takes no time of its own.
+    In steps of up to ``hidden_rows`` it runs inside or beside another kernel and takes no time of its own.
     """
 
     name: str
     bytes_per_row: float
     rows: Rows = "tokens"
-    fused_rows: float = 0.0
+    hidden_rows: float = 0.0
     kind = "elementwise"
     key = "any"
     launches = 1
     weight_bytes = 0.0
 
     def seconds(self, costs: OperatorCosts, rows: Array) -> Array:
-        return np.where(rows > self.fused_rows, costs.elementwise_s(self.bytes_moved(rows), self.name), 0.0)
+        return np.where(rows > self.hidden_rows, costs.elementwise_s(self.bytes_moved(rows), self.name), 0.0)
 
     def flops(self, rows: Array) -> Array:
         return np.zeros_like(rows)

@@ -28,7 +28,8 @@ class HostTerms(Spec):
     (engines differ more in them than in anything else). Where no CUDA graph replays the kernels of a step, the
     device cannot end it before the host has launched the last: such a step takes at least as long, however small
     its kernels are. Graphs replay the steps that only decode, and steps that compute prompts up to
-    ``graph_tokens`` tokens; without ``cuda_graphs`` none.
+    ``graph_tokens`` tokens; without ``cuda_graphs`` none. Shared experts run beside the routed ones, on a stream of
+    their own or as one expert more, in steps of up to ``beside_tokens`` tokens, and then take no time of their own.
     """
 
     step_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
@@ -39,6 +40,7 @@ class HostTerms(Spec):
     launch_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
     expert_launch_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
     graph_tokens: int = Field(0, ge=0)
+    beside_tokens: int = Field(0, ge=0)
     overlapped: bool = False
     cuda_graphs: bool = True
 
