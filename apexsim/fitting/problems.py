@@ -31,7 +31,7 @@ Operators = dict[str, dict[str, FittedOperator]]
 # A shape has few rows, but they are its own: its correction follows them more closely than that of all shapes.
 SHAPE_STIFFNESS = Stiffness(smooth=0.3, small=0.1)
 # Mean error, as a fraction, that the correction of a shape must take away to be worth its place in the profile.
-SHAPE_GAIN = 0.01
+SHAPE_GAIN = 0.02
 
 
 class OwnShapes(NamedTuple):

@@ -35,6 +35,8 @@ _FLOAT = re.compile(
 )
 _ODD_BREAKS = re.compile("[\r\x85\u2028\u2029]")
 _SCALARS = (str, int, float, bool, type(None))
+# Long enough that indenting the grids of numbers in a profile costs little.
+LINE_WIDTH = 320
 
 
 class _Loader(_FastLoader):
@@ -135,7 +137,7 @@ def load_spec(cls: type[SpecT], path: str | os.PathLike[str]) -> SpecT:
 
 def format_yaml(data: Mapping[str, Any]) -> str:
     """YAML text of plain data (dicts, lists, strings, numbers, None), keys in the order given."""
-    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=LINE_WIDTH)
 
 
 def write_yaml(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
