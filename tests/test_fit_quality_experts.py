@@ -34,11 +34,11 @@ EXPERTS = [(name, dtype) for name in NAMES for dtype in sorted(DTYPES[name])]
 LINKED = [name for name in NAMES if name != "rtx-4090"]
 # (median, p90) of absolute errors, per device: random rows of served models, models held out, more tokens than trained.
 EXPERT_QUALITY = {
-    **dict.fromkeys(HOPPER, ((0.085, 0.23), (0.08, 0.24), (0.135, 0.405))),
-    **dict.fromkeys(BLACKWELL, ((0.10, 0.26), (0.195, 0.42), (0.22, 0.475))),
-    **dict.fromkeys(("l40s", "rtx-4090"), ((0.08, 0.40), (0.105, 0.43), (0.11, 0.33))),
-    "rtx-pro-6000": ((0.075, 0.30), (0.09, 0.36), (0.13, 0.42)),
-    "a100-sxm": ((0.14, 0.37), (0.23, 0.64), (0.24, 0.64)),
+    **dict.fromkeys(HOPPER, ((0.067, 0.22), (0.075, 0.22), (0.10, 0.26))),
+    **dict.fromkeys(BLACKWELL, ((0.06, 0.18), (0.16, 0.37), (0.26, 0.63))),
+    **dict.fromkeys(("l40s", "rtx-4090"), ((0.06, 0.25), (0.10, 0.46), (0.115, 0.28))),
+    "rtx-pro-6000": ((0.061, 0.22), (0.085, 0.26), (0.08, 0.26)),
+    "a100-sxm": ((0.09, 0.34), (0.29, 0.96), (0.25, 0.57)),
 }
 DEEPSEEK = MoeLayer(7168, 2048, 8, 256, 1, "fp8_block")
 
