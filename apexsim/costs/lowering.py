@@ -250,7 +250,8 @@ def _attention_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixe
     before: list[RowOperator] = [
         _gemm(deployment, "qkv", (heads + gates + 2 * kv_heads) * model.head_dim, model.hidden, dtype)
     ]
-    before += _qk_norm(deployment, pool, qk_bytes * model.head_dim)
+    head_bytes = 2 * ACTIVATION_BYTES * model.head_dim
+    before += _qk_norm(deployment, pool, head_bytes * heads, head_bytes * kv_heads)
     if model.rotates(kind) and "rope" not in deployment.engine.fusions:
         before.append(Elementwise("rope", qk_bytes * (model.rotary_dim or model.head_dim)))
     after: list[RowOperator] = [_gemm(deployment, "o", model.hidden, heads * model.head_dim, dtype)]
@@ -260,19 +261,20 @@ def _attention_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixe
     return Attention("attention", shape), before, after
 
 
-def _qk_norm(deployment: Deployment, pool: Pool, qk_bytes: float) -> list[RowOperator]:
-    """The norm of queries and keys, where the model has one.
+def _qk_norm(deployment: Deployment, pool: Pool, q_bytes: float, k_bytes: float) -> list[RowOperator]:
+    """The norm of queries and keys, where the model has one; ``q_bytes`` and ``k_bytes`` read and written a token.
 
-    One over all heads of a layer needs their squares from all ranks: vLLM sums two float32 a token between one kernel
-    that makes them and one that scales (``MiniMaxText01RMSNormTP``).
+    One over all heads of a layer needs their squares from all ranks. vLLM (``MiniMaxText01RMSNormTP``) sums those of
+    queries and keys, joins both, adds two float32 a token up over the ranks, and scales both, a kernel each.
     """
-    norm = Elementwise("qk_norm", qk_bytes)
     if deployment.model.qk_norm is None:
         return []
     if deployment.model.qk_norm != "layer" or pool.plan.tensor == 1:
-        return [norm]
-    squares = Elementwise("qk_squares", qk_bytes / 2)
-    return [squares, *_all_reduce(deployment, pool, "qk_all_reduce", row_bytes=2 * FP32_BYTES), norm]
+        return [Elementwise("qk_norm", q_bytes + k_bytes)]
+    squares = [Elementwise("q_squares", q_bytes / 2), Elementwise("k_squares", k_bytes / 2)]
+    joined = [Elementwise("join_squares", 4 * FP32_BYTES)]
+    summed = _all_reduce(deployment, pool, "qk_all_reduce", row_bytes=2 * FP32_BYTES)
+    return [*squares, *joined, *summed, Elementwise("q_norm", q_bytes), Elementwise("k_norm", k_bytes)]
 
 
 def _gemm(deployment: Deployment, name: str, n: int, k: int, dtype: str) -> Gemm:

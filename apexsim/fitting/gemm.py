@@ -41,8 +41,8 @@ EXTRA = {
     "int4_wo": (gemm.SPLIT,),
     "int8_wo": (gemm.SPLIT,),
 }
-# Devices whose products in nvfp4 were timed with vLLM 0.22, too. Those of CUTLASS, which it ran until then, take a tenth
-# longer at up to 128 rows than those of 0.24 (medians of 7,548 products of usual size on B200).
+# Devices whose products in nvfp4 were timed with vLLM 0.22, too: those of CUTLASS, which it ran until then, take a
+# tenth longer at up to 128 rows than those of 0.24 (medians of 7,548 products of usual size on B200).
 CUTLASS_NVFP4 = ("b200_sxm", "gb200")
 # What the few widths of timed layers can tell, and the tokens of their steps.
 REFITTED = ("launch_s", "compute_efficiency", "memory_efficiency", "sm_bandwidth", "wave_s", "wave_odds", "throttle")
