@@ -1,0 +1,70 @@
+#!/usr/bin/env python3
+"""How uneven routers choose experts: errors of measured runs under several exponents, by model, device and engine.
+
+python scripts/routing_exponent.py $APEXSIM_DATA/ground_truth/silicon/runs.csv
+
+A group's kernels and host terms may be off by a constant factor whatever the exponent; how the error moves from few to
+many requests in flight is what the exponent decides. Closed loops of short prompts, up to 128 in flight, drawn at random.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+
+import numpy as np
+
+from apexsim.serving.simulator import simulate
+from apexsim.specs.deployment import Deployment
+from apexsim.validation.cases import case_of
+from apexsim.validation.loads import requests_of
+from apexsim.validation.runs import MeasuredRun, read_runs
+
+FEW = 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs")
+    parser.add_argument("--exponents", type=float, nargs="+", default=[0.5, 0.75, 1.0])
+    parser.add_argument("--rows-per-group", type=int, default=14)
+    options = parser.parse_args()
+    print(f"{'group':48} {'exponent':>8} {'MAPE %':>7} {'few %':>7} {'many %':>7}")
+    for name, runs in sorted(groups(options.runs, options.rows_per_group).items()):
+        for exponent in options.exponents:
+            errors = np.array([tpot_error(run, exponent) for run in runs])
+            few = np.array([run.row.concurrency <= FEW for run in runs])
+            figures = [np.abs(errors).mean(), errors[few].mean(), errors[~few].mean()]
+            print(f"{name:48} {exponent:8.2f}" + "".join(f" {100 * figure:7.1f}" for figure in figures), flush=True)
+
+
+def groups(path: str, most: int) -> dict[str, list[MeasuredRun]]:
+    """Clean rows of models with experts by group, at most ``most`` of each, some with few and some with many."""
+    found: dict[str, list[MeasuredRun]] = defaultdict(list)
+    for run in read_runs(path):
+        row = run.row
+        if row.exclude or row.moe_dtype is None or (row.attention_data or 1) > 1 or not row.concurrency:
+            continue
+        if row.concurrency <= 128 and (row.prompt_tokens or 0) <= 1024 and (row.tensor or 99) <= 8:
+            found[f"{row.engine} {row.device} {row.model} {row.weight_dtype}"].append(run)
+    random = np.random.default_rng(0)
+    drawn = {name: [runs[at] for at in random.permutation(len(runs))[:most]] for name, runs in found.items()}
+    return {name: runs for name, runs in drawn.items() if 0 < sum(r.row.concurrency <= FEW for r in runs) < len(runs)}
+
+
+def tpot_error(run: MeasuredRun, exponent: float) -> float:
+    """Relative error of the mean TPOT of a run when experts are chosen with this exponent."""
+    deployment = with_exponent(case_of(run.row).deployment, exponent)
+    requests, _ = requests_of(run, longest=deployment.context_limit, seed=0)
+    if run.row.max_num_batched_tokens is None:
+        deployment = deployment.for_load(int(requests.prompt_tokens.max()), requests.concurrency)
+    return float(simulate(deployment, requests).summary()["tpot_s"]["mean"]) / run.row.tpot_mean_s - 1
+
+
+def with_exponent(deployment: Deployment, exponent: float) -> Deployment:
+    moe = deployment.model.moe.model_copy(update={"routing_exponent": exponent})
+    return deployment.model_copy(update={"model": deployment.model.model_copy(update={"moe": moe})})
+
+
+if __name__ == "__main__":
+    main()
