@@ -4,7 +4,7 @@
 python scripts/routing_exponent.py $APEXSIM_DATA/ground_truth/silicon/runs.csv
 
 A group's kernels and host terms may be off by a constant factor whatever the exponent; how the error moves from few to
-many requests in flight is what the exponent decides. Closed loops of short prompts, up to 128 in flight, drawn at random.
+many requests in flight is what the exponent decides. Closed loops of short prompts, up to 128 in flight, are drawn.
 """
 
 from __future__ import annotations
