@@ -303,8 +303,9 @@ def test_measured_runs_with_data_parallel_attention_are_predicted(data: Path) ->
     runs = [run for run in runs if not run.row.exclude]
     assert len(runs) == 32
     for run in runs:
-        plan = case_of(run.row).deployment.pools[0].plan
-        assert plan.devices == run.row.gpus
+        case = case_of(run.row)
+        relabelled = any(" instead of " in note for note in case.notes)
+        assert relabelled or case.deployment.pools[0].plan.devices == run.row.gpus
     for run in (runs[3], next(run for run in runs if run.row.workload == "saturated")):
         replayed = replay(run)
         assert replayed.status == "ok"

@@ -50,6 +50,23 @@ def test_stretches_equal_steps(case: Case) -> None:
     check_case(case)
 
 
+def test_a_cohort_that_dissolves_at_once_leaves_the_stamps_of_its_members() -> None:
+    """A prompt that ends beside an older one still being computed: the cohort it would found cannot stand."""
+    check_case(
+        Case(
+            arrivals_ns=[0, 3 * TICK, 3 * TICK, 3 * TICK],
+            lengths=[(101, 2), (1, 1), (52, 1), (1, 2)],
+            token_budget=16,
+            most_of_prompt=10,
+            seats=3,
+            blocks=20,
+            step_ns=TICK,
+            token_ns=1000,
+            context_ns=0,
+        )
+    )
+
+
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_policies_keep_their_promises(policy: str) -> None:
     check_policy(POLICIES[policy], cases=20)

@@ -12,7 +12,7 @@ cannot all march on (budgets or blocks run short); the oracle (``exact_steps``) 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from heapq import heappop, heappush
 
 from apexsim.serving.growth import growth_of
@@ -103,13 +103,16 @@ class Cohort:
             self.size -= 1
             self.context -= request.computed
 
-    def dissolve(self, members: Iterable[Request]) -> None:
-        """Bring all members up to date and let them go their own ways."""
+    def dissolve(self, members: Iterable[Request], stamped: Collection[Request] = ()) -> None:
+        """Bring all members up to date and let them go their own ways.
+
+        Those in ``stamped`` have a token of their own in flight, whose end, and that of the one before, is theirs alone.
+        """
         for request in members:
             request.computed = request.base + self.step
             request.known = request.computed + 1
             self._growth.leave(request)
-            if self.last_step is not None and request.joined <= self.last_step:
+            if self.last_step is not None and request.joined <= self.last_step and request not in stamped:
                 request.last_token_ns = self.last_end_ns
         self._leavers.clear()
         self.unshown.clear()

@@ -244,9 +244,10 @@ class Replica:
 
     def _dissolve(self) -> None:
         members = self.running[: self._cohort.size]
+        stamped = {request for request in members if request.pending}
         for batch in self._in_flight:
             batch.release(members)
-        self._cohort.dissolve(members)
+        self._cohort.dissolve(members, stamped)
         self._dissolved = True
 
     def _close(self, ledger: Ledger) -> Batch | None:
