@@ -1,7 +1,8 @@
 """Attention over a paged KV cache: FlashAttention-3 where it can be imported, else torch's own kernels.
 
 FlashAttention-3 reads the pages itself and takes chunks and decodes in one launch. Without it pages are gathered and
-torch's scaled_dot_product_attention does the rest; decodes of unequal lengths then cost as the longest of them.
+torch's scaled_dot_product_attention does the rest: on a CPU one sequence after another, on a GPU all at once, so that
+decodes of unequal lengths cost as the longest of them.
 ``source`` says which one runs, and goes with every measured row.
 """
 
@@ -39,7 +40,7 @@ def _flash3() -> Any:
 def source(device: torch.device) -> str:
     """Name of the kernel behind ``prefill_attention`` and ``decode_attention``."""
     if device.type == "cpu":
-        return f"torch {torch.__version__} scaled_dot_product_attention (CPU), pages gathered"
+        return f"torch {torch.__version__} scaled_dot_product_attention (CPU), pages gathered, one by one"
     if _flash3() is not None:
         return "FlashAttention-3, paged"
     return f"torch {torch.__version__} scaled_dot_product_attention, pages gathered"
@@ -82,19 +83,34 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: 
         starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
         return mixed_attention(q, k_cache, v_cache, Ragged(block_tables, lengths, starts, 1))
     if q.device.type == "cpu":
-        # Tables may be wider than their sequences; here to look costs nothing.
-        block_tables = block_tables[:, : -(-int(lengths.max()) // k_cache.shape[1])]
+        return _decode_one_by_one(q, k_cache, v_cache, block_tables, lengths)
     keys, values = (
         _gathered(cache, block_tables.flatten()).view(batch, -1, *cache.shape[2:]).transpose(1, 2)
         for cache in (k_cache, v_cache)
     )
     seen = torch.arange(keys.shape[2], device=q.device, dtype=torch.int32) < lengths[:, None]
-    queries, mask = q.unsqueeze(2), seen.view(batch, 1, 1, -1)
-    if q.device.type == "cpu":
-        # For single queries the CPU kernel is several times faster in float32 than in bf16, conversions included.
-        queries, keys, values = queries.float(), keys.float(), values.float()
-    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
-    return out.squeeze(2).to(q.dtype)
+    mask = seen.view(batch, 1, 1, -1)
+    out = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=mask, enable_gqa=True)
+    return out.squeeze(2)
+
+
+def _decode_one_by_one(q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
+    """Decodes on a CPU, where to look at lengths costs nothing: the cost follows the sum of them, not the longest.
+
+    Pages of all are gathered at once, into float32: for single queries torch's kernel is several times faster in it
+    than in bf16, conversions included.
+    """
+    size, counts = k_cache.shape[1], lengths.tolist()
+    used = [-(-count // size) for count in counts]
+    blocks = torch.cat([table[:some] for table, some in zip(tables, used, strict=True)])
+    queries = q.float()[:, None, :, None]
+    keys, values = (_gathered(cache, blocks).float().transpose(0, 1)[None] for cache in (k_cache, v_cache))
+    out, begin = [], 0
+    for query, count, some in zip(queries, counts, used, strict=True):
+        own = slice(begin, begin + count)
+        out.append(F.scaled_dot_product_attention(query, keys[:, :, own], values[:, :, own], enable_gqa=True))
+        begin += some * size
+    return torch.cat(out).squeeze(2).to(q.dtype)
 
 
 def mixed_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, ragged: Ragged) -> Tensor:
