@@ -104,7 +104,8 @@ def _show(console: Console, found: Verdict) -> None:
 
     for load in found.loads:
         title = f"{load.name}: {load.rate_per_s:.3g} requests/s, {load.requests} requests; {load.role}"
-        table = Table("seconds", box=SIMPLE_HEAD, title=title, title_justify="left")
+        console.print(title, highlight=False)
+        table = Table("seconds", box=SIMPLE_HEAD)
         for heading in ("predicted", "measured", "error", "error of each repeat"):
             table.add_column(heading, justify="right")
         for figure in load.figures:
