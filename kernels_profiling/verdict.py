@@ -91,7 +91,7 @@ class Verdict:
         """What there is to say below the figures, a line each."""
         low, high = self.spread
         lines = [
-            f"{self.device}; predicted with a host time of {self.step_s:.3g} s a step",
+            f"{self.device}; predicted with a host time of {1e3 * self.step_s:.2f} ms a step",
             f"fixed kernels took {low:.2f} to {high:.2f} of their median around the measuring, and around the serving "
             + ", ".join(f"{load.name} {' '.join(f'{x:.2f}' for x in load.slowness)}" for load in self.loads),
             ", ".join(f"{part} {seconds:.0f} s" for part, seconds in self.wall_s.items()),
