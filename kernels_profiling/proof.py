@@ -1,8 +1,9 @@
-"""A proof: rounds of measuring and repeats of serving by turns, so that the machine is the same for both.
+"""A proof: measuring and serving by turns, so that the machine is the same for both.
 
-Before every repeat of the loads a part of the measuring is done; the fit that predicts is made of all of it, and uses
-nothing of the serving but one host term, from one of the three loads. Fixed kernels are timed around everything, to
-show when the machine changed its speed.
+After a first round of measuring, which says how fast the loads may be, the other rounds are cut into as many parts as
+there are runs to serve, one before each. The fit that predicts is made of all of them, and uses nothing of the serving
+but one host term, from one of the three loads. Fixed kernels are timed around everything, to show when the machine
+changed its speed.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from kernels_profiling.operators import CASES
 from kernels_profiling.points import Rank, all_points
 from kernels_profiling.records import write_run
 from kernels_profiling.serving_flags import ModelFlags
-from kernels_profiling.session import Session
+from kernels_profiling.session import Point, Session
 from kernels_profiling.tables import ROUND, Tables
 from kernels_profiling.timers import time_case
 from kernels_profiling.verdict import LATENCIES, STATISTICS, Figure, LoadVerdict, Verdict
@@ -94,27 +95,29 @@ class Proof:
 
     def verdict(self, bounds: Mapping[str, float]) -> Verdict:
         """Do it all. ``bounds``: the largest errors of means that pass, by latency."""
-        repeats = self._plan.repeats
-        self._measure(0)
+        first = [point for point in self._points if point[1][ROUND] == 0]
+        self._measure(first)
         bench = self._bench()
-        self._serve(bench, 0)
-        for repeat in range(1, repeats):
-            self._report(repeat / repeats)
-            self._measure(repeat)
-            self._serve(bench, repeat)
+        turns = [name for repeat in range(self._plan.repeats) for name in _turned(list(bench.loads), repeat)]
+        others = np.array_split(np.arange(len(first), len(self._points)), len(turns))
+        for at, (name, mine) in enumerate(zip(turns, others, strict=True)):
+            self._report(at / len(turns))
+            self._measure([self._points[point] for point in mine])
+            self._serve(bench, name)
+        self._tell(self._session.summary(0))
         self._fit()
         return self._compared(bench, bounds)
 
     # -- measuring --------------------------------------------------------------------------------------------
 
-    def _measure(self, repeat: int) -> None:
-        """Measure the rounds that come before this repeat; all of them are done by the last."""
-        mine = [point for point in self._points if point[1][ROUND] % self._plan.repeats == repeat]
+    def _measure(self, points: list[Point]) -> None:
+        """Measure some points, and how fast the machine is before and after."""
+        if not points:
+            return
         with self._noting("measuring"):
             self._measuring.append(self._anchor_s())
-            self._session.run(mine, lambda fraction: None, None)
+            self._session.run(points, lambda fraction: None, None)
             self._measuring.append(self._anchor_s())
-        self._tell(self._session.summary(0))
 
     def _fit(self) -> None:
         """The device profile of all that is measured by now."""
@@ -166,20 +169,18 @@ class Proof:
             for at, (name, rate) in enumerate(rates.items())
         }
 
-    def _serve(self, bench: Bench, repeat: int) -> None:
-        """Serve every load once, another one first in every repeat."""
-        names = list(bench.loads)
-        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
-            with self._noting("serving"):
-                before_s = self._anchor_s()
-                served = serve_metered(bench.engine, bench.loads[name])
-                around_s = fmean((before_s, self._anchor_s()))
-            settings, flags = bench.engine.settings, EngineFlags()
-            what = what_ran(self._runs, settings, self._plan.model, flags, str(self._profile))
-            run_id = write_run(self._runs, served, what)
-            bench.run_ids.setdefault(name, []).append(run_id)
-            bench.around_s.setdefault(name, []).append(around_s)
-            self._tell(f"served {name}: {run_id}")
+    def _serve(self, bench: Bench, name: str) -> None:
+        """Serve a load once."""
+        with self._noting("serving"):
+            before_s = self._anchor_s()
+            served = serve_metered(bench.engine, bench.loads[name])
+            around_s = fmean((before_s, self._anchor_s()))
+        settings, flags = bench.engine.settings, EngineFlags()
+        what = what_ran(self._runs, settings, self._plan.model, flags, str(self._profile))
+        run_id = write_run(self._runs, served, what)
+        bench.run_ids.setdefault(name, []).append(run_id)
+        bench.around_s.setdefault(name, []).append(around_s)
+        self._tell(f"served {name}: {run_id}")
 
     # -- comparing --------------------------------------------------------------------------------------------
 
@@ -222,6 +223,12 @@ class Proof:
         begun_s = time.monotonic()
         yield
         self._wall_s[part] = self._wall_s.get(part, 0.0) + time.monotonic() - begun_s
+
+
+def _turned(names: list[str], repeat: int) -> list[str]:
+    """The loads of a repeat: another one first in every repeat."""
+    first = repeat % len(names)
+    return names[first:] + names[:first]
 
 
 def _figures(runs: list[MeasuredRun], step_s: float) -> tuple[Figure, ...]:
