@@ -1,7 +1,8 @@
 """Attention over a paged KV cache: FlashAttention-3 where it can be imported, else torch's own kernels.
 
 FlashAttention-3 reads the pages itself and takes chunks and decodes in one launch. Without it pages are gathered and
-torch's scaled_dot_product_attention does the rest; decodes of unequal lengths then cost as the longest of them.
+torch's scaled_dot_product_attention does the rest; on a GPU it takes decodes all at once, so that those of unequal
+lengths cost as the longest of them, while a CPU computes them one after another.
 ``source`` says which one runs, and goes with every measured row.
 """
 
@@ -39,7 +40,7 @@ def _flash3() -> Any:
 def source(device: torch.device) -> str:
     """Name of the kernel behind ``prefill_attention`` and ``decode_attention``."""
     if device.type == "cpu":
-        return f"torch {torch.__version__} scaled_dot_product_attention (CPU), pages gathered"
+        return f"torch {torch.__version__} (CPU), pages gathered; chunks scaled_dot_product_attention, decodes matmul"
     if _flash3() is not None:
         return "FlashAttention-3, paged"
     return f"torch {torch.__version__} scaled_dot_product_attention, pages gathered"
@@ -82,19 +83,32 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: 
         starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
         return mixed_attention(q, k_cache, v_cache, Ragged(block_tables, lengths, starts, 1))
     if q.device.type == "cpu":
-        # Tables may be wider than their sequences; here to look costs nothing.
-        block_tables = block_tables[:, : -(-int(lengths.max()) // k_cache.shape[1])]
+        return _decode_one_by_one(q, k_cache, v_cache, block_tables, lengths)
     keys, values = (
         _gathered(cache, block_tables.flatten()).view(batch, -1, *cache.shape[2:]).transpose(1, 2)
         for cache in (k_cache, v_cache)
     )
     seen = torch.arange(keys.shape[2], device=q.device, dtype=torch.int32) < lengths[:, None]
-    queries, mask = q.unsqueeze(2), seen.view(batch, 1, 1, -1)
-    if q.device.type == "cpu":
-        # For single queries the CPU kernel is several times faster in float32 than in bf16, conversions included.
-        queries, keys, values = queries.float(), keys.float(), values.float()
-    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
-    return out.squeeze(2).to(q.dtype)
+    mask = seen.view(batch, 1, 1, -1)
+    out = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=mask, enable_gqa=True)
+    return out.squeeze(2)
+
+
+def _decode_one_by_one(q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
+    """Decodes on a CPU, where to look at lengths costs nothing: the cost follows the sum of them, not the longest.
+
+    In float32, and by plain products: for single queries that is several times faster than torch's kernel in bf16.
+    One sequence after another stays in the inner caches, so that every one costs the same in any batch.
+    """
+    size, kv_heads = k_cache.shape[1:3]
+    queries = (q.float() * q.shape[-1] ** -0.5).view(q.shape[0], kv_heads, -1, q.shape[-1])
+    out = torch.empty_like(queries)
+    for at, length in enumerate(lengths.tolist()):
+        blocks = tables[at, : -(-length // size)]
+        keys, values = (_gathered(cache, blocks)[:length].float().transpose(0, 1) for cache in (k_cache, v_cache))
+        chances = torch.matmul(queries[at], keys.transpose(1, 2)).softmax(-1)
+        torch.matmul(chances, values, out=out[at])
+    return out.view_as(q).to(q.dtype)
 
 
 def mixed_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, ragged: Ragged) -> Tensor:

@@ -16,6 +16,7 @@ from apexsim.errors import BadInput
 COMMANDS = {
     "measure": "kernels_profiling.measure:measure",
     "live": "kernels_profiling.live:live",
+    "prove": "kernels_profiling.prove:prove",
     "swiftkv": "kernels_profiling.swiftkv:swiftkv",
     "second-engine": "kernels_profiling.second_engine:second_engine",
 }

@@ -98,7 +98,6 @@ class LiveEngine:
             self._began_ns = time.perf_counter_ns()
             self._loop(traffic)
         self._scheduler.check_idle()
-        self._tables.check()
         self.outputs = [known[r.prompt_tokens :] for known, r in zip(self.runner.known, traffic.requests, strict=True)]
         return traffic.requests, self._recorder
 
@@ -174,6 +173,7 @@ class LiveEngine:
         for request in leaving:
             scheduler.leave(request, batch.end_ns)
             self._tables.release(request)
+        self._tables.check()
         return leaving
 
 

@@ -76,7 +76,7 @@ def live(
     read_rows(make_folder(out))
     load, place = load_flags.read(), model_flags.place()
     settings = settings_for(model_flags.spec(), load, engine_flags, place)
-    what = _what_ran(out, settings, model_flags, engine_flags, profile)
+    what = what_ran(out, settings, model_flags, engine_flags, profile)
     engine = LiveEngine(settings)
     engine.check(load)  # before a warm-up that would seem to be at fault
     engine.serve(warm_up_load(load, settings.scheduler))
@@ -152,7 +152,7 @@ def device_cell(out: Path, device: torch.device, profile: str | None) -> str:
     return cell
 
 
-def _what_ran(
+def what_ran(
     out: Path, settings: EngineSettings, model: ModelFlags, engine: EngineFlags, profile: str | None
 ) -> dict[str, Any]:
     """The columns of a row that say what ran."""

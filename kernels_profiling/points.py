@@ -57,7 +57,7 @@ QUICK = Scale(
     dtypes=("bf16",),
     held_s=0.0,  # no sustained rows
     point_s=0.03,
-    rounds=3,
+    rounds=4,
 )
 CPU = QUICK._replace(
     tokens=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024),
@@ -72,6 +72,7 @@ CPU = QUICK._replace(
     dtypes=("bf16", "fp32", "fp8"),
     held_s=5.0,
     point_s=0.1,
+    rounds=3,
 )
 CUDA = Scale(
     tokens=(1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384),

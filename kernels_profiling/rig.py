@@ -8,6 +8,7 @@ from math import prod
 
 import torch
 
+from kernels_profiling import attention, kernels
 from kernels_profiling.power import Meter
 
 BLOCK_SIZE = 16
@@ -46,7 +47,7 @@ class Rig:
         self.device, self.cache_bytes, self.meter, self._content = device, cache_bytes, meter, content
         self._pools: dict[torch.dtype, torch.Tensor] = {}
         self._draw = torch.Generator(device).manual_seed(0)
-        self._sweeps, self._one = 0, self.hot(torch.bfloat16, (1, SWEPT[1]))
+        self._sweeps, self._swept = 0, _swept(self)
 
     def with_content(self, content: str) -> Rig:
         """The same device with weights of other ``content``: normal or zeros."""
@@ -81,10 +82,15 @@ class Rig:
         return PagedCache(k, v, tables, sum(4 * length * kv_heads * head_dim for length in lengths))
 
     def sweep(self) -> None:
-        """Read weights of some other layer, as happens between two kernels of a kind in a forward pass."""
-        weights = self.cold(torch.bfloat16, SWEPT)
+        """Run the small kernels of some other layer and read weights, as happens between two kernels of a kind."""
+        weights, (one, q, k, cache, slot, length) = self.cold(torch.bfloat16, SWEPT), self._swept
         self._sweeps += 1
-        torch.nn.functional.linear(self._one, weights[self._sweeps % len(weights)])
+        normed, _ = kernels.add_rms_norm(one, one.clone(), one[0])
+        kernels.rope(q, k, k[0], k[0])
+        kernels.write_kv(cache, cache, slot, k, k)
+        attention.decode_attention(q, cache, cache, slot.to(torch.int32)[None], length)
+        kernels.silu_mul(normed)
+        kernels.gemm(normed, weights[self._sweeps % len(weights)])
 
     def integers(self, below: int, shape: Sequence[int]) -> torch.Tensor:
         """Whole numbers from 0 to ``below``, drawn alike."""
@@ -110,3 +116,12 @@ class Rig:
             part = pool[at : at + step]
             part.copy_(torch.randn(part.numel(), device=self.device, generator=self._draw).mul_(WEIGHT_SPREAD))
         return pool
+
+
+def _swept(rig: Rig) -> tuple[torch.Tensor, ...]:
+    """Operands of the kernels that ``sweep`` runs: a token, its queries and keys, a cache of a block."""
+    one, q, k, cache = (
+        rig.hot(torch.bfloat16, shape) for shape in ((1, SWEPT[1]), (1, 12, 64), (1, 4, 64), (1, BLOCK_SIZE, 4, 64))
+    )
+    slot, length = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int32)
+    return one, q, k, cache, slot, length

@@ -4,7 +4,8 @@
 #
 #   kernels_profiling/run_all.sh [--device cuda|cpu] [--out FOLDER] [--part N]...      all parts, or those named
 #
-# --device cpu rehearses every part with a tiny model and small sizes.
+# --device cpu rehearses every part with a tiny model and small sizes. Parts 1 to 7 and 12 in one command, by turns and with
+# bounds, are `python -m kernels_profiling prove`, which takes longer than a part may.
 #
 #   1 mixed prefill and decode attention over (chunk, history, decodes)      7 live engine, first model, three loads
 #   2 burst against sustained products and attention, power, two contents    8 live engine, first model, overload

@@ -13,6 +13,8 @@ torch = pytest.importorskip("torch", reason="needs the extra apexsim[profiling]"
 
 from apexsim import catalog  # noqa: E402
 from apexsim.costs.fitted import AttentionShape, OperatorCosts  # noqa: E402
+from apexsim.costs.forms import gemm  # noqa: E402
+from apexsim.costs.forms.hardware import Hardware  # noqa: E402
 from apexsim.errors import BadInput  # noqa: E402
 from apexsim.fitting.few import few_knots  # noqa: E402
 from apexsim.fitting.own import OwnTables  # noqa: E402
@@ -307,3 +309,11 @@ def test_a_measuring_cut_short_is_not_fitted(recorded: Path, tmp_path: Path) -> 
     tables.flush()
     with pytest.raises(BadInput, match="run it again"):
         OwnTables(tmp_path)
+
+
+def test_products_of_a_core_follow_no_tiles() -> None:
+    plain = {"launch_s": 1e-5, "compute_efficiency": 0.9, "memory_efficiency": 0.9, "sharpness": 1.0, "throttle": 0.0}
+    hw = Hardware(flops_per_s=2e11, bytes_per_s=2e10, l2_bytes=1 << 25, sms=1)
+    rows = np.array([32.0, 48.0, 64.0])
+    low, middle, high = gemm.gemm_s(gemm.shape(rows, 768, 768, "bf16"), plain | {gemm.UNTILED: 1.0}, hw)
+    assert middle == pytest.approx((low + high) / 2)

@@ -64,7 +64,7 @@ def _loosened(c: Coefficient) -> Coefficient:
     if c.name.endswith("_efficiency") or c.name in ("cached_speed", "sm_bandwidth", "l2_ratio"):
         return c._replace(low=c.low * LESS_EFFICIENT)
     if c.name == "sharpness":
-        return c._replace(low=1.0)  # bytes and FLOPs one after the other, as on a core
+        return c._replace(start=1.1, low=1.0)  # bytes and FLOPs one after the other, as on a core
     if c.name.endswith("passes"):
         return c._replace(high=c.high * SLOWER)
     return c

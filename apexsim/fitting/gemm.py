@@ -168,13 +168,18 @@ def layer_problem(device: Facts, kernels: Path, kin: Problem) -> Problem:
     )
 
 
-def measured_problem(rows: pd.DataFrame, dtype: str, hw: Hardware, source: str) -> Problem:
-    """The fit of products in ``dtype`` from ``rows`` of m, n, k, seconds whose weights were cold."""
+def measured_problem(rows: pd.DataFrame, dtype: str, hw: Hardware, source: str, *, tiled: bool = True) -> Problem:
+    """The fit of products in ``dtype`` from ``rows`` of m, n, k, seconds whose weights were cold.
+
+    Those of a CPU are not ``tiled``.
+    """
     form = _Products(dtype, hw, cold=True)
     cleaned = clean(rows, [faster_than(form.compute_floor)])
-    hot = "l2_hit_share"
     found = _problem(form, *cleaned, source)
-    return replace(found, coefficients=[c for c in found.coefficients if c.name != hot])
+    if not tiled:
+        fitted = [c for c in found.coefficients if c.name in gemm.OF_UNTILED]
+        return replace(found, coefficients=fitted, constants={gemm.UNTILED: 1.0})
+    return replace(found, coefficients=[c for c in found.coefficients if c.name != "l2_hit_share"])
 
 
 def problem(table: Path, dtype: str) -> Problem:

@@ -109,7 +109,8 @@ def _products(own: OwnTables) -> Iterator[Problem]:
     rows = own.rows("gemm", ["m", "n", "k"], ["dtype"])
     for dtype, part in rows.groupby("dtype"):
         if COMPUTE_DTYPE[str(dtype)] in own.device.datasheet.flops_per_s:
-            yield gemm.measured_problem(_alone(part), str(dtype), _hardware(own, str(dtype)), own.source(part))
+            hw, tiled = _hardware(own, str(dtype)), own.device.kind != "cpu"
+            yield gemm.measured_problem(_alone(part), str(dtype), hw, own.source(part), tiled=tiled)
 
 
 def _attention(own: OwnTables) -> Iterator[Problem]:

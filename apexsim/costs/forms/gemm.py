@@ -12,6 +12,8 @@ FLOP/s, BW peak HBM bytes/s, SM multiprocessors, L2 cache bytes. The kernel libr
     T      = t0 + best * max(1, best / 1 ms)^thr + quantise m k (4 + w_x) / BW
     best   = min over shapes of pnorm(t_comp, t_hbm, t_l2) + t_w waves + (S > 1: t_s + 8 S m n / (BW l2))
 
+On a CPU products follow no tiles (constant ``untiled``): best = pnorm(2 m n k / (P e_c), moved / (BW e_m)).
+
 ``moved`` is weights + inputs + outputs. In the tables a small W is read again and again and stays in L2: there
 ``moved`` loses W / (1 + (W / (c L2))^4). In serving every weight is cold and nothing is taken off (``cold=True``).
 """
@@ -46,6 +48,11 @@ SPLIT = Coefficient("split_s", 2.5e-6, 0.3e-6, 20e-6, "t_s: reduction pass of a 
 QUANTISE = Coefficient(
     "quantise_passes", 1.5, 0.1, 6.0, "activation quantisation inside the operator, in passes over HBM"
 )
+
+
+# A constant of profiles whose products follow no tiles (those of CPUs), and the coefficients that these have.
+UNTILED = "untiled"
+OF_UNTILED = ("launch_s", "compute_efficiency", "memory_efficiency", "sharpness", "throttle")
 
 
 class GemmShape(NamedTuple):
@@ -92,10 +99,17 @@ def roofline_s(shape: GemmShape, hw: Hardware) -> Array:
 def gemm_s(shape: GemmShape, c: Coefficients, hw: Hardware, *, cold: bool = True) -> Array:
     """Seconds of products, without residual. Coefficients as listed in this module; ``split_s`` and
     ``quantise_passes`` only where the kernels do such things."""
-    best = _best_s(shape, c, hw, cold)
+    best = _untiled_s(shape, c, hw) if c.get(UNTILED) else _best_s(shape, c, hw, cold)
     best = best * np.maximum(1.0, best / 1e-3) ** c["throttle"]
     quantise = c.get("quantise_passes", 0.0) * shape.m * shape.k * (4 + shape.input_bytes) / hw.bytes_per_s
     return np.asarray(c["launch_s"] + best + quantise)
+
+
+def _untiled_s(shape: GemmShape, c: Coefficients, hw: Hardware) -> Array:
+    """Seconds of products that follow no tiles, every weight cold: on a core the cost of a row is that of any other."""
+    compute = 2.0 * shape.m * shape.n * shape.k / (hw.flops_per_s * c["compute_efficiency"])
+    memory = moved_bytes(shape) / (hw.bytes_per_s * c["memory_efficiency"])
+    return np.asarray(pnorm([compute, memory], c["sharpness"]))
 
 
 def _best_s(shape: GemmShape, c: Coefficients, hw: Hardware, cold: bool) -> Array:
