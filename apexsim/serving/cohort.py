@@ -106,7 +106,7 @@ class Cohort:
     def dissolve(self, members: Iterable[Request], stamped: Collection[Request] = ()) -> None:
         """Bring all members up to date and let them go their own ways.
 
-        Those in ``stamped`` have a token of their own in flight, whose end, and that of the one before, is theirs alone.
+        Those in ``stamped`` have a token of their own in flight: its end, and that of the one before, are theirs alone.
         """
         for request in members:
             request.computed = request.base + self.step
