@@ -15,7 +15,7 @@ from apexsim.fitting.problems import Operators, Problem, solve
 from apexsim.fitting.tables import data_root
 from apexsim.specs.device import DeviceProfile, FittedOperator, Provenance
 
-FIT_DATE = "2026-11-21"
+FIT_DATE = "2026-11-27"
 Progress = Callable[[str], None]
 Fitted = Callable[[Problem, FittedOperator], None]
 
