@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How uneven routers choose experts: errors of measured runs under several exponents, by model, device and engine.
 
-python scripts/routing_exponent.py $APEXSIM_DATA/ground_truth/silicon/runs.csv
+python scripts/routing_exponent.py $APEXSIM_DATA/ground_truth/silicon/runs.csv --models gpt-oss-120b deepseek-r1
 
 A group's kernels and host terms may be off by a constant factor whatever the exponent; how the error moves from few to
 many requests in flight is what the exponent decides. Closed loops of short prompts, up to 128 in flight, are drawn.
@@ -28,21 +28,31 @@ def main() -> None:
     parser.add_argument("runs")
     parser.add_argument("--exponents", type=float, nargs="+", default=[0.5, 0.75, 1.0])
     parser.add_argument("--rows-per-group", type=int, default=14)
+    parser.add_argument("--models", nargs="+", help="Only these models.")
     options = parser.parse_args()
-    print(f"{'group':48} {'exponent':>8} {'MAPE %':>7} {'few %':>7} {'many %':>7}")
-    for name, runs in sorted(groups(options.runs, options.rows_per_group).items()):
-        for exponent in options.exponents:
-            errors = np.array([tpot_error(run, exponent) for run in runs])
-            few = np.array([run.row.concurrency <= FEW for run in runs])
-            figures = [np.abs(errors).mean(), errors[few].mean(), errors[~few].mean()]
-            print(f"{name:48} {exponent:8.2f}" + "".join(f" {100 * figure:7.1f}" for figure in figures), flush=True)
+    print(f"{'group':52} {'exponent':>8} {'MAPE %':>7} {'few %':>7} {'many %':>7} {'moves %':>7}")
+    found = groups(options.runs, options.rows_per_group, options.models)
+    for exponent in options.exponents:
+        figures = {name: figures_of(runs, exponent) for name, runs in sorted(found.items())}
+        for name, of_group in (*figures.items(), (f"mean of {len(figures)}", np.mean([*figures.values()], axis=0))):
+            print(f"{name:52} {exponent:8.2f}" + "".join(f" {100 * figure:7.1f}" for figure in of_group), flush=True)
 
 
-def groups(path: str, most: int) -> dict[str, list[MeasuredRun]]:
+def figures_of(runs: list[MeasuredRun], exponent: float) -> list[float]:
+    """Mean size of the error, its mean with few and with many requests in flight, and how far those two lie apart."""
+    errors = np.array([tpot_error(run, exponent) for run in runs])
+    few = np.array([run.row.concurrency <= FEW for run in runs])
+    with_few, with_many = errors[few].mean(), errors[~few].mean()
+    return [np.abs(errors).mean(), with_few, with_many, abs(with_many - with_few)]
+
+
+def groups(path: str, most: int, models: list[str] | None) -> dict[str, list[MeasuredRun]]:
     """Clean rows of models with experts by group, at most ``most`` of each, some with few and some with many."""
     found: dict[str, list[MeasuredRun]] = defaultdict(list)
     for run in read_runs(path):
         row = run.row
+        if models and row.model not in models:
+            continue
         if row.exclude or row.moe_dtype is None or (row.attention_data or 1) > 1 or not row.concurrency:
             continue
         if row.concurrency <= 128 and (row.prompt_tokens or 0) <= 1024 and (row.tensor or 99) <= 8:

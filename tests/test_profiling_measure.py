@@ -280,6 +280,18 @@ def test_one_launch_for_chunks_and_decodes_is_fitted_where_there_is_one(recorded
     assert found.rows_used == 8
 
 
+def test_a_correction_of_mixed_batches_is_not_borrowed_where_they_were_measured(recorded: Path, tmp_path: Path) -> None:
+    """The shipped one is a ratio to the shipped kernels, not to those measured here."""
+    for path in recorded.glob("*.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    sheet = tmp_path / "device.yaml"
+    sheet.write_text(sheet.read_text().replace("kind: cpu", "kind: cuda\nprofile: l40s"))
+    assert "mixed_attention" not in fit_measured("a-gpu", OwnTables(tmp_path)).operators
+    (tmp_path / "mixed_attention.parquet").unlink()
+    borrowed = fit_measured("a-gpu", OwnTables(tmp_path)).operators["mixed_attention"]
+    assert {operator.evidence for operator in borrowed.values()} == {"estimated"}
+
+
 def test_rows_beyond_the_roofline_are_dropped_and_counted(recorded: Path, tmp_path: Path) -> None:
     for path in recorded.glob("*.*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())

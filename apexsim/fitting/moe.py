@@ -12,7 +12,7 @@ import pandas as pd
 
 from apexsim.costs.forms import moe
 from apexsim.costs.forms.hardware import COMPUTE_DTYPE, Array, Coefficients, Hardware
-from apexsim.costs.forms.routing import pick_chances
+from apexsim.costs.forms.routing import touched_experts
 from apexsim.fitting.cleaning import clean, faster_than, thin_shards
 from apexsim.fitting.facts import BLACKWELL, HOPPER, Facts, hardware
 from apexsim.fitting.problems import OwnShapes, Problem, random_fifth
@@ -182,11 +182,15 @@ def _problem(form: _Experts, dtype: str, frame: pd.DataFrame, source: str) -> Pr
 
 
 def _reached(frame: pd.DataFrame) -> Array:
-    """Distinct experts that tokens reach on average which pick theirs one by one, by the exponent of their routing."""
+    """Distinct experts that the tokens of each row reach under its routing.
+
+    A balanced table spreads tokens as evenly as they go; under a power law the figure is a mean, which the rows' own
+    draws exceed by up to a seventh.
+    """
     columns = (frame[name] for name in ("tokens", "experts", "topk", "routing"))
     return np.array(
         [
-            float((1 - (1 - pick_chances(int(experts), int(topk), EXPONENTS[routing])) ** tokens).sum())
+            float(touched_experts(tokens, int(experts), int(topk), EXPONENTS[routing]))
             for tokens, experts, topk, routing in zip(*columns, strict=True)
         ]
     )

@@ -59,10 +59,14 @@ def borrowed(own: OwnTables, found: Operators) -> Operators:
     if own.device.profile is None:
         return {}
     shipped = catalog.load("device", own.device.profile)
+    # A correction of one of these is a ratio to what was measured with it, whatever its keys.
+    whole = {"elementwise"}.intersection(found)
+    if len(own.rows("mixed_attention", ["chunk"])):
+        whole.add("mixed_attention")
     taken: Operators = {}
     for kind, by_key in shipped.operators.items():
         for key, operator in by_key.items():
-            if key not in found.get(kind, {}) and not (kind == "elementwise" and kind in found):
+            if key not in found.get(kind, {}) and kind not in whole:
                 source = f"not measured here: as in {shipped.name}: {operator.source}"
                 taken.setdefault(kind, {})[key] = operator.model_copy(
                     update={"evidence": "estimated", "source": source}

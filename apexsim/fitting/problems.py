@@ -54,7 +54,8 @@ class Problem:
     measured (caches hot); ``coordinates`` those of the residual over ``knots``. ``scan`` are constants tried in turn
     (a tile size), the best kept. ``holdouts`` maps a name to the rows kept out of that fit and the rows scored by
     score name; ``checks`` are scores found elsewhere that belong beside them, ``judge`` finds more from the fit itself,
-    and ``refine`` corrects it last of all.
+    and ``refine`` corrects it last of all. ``shapes`` are the models whose own kernels the rows timed, which get a
+    correction of their own; None where rows belong to no model.
     """
 
     kind: str

@@ -27,7 +27,7 @@ _TABLE = "recipes.yaml"
 
 _Layout = Literal["expert_always", "tensor_only", "data_ranks", "no_data_ranks"]
 _Rule = Literal[
-    "concurrency", "concurrency_from_128", "twice_concurrency_to_512", "one_prompt", "one_prompt_from_8192",
+    "concurrency", "concurrency_from_128", "twice_concurrency_to_512", "one_prompt", "one_prompt_or_8192",
     "two_prompts", "10_or_30_from_16", "16384_or_32768_from_64", "16_or_32_from_128",
 ]  # fmt: skip
 
@@ -37,7 +37,7 @@ _RULES: Mapping[_Rule, Callable[[int, int], int]] = {
     "concurrency_from_128": lambda clients, prompt: max(128, clients),
     "twice_concurrency_to_512": lambda clients, prompt: min(512, 2 * clients),  # vLLM's own, given the seats
     "one_prompt": lambda clients, prompt: token_budget("one_prompt", prompt_tokens=prompt, sequences=clients),
-    "one_prompt_from_8192": lambda clients, prompt: max(8192, _RULES["one_prompt"](clients, prompt)),
+    "one_prompt_or_8192": lambda clients, prompt: max(8192, _RULES["one_prompt"](clients, prompt)),
     "two_prompts": lambda clients, prompt: 2 * prompt,
     "10_or_30_from_16": lambda clients, prompt: 30 if clients >= 16 else 10,
     "16384_or_32768_from_64": lambda clients, prompt: 32_768 if clients >= 64 else 16_384,
@@ -146,7 +146,7 @@ def launched(row: RunRow) -> Launch:
 
 
 def _of_load(recipe: Recipe, row: RunRow) -> dict[str, int]:
-    """Options that follow from requests in flight and prompts; none where a row has neither."""
+    """Options that follow from requests in flight and prompts; none where a row lacks either."""
     if row.concurrency is None or row.prompt_tokens is None:
         return {}
     return {option: _RULES[rule](row.concurrency, row.prompt_tokens) for option, rule in recipe.rules.items()}
