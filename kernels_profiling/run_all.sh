@@ -42,6 +42,11 @@ fi
 
 profiling() { timeout "$most_s" python -m kernels_profiling "$@"; }
 measure() { profiling measure --device "$device" --out "$tables" --budget-s "$budget_s" "$@"; }
+once() { # name command...: what is marked as done is not done again
+  local mark=$out/done-$1
+  shift
+  [[ -e $mark ]] || { "$@" && touch "$mark"; }
+}
 live() { # model rate requests
   profiling live --device "$device" --model "$1" --workload "$workload" --rate-per-s "$2" --requests "$3" --profile "$profile" --out "$runs"
 }
@@ -50,7 +55,7 @@ second_engine() {
     echo "part 11 is left out: it needs pip install 'apexsim[second-engine]'" >&2
     return
   fi
-  profiling second-engine --device "$device" --model "${models[0]}" --workload "$workload" --rate-per-s "${rates[0]}" \
+  once 11 profiling second-engine --device "$device" --model "${models[0]}" --workload "$workload" --rate-per-s "${rates[0]}" \
     --requests "$(requests "${rates[0]}")" --profile "$profile" --out "$runs"
 }
 requests() { python -c "print(max(6, int($1 * $seconds)))"; }
@@ -63,10 +68,10 @@ part() {
     4) measure --only prefill_attention,decode_attention "${quick[@]}" ;;
     5) measure --only elementwise,sampling,moe,memory_copy,launch,collective --ranks "$ranks" "${quick[@]}" ;;
     6) apexsim fit "$tables" --device "measured-$device" --out "$profile" ;;
-    7) for rate in "${rates[@]}"; do live "${models[0]}" "$rate" "$(requests "$rate")"; done ;;
-    8) live "${models[0]}" "$overload" "$(requests "$overload")" ;;
-    9) for rate in "${rates[0]}" "${rates[1]}"; do live "${models[1]}" "$rate" "$(requests "$rate")"; done ;;
-    10) profiling swiftkv --device "$device" --model "${models[0]}" "${prompts[@]/#/--prompt-tokens=}" --out "$out/swiftkv.csv" ;;
+    7) for rate in "${rates[@]}"; do once "7-$rate" live "${models[0]}" "$rate" "$(requests "$rate")"; done ;;
+    8) once 8 live "${models[0]}" "$overload" "$(requests "$overload")" ;;
+    9) for rate in "${rates[@]:0:2}"; do once "9-$rate" live "${models[1]}" "$rate" "$(requests "$rate")"; done ;;
+    10) once 10 profiling swiftkv --device "$device" --model "${models[0]}" "${prompts[@]/#/--prompt-tokens=}" --out "$out/swiftkv.csv" ;;
     11) second_engine ;;
     12) apexsim validate "$runs/runs.csv" ;;
     *) echo "run_all.sh: --part: got $1; parts are 1 to 12" >&2; exit 2 ;;
@@ -76,8 +81,5 @@ part() {
 mkdir -p "$out"
 for number in "${parts[@]}"; do
   echo "part $number" >&2
-  # A live run that is there already is not run again.
-  if [[ $number =~ ^(7|8|9|10|11)$ && -e $out/done-$number ]]; then continue; fi
   part "$number"
-  touch "$out/done-$number"
 done

@@ -57,8 +57,8 @@ def groups(path: str, most: int, models: list[str] | None) -> dict[str, list[Mea
             continue
         if row.concurrency <= 128 and (row.prompt_tokens or 0) <= 1024 and (row.tensor or 99) <= 8:
             found[f"{row.engine} {row.device} {row.model} {row.weight_dtype}"].append(run)
-    random = np.random.default_rng(0)
-    drawn = {name: [runs[at] for at in random.permutation(len(runs))[:most]] for name, runs in found.items()}
+    order = {name: np.random.default_rng(0).permutation(len(runs))[:most] for name, runs in found.items()}
+    drawn = {name: [found[name][at] for at in places] for name, places in order.items()}
     return {name: runs for name, runs in drawn.items() if 0 < sum(r.row.concurrency <= FEW for r in runs) < len(runs)}
 
 
