@@ -138,6 +138,8 @@ def _describe(rig: Rig) -> MeasuredDevice:
     name = device_name(rig.device)
     profile = KNOWN.get(name)
     known = facts.devices()[profile] if profile else None
+    # Before anything else runs, which would leave the device warm and at high clocks.
+    idle_w = rig.meter.during(lambda: time.sleep(PEAK_S)).power_w if rig.meter else None
     sheet = known.datasheet if known else _measured_sheet(rig)
     return MeasuredDevice(
         device=name,
@@ -146,7 +148,7 @@ def _describe(rig: Rig) -> MeasuredDevice:
         threads=_threads(rig.device),
         datasheet=sheet,
         price=known.price if known else _assumed_price(rig.device),
-        idle_power_w=rig.meter.during(lambda: time.sleep(PEAK_S)).power_w if rig.meter else None,
+        idle_power_w=idle_w,
         driver=driver_of(rig),
         library=f"torch {torch.__version__}",
         date=datetime.now(UTC).date().isoformat(),
@@ -155,7 +157,7 @@ def _describe(rig: Rig) -> MeasuredDevice:
 
 def _assumed_price(device: torch.device) -> Price:
     usd = GPU_USD if device.type == "cuda" else CORE_USD * torch.get_num_threads()
-    return Price(usd_per_hour=usd, source="assumed; nobody asked", date=datetime.now(UTC).date().isoformat())
+    return Price(usd_per_hour=usd, source="assumed", date=datetime.now(UTC).date().isoformat())
 
 
 def _measured_sheet(rig: Rig) -> Datasheet:
