@@ -117,8 +117,8 @@ class Proof:
         seats = catalog.load("engine", EngineFlags().engine).scheduler.max_num_seqs
         burst = resolve_workload(self._plan.workload, rate_per_s=1.0, requests=2 * seats, seed=0).all_at_once()
         settings = settings_for(self._spec, burst, EngineFlags(), self._place)
-        check_memory(self._spec, settings.cache, self._place)
         check_servable(settings, burst)
+        check_memory(self._spec, settings.cache, self._place)
         return burst
 
     # -- measuring --------------------------------------------------------------------------------------------
