@@ -53,6 +53,11 @@ class EngineSettings:
     graphs: bool = True
     seed: int = 0
 
+    @property
+    def cache(self) -> CacheShape:
+        """The KV cache."""
+        return CacheShape(self.kv_blocks, self.scheduler.block_size, self.longest)
+
 
 class LiveEngine:
     """A replica that really computes; ``serve`` runs a workload through it."""
@@ -65,7 +70,7 @@ class LiveEngine:
         like = torch.empty(0, dtype=settings.dtype, device=settings.device)
         self.model = Transformer(
             settings.model,
-            CacheShape(settings.kv_blocks, scheduler.block_size, settings.longest),
+            settings.cache,
             like=like,
             swiftkv_layers=settings.swiftkv_layers,
             seed=settings.seed,
@@ -89,7 +94,7 @@ class LiveEngine:
 
         Times are nanoseconds since the start. Raises BadInput before any work where a request could never be served.
         """
-        self.check(workload)
+        check_servable(self.settings, workload)
         traffic = Traffic(workload)
         self._start()
         self.runner.tables = self._tables
@@ -100,16 +105,6 @@ class LiveEngine:
         self._scheduler.check_idle()
         self.outputs = [known[r.prompt_tokens :] for known, r in zip(self.runner.known, traffic.requests, strict=True)]
         return traffic.requests, self._recorder
-
-    def check(self, workload: Requests) -> None:
-        """Raise BadInput where a request of a workload could never be served."""
-        requests = Traffic(workload).requests
-        door = Door(self._limits, min(self.settings.longest, self.settings.model.max_context), self._memory)
-        refused = [(request.index + 1, why) for request in requests if (why := door.refuses(request))]
-        if refused:
-            row, why = refused[0]
-            said = f"{len(refused)} of {len(requests)} requests cannot be served; request {row}: {why}"
-            raise BadInput(said, where=workload.name)
 
     # -- parts ------------------------------------------------------------------------------------------------
 
@@ -175,6 +170,18 @@ class LiveEngine:
             self._tables.release(request)
         self._tables.check()
         return leaving
+
+
+def check_servable(settings: EngineSettings, workload: Requests) -> None:
+    """Raise BadInput where an engine with these settings could never serve a request of a workload."""
+    requests = Traffic(workload).requests
+    memory = _memory_plan(settings.kv_blocks, settings.scheduler.block_size)
+    door = Door(settings.scheduler, min(settings.longest, settings.model.max_context), memory)
+    refused = [(request.index + 1, why) for request in requests if (why := door.refuses(request))]
+    if refused:
+        row, why = refused[0]
+        said = f"{len(refused)} of {len(requests)} requests cannot be served; request {row}: {why}"
+        raise BadInput(said, where=workload.name)
 
 
 def prompts(requests: list[Request], vocab: int, seed: int) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:

@@ -10,7 +10,7 @@ import typer
 
 from apexsim.cli.options import with_flags
 from apexsim.errors import BadInput
-from kernels_profiling.serving_flags import LoadFlags, ModelFlags
+from kernels_profiling.serving_flags import MOST_SEATS, MOST_TOKENS, LoadFlags, ModelFlags
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +30,10 @@ class EngineFlags:
 
     engine: Annotated[str, typer.Option(help="Engine profile: name or YAML.")] = "reference"
     kv_blocks: Annotated[int | None, typer.Option(min=1, help="KV blocks; else all that could be used and fit.")] = None
-    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Most requests at a time.")] = None
-    max_num_batched_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of a step.")] = None
+    max_num_seqs: Annotated[int | None, typer.Option(min=1, max=MOST_SEATS, help="Most requests at a time.")] = None
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(min=1, max=MOST_TOKENS, help="Most tokens of a step.")
+    ] = None
     swiftkv_layers: Annotated[
         int | None, typer.Option(help="Only so many layers see every prompt token; later ones keys and values alone.")
     ] = None
@@ -70,15 +72,15 @@ def live(
 ) -> None:
     """Serve a workload with random weights, for real; ``apexsim validate OUT/runs.csv`` simulates the same."""
     from apexsim.atomic import make_folder
-    from kernels_profiling.engine import LiveEngine
-    from kernels_profiling.records import read_rows, write_run
+    from kernels_profiling.engine import LiveEngine, check_servable
+    from kernels_profiling.records import check_folder, write_run
 
-    read_rows(make_folder(out))
+    check_folder(make_folder(out), model_flags.model)
     load, place = load_flags.read(), model_flags.place()
     settings = settings_for(model_flags.spec(), load, engine_flags, place)
     what = what_ran(out, settings, model_flags, engine_flags, profile)
+    check_servable(settings, load)  # before a warm-up that would seem to be at fault
     engine = LiveEngine(settings)
-    engine.check(load)  # before a warm-up that would seem to be at fault
     engine.serve(warm_up_load(load, settings.scheduler))
     run_id = write_run(out, serve_metered(engine, load), what)
     typer.echo(f"{out}/runs.csv: {run_id}")

@@ -53,6 +53,9 @@ def set_threads(device: torch.device, threads: int | None) -> None:
 
     On cores that others use too, threads wait for each other at the end of every kernel, and times double at random.
     """
+    cores = os.cpu_count() or 1
+    if threads is not None and threads > cores:
+        raise BadInput(f"give 1 to {cores}, the cores there are", where="--threads", got=threads)
     if device.type == "cpu":
         torch.set_num_threads(threads or 1)
 
@@ -115,6 +118,13 @@ def driver_of(rig: Rig) -> str:
     return rig.meter.driver() if rig.meter else f"{platform.system()} {platform.release()}"
 
 
+def memory_bytes(device: torch.device) -> int:
+    """Size of all its memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def cache_bytes(device: torch.device) -> int:
     """Size of the last cache."""
     if device.type == "cuda":
@@ -164,11 +174,10 @@ def _measured_sheet(rig: Rig) -> Datasheet:
     """A datasheet for a device that is not listed: peaks as reached here, what cannot be measured assumed."""
     cuda = rig.device.type == "cuda"
     properties = torch.cuda.get_device_properties(rig.device) if cuda else None
-    memory = properties.total_memory if properties else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     bytes_per_s = peak_bytes_per_s(rig)
     cache = "as the system says" if cuda or _cpu_cache_bytes() else "not known, 32 MiB taken"
     return Datasheet(
-        memory_bytes=memory,
+        memory_bytes=memory_bytes(rig.device),
         memory_bytes_per_s=_rounded(bytes_per_s),
         flops_per_s={
             "bf16": _rounded(peak_flops_per_s(rig, torch.bfloat16)),

@@ -27,12 +27,12 @@ class Wanted:
     model: Annotated[
         list[str] | None, typer.Option(help="Model whose shapes are measured (repeatable): a name or a YAML.")
     ] = None
-    tensor: Annotated[list[int] | None, typer.Option(help="Tensor degree of the shapes (repeatable).")] = None
+    tensor: Annotated[list[int] | None, typer.Option(min=1, help="Tensor degree of the shapes (repeatable).")] = None
     only: Annotated[str | None, typer.Option(help="Tables to measure, by comma; else all.")] = None
     quick: Annotated[bool, typer.Option("--quick", help="Small grids, short timings: a minute on a CPU.")] = False
 
     held_s: Annotated[
-        float | None, typer.Option(min=0, help="Seconds that sustained rows are held: 5; none with --quick.")
+        float | None, typer.Option(min=0, max=3600, help="Seconds that sustained rows are held: 5; none with --quick.")
     ] = None
 
     def scale(self, device: str) -> Scale:
@@ -46,9 +46,11 @@ class Wanted:
     def ranks(self, device: str) -> list[Rank]:
         """The models at their tensor degrees."""
         from apexsim import catalog
-        from kernels_profiling.points import ranks
+        from kernels_profiling.points import check_measured, ranks
 
         models = [catalog.load("model", name) for name in self.model or MODELS[device]]
+        for model in models:
+            check_measured(model)
         found = ranks(models, self.tensor or DEGREES[device])
         if not found:
             raise BadInput("it divides no model's heads, vocabulary and FFN", where="--tensor", got=self.tensor)
@@ -58,7 +60,7 @@ class Wanted:
         """Names of the tables asked for."""
         from kernels_profiling.tables import SIZES
 
-        names = tuple(name.strip() for name in self.only.split(",")) if self.only else tuple(SIZES)
+        names = tuple(name.strip() for name in self.only.split(",")) if self.only is not None else tuple(SIZES)
         if unknown := [name for name in names if name not in SIZES]:
             raise BadInput(nearest(unknown[0], SIZES), where="--only", got=unknown[0])
         return names

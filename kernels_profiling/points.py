@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from apexsim.errors import Unsupported
 from apexsim.specs.model import ModelSpec
 from kernels_profiling.tables import ROUND
 
@@ -142,6 +143,13 @@ class Rank(NamedTuple):
             "hidden": model.hidden,
             "width": model.vocab,
         }
+
+
+def check_measured(model: ModelSpec) -> None:
+    """Raise ``Unsupported`` for a model of layers that no point here has the shapes of."""
+    parts = {"latent attention": model.mla, "recurrent layers": model.recurrent}
+    if missing := [part for part, present in parts.items() if present]:
+        raise Unsupported(f"{model.name}: {' and '.join(missing)} cannot be measured; name another --model")
 
 
 def ranks(models: Sequence[ModelSpec], degrees: Sequence[int]) -> list[Rank]:

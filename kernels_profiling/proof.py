@@ -31,17 +31,18 @@ from apexsim.specs.workload import Requests
 from apexsim.validation.cases import case_of
 from apexsim.validation.loads import requests_of
 from apexsim.validation.runs import MeasuredRun, read_runs
-from kernels_profiling.engine import LiveEngine
+from kernels_profiling.engine import LiveEngine, check_servable
 from kernels_profiling.live import EngineFlags, serve_metered, settings_for, warm_up_load, what_ran
 from kernels_profiling.machine import device_name, rig_of
 from kernels_profiling.measure import Wanted
 from kernels_profiling.operators import CASES
 from kernels_profiling.points import Rank, all_points
-from kernels_profiling.records import write_run
+from kernels_profiling.records import check_folder, write_run
 from kernels_profiling.serving_flags import ModelFlags
 from kernels_profiling.session import Point, Session
 from kernels_profiling.tables import ROUND, Tables
 from kernels_profiling.timers import time_case
+from kernels_profiling.transformer import check_memory, check_supported
 from kernels_profiling.verdict import LATENCIES, STATISTICS, Figure, LoadVerdict, Verdict
 
 # Loads as shares of what the simulator says the device can serve, and the one that host time is fitted on.
@@ -82,13 +83,15 @@ class Proof:
     def __init__(self, plan: Plan, tell: Callable[[str], None], report: Callable[[float], None]) -> None:
         self._plan, self._tell, self._report = plan, tell, report
         self._place, self._spec = plan.model.place(), plan.model.spec()
+        self._burst = self._checked_burst()
+        self._runs = make_folder(plan.folder / "runs")
+        check_folder(self._runs, plan.model.model)
         self._rig = rig_of(self._place.device)
         wanted = Wanted(model=[plan.model.model], tensor=[1], quick=plan.quick)
         kind = self._place.device.type
         self._session = Session(Tables(plan.folder / "tables"), self._rig, wanted.scale(kind).point_s)
         self._points = all_points(wanted.scale(kind), wanted.ranks(kind), 1)
         self._profile = plan.folder / "device-profile.yaml"
-        self._runs = make_folder(plan.folder / "runs")
         self._anchors = self._anchor_cases()
         self._measuring: list[float] = []
         self._wall_s: dict[str, float] = {}
@@ -107,6 +110,16 @@ class Proof:
         self._tell(self._session.summary(0))
         self._fit()
         return self._compared(bench, bounds)
+
+    def _checked_burst(self) -> Requests:
+        """Requests for all seats twice; BadInput now, rather than after measuring, where such could not be served."""
+        check_supported(self._spec)
+        seats = catalog.load("engine", EngineFlags().engine).scheduler.max_num_seqs
+        burst = resolve_workload(self._plan.workload, rate_per_s=1.0, requests=2 * seats, seed=0).all_at_once()
+        settings = settings_for(self._spec, burst, EngineFlags(), self._place)
+        check_servable(settings, burst)
+        check_memory(self._spec, settings.cache, self._place)
+        return burst
 
     # -- measuring --------------------------------------------------------------------------------------------
 
@@ -144,8 +157,9 @@ class Proof:
         self._fit()
         loads = self._loads()
         longest = max(loads.values(), key=lambda load: int((load.prompt_tokens + load.output_tokens).max()))
-        engine = LiveEngine(settings_for(self._spec, longest, EngineFlags(), self._place))
-        engine.check(longest)
+        settings = settings_for(self._spec, longest, EngineFlags(), self._place)
+        check_servable(settings, longest)
+        engine = LiveEngine(settings)
         engine.serve(warm_up_load(longest, engine.settings.scheduler))
         return Bench(engine, loads)
 
@@ -154,9 +168,8 @@ class Proof:
         deployment = apexsim.deployment(
             model=self._plan.model.model, device=str(self._profile), engine=EngineFlags().engine
         )
-        count = 2 * deployment.scheduler.max_num_seqs
-        burst = resolve_workload(self._plan.workload, requests=count, seed=0).all_at_once()
-        last_s = float(np.max(apexsim.simulate(deployment, burst).request_columns["last_token_s"]))
+        count = len(self._burst)
+        last_s = float(np.max(apexsim.simulate(deployment, self._burst).request_columns["last_token_s"]))
         rates = {name: share * count / last_s for name, share in SHARES.items()}
         self._tell(f"simulated capacity: {count / last_s:.3g} requests/s")
         return {

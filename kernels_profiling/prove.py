@@ -44,7 +44,7 @@ class ProofFlags:
     )
     repeats: Annotated[int, typer.Option(min=1, help="How often every load is served; the median counts.")] = 3
     seconds: Annotated[
-        float | None, typer.Option(min=1, help="Seconds that a load is served: 60; 18 with --quick.")
+        float | None, typer.Option(min=1, max=86_400, help="Seconds that a load is served: 60; 18 with --quick.")
     ] = None
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch on a CPU; else one.")] = None
     bounds: Annotated[

@@ -79,29 +79,51 @@ def write_run(folder: Path, served: Served, what: Mapping[str, Any]) -> str:
     return run_id
 
 
+def check_folder(folder: Path, model: str) -> None:
+    """Raise BadInput now rather than after serving where a run of ``model`` could not be added to ``folder``."""
+    read_rows(folder)
+    if (folder / "requests").exists():
+        make_folder(folder / "requests")
+    if model not in catalog.names("model"):
+        _check_copy(folder, model)
+
+
 def read_rows(folder: Path) -> list[dict[str, str]]:
     """Rows of the ``runs.csv`` in a folder, as they were written; BadInput where it is not one of ours."""
     path = folder / _RUNS
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise BadInput("its columns are not those that are written here; give another folder", where=path)
-        return list(reader)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = [cells for cells in csv.reader(file) if cells]
+    except (OSError, ValueError, csv.Error) as error:
+        raise BadInput(f"cannot be read as CSV ({error}); give another folder", where=path) from None
+    if not lines or tuple(lines[0]) != COLUMNS:
+        raise BadInput("its columns are not those that are written here; give another folder", where=path)
+    for number, cells in enumerate(lines[1:], 1):
+        if len(cells) != len(COLUMNS):
+            said = f"a row has {len(COLUMNS)} cells; mend it, or give another folder"
+            raise BadInput(said, where=path, key=f"row {number}", got=f"{len(cells)} cells")
+    return [dict(zip(COLUMNS, cells, strict=True)) for cells in lines[1:]]
 
 
 def model_cell(folder: Path, name: str) -> str:
     """How a row names a model: as the catalog does, or as a copy of its YAML beside the runs."""
     if name in catalog.names("model"):
         return name
-    source, target = catalog.locate("model", name, "--model"), folder / Path(name).name
+    source, target = _check_copy(folder, name)
     if not target.exists():
         with atomic_path(target) as scratch:
             shutil.copyfile(source, scratch)
-    elif target.read_bytes() != source.read_bytes():
-        raise BadInput(f"{target} is another model of that name; give another folder", where="--model", got=name)
     return target.name
+
+
+def _check_copy(folder: Path, name: str) -> tuple[Path, Path]:
+    """A model's YAML, and the path of its copy, which is not there or the same. Raises BadInput if not."""
+    source, target = catalog.locate("model", name, "--model"), folder / Path(name).name
+    if target.exists() and not (target.is_file() and target.read_bytes() == source.read_bytes()):
+        raise BadInput(f"{target} is another model of that name; give another folder", where="--model", got=name)
+    return source, target
 
 
 def profile_cell(folder: Path, kind: catalog.Kind, name: str, flag: str) -> str:

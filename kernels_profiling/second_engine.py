@@ -13,7 +13,7 @@ import typer
 from apexsim.cli.options import with_flags
 from apexsim.errors import BadInput
 from kernels_profiling.live import EngineFlags, device_cell, settings_for, warm_up_load
-from kernels_profiling.serving_flags import LoadFlags, ModelFlags
+from kernels_profiling.serving_flags import MOST_SEATS, MOST_TOKENS, LoadFlags, ModelFlags
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,8 +36,10 @@ class LimitFlags:
     """How the engine is set, as far as it has the same settings."""
 
     kv_blocks: Annotated[int | None, typer.Option(min=1, help="KV blocks of 16 tokens; else all that fit.")] = None
-    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Most requests at a time.")] = None
-    max_num_batched_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of a step.")] = None
+    max_num_seqs: Annotated[int | None, typer.Option(min=1, max=MOST_SEATS, help="Most requests at a time.")] = None
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(min=1, max=MOST_TOKENS, help="Most tokens of a step.")
+    ] = None
 
 
 @with_flags
@@ -54,11 +56,13 @@ def second_engine(
     check_transformers()
 
     from apexsim.atomic import make_folder
-    from kernels_profiling.records import read_rows, write_run
+    from kernels_profiling.engine import check_servable
+    from kernels_profiling.records import check_folder, write_run
 
-    read_rows(make_folder(out))
+    check_folder(make_folder(out), model_flags.model)
     load, place = load_flags.read(), model_flags.place()
     settings = settings_for(model_flags.spec(), load, EngineFlags(**vars(limits)), place)
+    check_servable(settings, load)
     what = _what_ran(out, settings, model_flags, profile)
     run_id = write_run(out, serve(settings, load), what)
     typer.echo(f"{out}/runs.csv: {run_id}")
@@ -83,6 +87,9 @@ def serve(settings: EngineSettings, load: Requests) -> Served:
     """Serve a load by the wall clock, after a like one that does not count."""
     import torch
 
+    from kernels_profiling.transformer import check_memory
+
+    check_memory(settings.model, settings.cache, torch.empty(0, dtype=settings.dtype, device=settings.device))
     network = build(settings.model, torch.device(settings.device), settings.dtype)
     with torch.inference_mode(), network.continuous_batching_context_manager(**_settings(settings)) as manager:
         _serve(manager, warm_up_load(load, settings.scheduler), settings)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from apexsim.specs.model import ModelSpec
     from apexsim.specs.workload import Requests
 
+# More seats, or tokens of a step, than these make buffers that no device holds.
+MOST_SEATS, MOST_TOKENS = 1 << 16, 1 << 20
 TINY = Path(__file__).parent / "models" / "tiny.yaml"
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from apexsim.cli.options import with_flags
+from apexsim.cli.options import check_targets, with_flags
+from apexsim.errors import BadInput
 from kernels_profiling.serving_flags import ModelFlags
 
 if TYPE_CHECKING:
@@ -54,14 +55,23 @@ def swiftkv(
     """Time prefills with and without SwiftKV, beside the share of FLOPs that it saves."""
     from kernels_profiling.transformer import check_layers, check_supported
 
+    check_targets({"--out": out})
     place, model = model_flags.place(), model_flags.spec()
     check_supported(model)
-    layers = check_layers(model, model.layers // 2 if swiftkv_layers is None else swiftkv_layers)
-    prompts = [tokens for tokens in prompt_tokens or _PROMPTS if prompt_tokens or tokens <= model.max_context]
-    found = measure_saved(model, layers, prompts, place)
+    layers = check_layers(model, max(1, model.layers // 2) if swiftkv_layers is None else swiftkv_layers)
+    found = measure_saved(model, layers, _prompts(model, prompt_tokens), place)
     _print(model, layers, found)
     if out:
         _write(out, found)
+
+
+def _prompts(model: ModelSpec, given: list[int] | None) -> list[int]:
+    """Prompt lengths as given, else the usual ones that its context holds. Raises BadInput for one that it does not."""
+    longest = model.max_context
+    if too_long := [tokens for tokens in given or () if tokens > longest]:
+        said = f"give at most {longest}, the context of {model.name}"
+        raise BadInput(said, where="--prompt-tokens", got=too_long[0])
+    return given or [tokens for tokens in _PROMPTS if tokens <= longest] or [longest]
 
 
 def measure_saved(model: ModelSpec, layers: int, prompts: list[int], place: torch.Tensor) -> list[Saved]:

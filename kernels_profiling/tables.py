@@ -80,7 +80,7 @@ class Tables:
 
     def read(self, name: str) -> pd.DataFrame | None:
         """Every row of a table, its parts included; None where there is none."""
-        found = [read_parquet(path) for path in self._files(name)]
+        found = [read_parquet(path, name) for path in self._files(name)]
         return pd.concat(found, ignore_index=True) if found else None
 
     def add(self, name: str, row: Mapping[str, Any]) -> None:
@@ -130,15 +130,16 @@ def as_frame(name: str, rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     return frame.astype(dict.fromkeys(text, "string") | dict.fromkeys(numbers, "float64"))
 
 
-def read_parquet(path: Path) -> pd.DataFrame:
-    """A table file; BadInput names one that is corrupt."""
+def read_parquet(path: Path, name: str) -> pd.DataFrame:
+    """A file of the table ``name``; BadInput names one that is corrupt or lacks a column."""
+    mend = "delete it to measure its rows again"
     try:
-        return pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise BadInput(
-            f"not a readable parquet table ({said}); delete it to measure its rows again", where=path
-        ) from None
+        frame = pd.read_parquet(path)
+        if missing := [column for column in as_frame(name, ()).columns if column not in frame.columns]:
+            raise BadInput(f"the table lacks it; {mend}", where=path, key=missing[0])
+        return frame.astype(as_frame(name, ()).dtypes.to_dict())
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(f"not a readable table of {name} ({error}); {mend}", where=path) from None
 
 
 def _write(path: Path, frame: pd.DataFrame) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from apexsim.errors import BadInput, Unsupported
 from apexsim.specs.model import ModelSpec
 from kernels_profiling import attention, kernels
+from kernels_profiling.machine import memory_bytes
 
 # Base of the rotary embedding: that of Llama 3; it changes no cost.
 ROPE_BASE = 500_000.0
@@ -75,6 +76,7 @@ class Transformer:
     ) -> None:
         """Everything is made in the dtype and on the device of ``like``."""
         check_supported(model)
+        check_memory(model, cache, like)
         self.model = model
         self.block_size = cache.block_size
         self.first = check_layers(model, swiftkv_layers)
@@ -220,10 +222,25 @@ def check_supported(model: ModelSpec) -> None:
         f"qk_norm: {model.qk_norm}": model.qk_norm not in (None, "head"),
         "shared experts": model.moe and model.moe.shared_experts,
         "router biases": model.moe and model.moe.router_bias,
+        f"odd heads: head_dim {model.head_dim}": model.head_dim % 2,
     }  # fmt: skip
     missing = [part for part, present in parts.items() if present]
     if missing:
         raise Unsupported(f"{model.name}: the live engine has no {', '.join(missing)}")
+
+
+def check_memory(model: ModelSpec, cache: CacheShape, like: Tensor) -> None:
+    """Raise ``BadInput`` where weights and cache are larger than the memory of the device of ``like``."""
+    tokens = cache.blocks * cache.block_size
+    weights = model.params * like.itemsize
+    cached = 2 * model.layers * model.kv_heads * model.head_dim * like.itemsize * tokens
+    has = memory_bytes(like.device)
+    if weights + cached > has:
+        said = (
+            f"its weights take {weights:.3g} bytes and a KV cache of {tokens} tokens {cached:.3g}, the device has "
+            f"{has:.3g}; give a smaller model, shorter requests, or fewer --kv-blocks or --max-num-seqs"
+        )
+        raise BadInput(said, where="--model", got=model.name)
 
 
 def check_layers(model: ModelSpec, swiftkv_layers: int | None) -> int:

@@ -25,6 +25,7 @@ from kernels_profiling import second_engine  # noqa: E402
 from kernels_profiling.commands import main  # noqa: E402
 from kernels_profiling.engine import EngineSettings, LiveEngine  # noqa: E402
 from kernels_profiling.paged_cache import BlockTables  # noqa: E402
+from kernels_profiling.records import COLUMNS  # noqa: E402
 from kernels_profiling.runner import graph_sizes, graph_widths  # noqa: E402
 from kernels_profiling.swiftkv import flops_saved  # noqa: E402
 from kernels_profiling.traffic import Traffic  # noqa: E402
@@ -101,6 +102,11 @@ def test_a_run_without_sense_leaves_nothing_behind(here: Path, capsys: pytest.Ca
         (["--profile", "h100"], "--profile: got 'h100'; unknown device"),
         (["--swiftkv-layers", "3"], "--swiftkv-layers: got 3; give 1 to 2, the layers of mini"),
         (["--model", "qwen2.5-7b"], "qwen2.5-7b: the live engine has no biases"),
+        (["--threads", "999999999"], "--threads: got 999999999; give 1 to "),
+        (["--model", "llama-3.1-405b"], "--model: got 'llama-3.1-405b'; its weights take 8.12e+11 bytes and a KV"),
+        (["--kv-blocks", "1000000000000000"], "a KV cache of 16000000000000000 tokens"),
+        (["--max-num-seqs", "1000000000"], "'--max-num-seqs': Input should be less than or equal to 65536"),
+        (["--max-num-batched-tokens", "1000000000000"], "'--max-num-batched-tokens': Input should be less than"),
     ],
 )
 def test_faults_are_one_line(here: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str) -> None:
@@ -108,6 +114,12 @@ def test_faults_are_one_line(here: Path, capsys: pytest.CaptureFixture[str], fla
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_heads_of_odd_width_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "mini.yaml").write_text(MODEL.replace("head_dim: 16", "head_dim: 15"))
+    assert main(asked(here)) == 2
+    assert "mini: the live engine has no odd heads: head_dim 15" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -124,6 +136,40 @@ def test_rows_are_not_added_to_somebody_elses_file(here: Path, capsys: pytest.Ca
     assert (here / "measured" / "runs.csv").read_text() == "run_id,engine\nr,vllm\n"
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read as CSV"),
+        (b"\xff\xfe", "cannot be read as CSV"),
+        (",".join(COLUMNS).encode() + b"\n1,2\n", "runs.csv: row 1: got '2 cells'; a row has 45 cells"),
+    ],
+)
+def test_a_broken_file_of_runs_is_told_and_kept(
+    here: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, said: str
+) -> None:
+    runs = here / "measured" / "runs.csv"
+    runs.parent.mkdir()
+    runs.mkdir() if content is None else runs.write_bytes(content)
+    assert main(asked(here)) == 2
+    assert said in capsys.readouterr().err
+    assert list(runs.parent.iterdir()) == [runs]
+    assert content is None or runs.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("requests", "cannot be made a folder: File exists"), ("mini.yaml", "mini.yaml is another model of that name")],
+)
+def test_what_is_in_the_way_is_told_before_serving(
+    here: Path, capsys: pytest.CaptureFixture[str], name: str, said: str
+) -> None:
+    (here / "measured").mkdir()
+    (here / "measured" / name).write_text("another")
+    assert main(asked(here)) == 2
+    assert said in capsys.readouterr().err
+    assert [path.name for path in (here / "measured").iterdir()] == [name]
+
+
 def test_swiftkv_runs_are_kept_out_of_scores(here: Path) -> None:
     assert main(asked(here, "--swiftkv-layers", "1")) == 0
     (run,) = read_runs(here / "measured" / "runs.csv")
@@ -137,6 +183,28 @@ def test_swiftkv_command_prints_time_beside_flops(here: Path, capsys: pytest.Cap
     assert "mini: prompts through 1 of 2 layers" in capsys.readouterr().out
     (row,) = pd.read_csv(out).to_dict("records")
     assert row["flops_saved"] == pytest.approx(flops_saved(catalog.load("model", here / "mini.yaml"), 1, 32))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--prompt-tokens", "513"], "--prompt-tokens: got 513; give at most 512, the context of mini"),
+        (["--out", "nowhere/saved.csv"], "--out: got 'nowhere/saved.csv'; its folder does not exist"),
+    ],
+)
+def test_faults_of_swiftkv_come_before_any_timing(
+    here: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
+    assert main(["swiftkv", "--model", str(here / "mini.yaml"), "--device", "cpu", *flags]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_swiftkv_of_a_small_model_has_a_prompt_and_a_layer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "mini.yaml").write_text(MODEL.replace("layers: 2", "layers: 1").replace("512", "64"))
+    assert main(["swiftkv", "--model", str(here / "mini.yaml"), "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "mini: prompts through 1 of 1 layers" in said
+    assert "\n64 " in said.replace("\n           ", "\n")
 
 
 def test_flops_saved_by_hand(here: Path) -> None:

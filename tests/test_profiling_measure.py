@@ -187,6 +187,28 @@ def test_without_a_gpu_one_line_says_so(tmp_path: Path, capsys: pytest.CaptureFi
     assert "--device" in said
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--only", ""], "--only: got ''"),
+        (["--tensor", "0"], "'--tensor': Input should be greater than or equal to 1"),
+        (["--tensor", "-1"], "'--tensor': Input should be greater than or equal to 1"),
+        (["--held-s", "inf"], "'--held-s': Input should be less than or equal to 3600"),
+        (["--threads", "999999999"], "--threads: got 999999999; give 1 to "),
+        (["--model", "deepseek-v3"], "deepseek-v3: latent attention cannot be measured"),
+        (["--model", "qwen3-next-80b-a3b"], "qwen3-next-80b-a3b: recurrent layers cannot be measured"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
+    assert commands.main(["measure", "--device", "cpu", "--out", str(tmp_path / "out"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_ranks_meet_over_gloo() -> None:
     wanted = [{"collective": name, "num_gpus": 2, "bytes": 4096} for name in ("all_reduce", "send_recv")]
     found = collectives.measured(wanted, CPU)
@@ -271,8 +293,7 @@ def test_a_fit_finds_again_what_tables_say(recorded: Path) -> None:
 
 
 def test_one_launch_for_chunks_and_decodes_is_fitted_where_there_is_one(recorded: Path, tmp_path: Path) -> None:
-    for path in recorded.glob("*.*"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    _copied(recorded, tmp_path)
     assert "mixed_attention" not in fit_measured("a-cpu", OwnTables(recorded)).operators
     frame = pd.read_parquet(tmp_path / "mixed_attention.parquet")
     frame.assign(kernel_source="FlashAttention-3, paged; one launch").to_parquet(tmp_path / "mixed_attention.parquet")
@@ -293,9 +314,7 @@ def test_a_correction_of_mixed_batches_is_not_borrowed_where_they_were_measured(
 
 
 def test_rows_beyond_the_roofline_are_dropped_and_counted(recorded: Path, tmp_path: Path) -> None:
-    for path in recorded.glob("*.*"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    frame = pd.read_parquet(tmp_path / "gemm.parquet")
+    frame = pd.read_parquet(_copied(recorded, tmp_path) / "gemm.parquet")
     fast = frame["m"] == 256
     frame.loc[fast, ["latency_s", "latency_p10_s", "latency_mean_s"]] = 1e-6
     frame.to_parquet(tmp_path / "gemm.parquet")
@@ -312,6 +331,61 @@ def test_the_command_fits_and_simulates(recorded: Path, tmp_path: Path, capsys: 
     assert main(["simulate", *flags]) == 0
     assert main(["fit", str(recorded), "--device", "a-cpu"]) == 2
     assert "--out" in capsys.readouterr().err
+
+
+def _copied(recorded: Path, target: Path) -> Path:
+    for path in recorded.glob("*.*"):
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "value", "said"),
+    [
+        ("gemm", "latency_s", np.inf, "gemm.parquet: latency_s: got inf; a measured row has a number above 0 there"),
+        ("gemm", "latency_p10_s", 0.0, "gemm.parquet: latency_p10_s: got 0.0; a measured row"),
+        ("gemm", "latency_s", np.nan, "gemm.parquet: latency_s: got 'nan'; row 0 is not a number"),
+        ("gemm", "m", -4.0, "gemm.parquet: m: got -4.0; a measured row"),
+        ("gemm", "dtype", "int3", "gemm.parquet: dtype: got 'int3'; did you mean"),
+        ("decode_attention", "window_size", -1.0, "window_size: got -1.0; a measured row has a number of at least 0"),
+        ("decode_attention", "kv_dtype", "zz", "decode_attention.parquet: kv_dtype: got 'zz'; known: bf16"),
+        ("sampling", "vocab", 0.0, "sampling.parquet: vocab: got 0.0; a measured row"),
+    ],
+)
+def test_a_fit_names_the_cell_that_cannot_be(
+    recorded: Path, tmp_path: Path, name: str, column: str, value: Any, said: str
+) -> None:
+    path = _copied(recorded, tmp_path) / f"{name}.parquet"
+    pd.read_parquet(path).assign(**{column: value}).to_parquet(path)
+    with pytest.raises(BadInput) as caught:
+        fit_measured("a-cpu", OwnTables(tmp_path))
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["gemm", "elementwise", "sampling"])
+def test_two_rows_are_too_few(recorded: Path, tmp_path: Path, name: str) -> None:
+    path = _copied(recorded, tmp_path) / f"{name}.parquet"
+    frame = pd.read_parquet(path)
+    frame[frame["method"] == "greedy" if name == "sampling" else frame["round"] >= 0].head(2).to_parquet(path)
+    with pytest.raises(BadInput, match=rf"{name}.*: got 2; measure it again"):
+        fit_measured("a-cpu", OwnTables(tmp_path))
+
+
+def test_a_folder_without_tables_is_not_fitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from apexsim.cli.main import main
+
+    out = tmp_path / "a-cpu.yaml"
+    fit = ["fit", str(tmp_path), "--device", "a-cpu", "--out", str(out)]
+    assert main(fit) == 2
+    assert "TABLES: got" in (error := capsys.readouterr().err)
+    assert "holds neither device.yaml, as own tables do, nor kernels/" in error
+    (tmp_path / "device.yaml").write_text(DEVICE, encoding="utf-8")
+    assert main(fit) == 2
+    assert "no table here has a measured row" in capsys.readouterr().err
+    (tmp_path / "device.yaml").write_text(f"{DEVICE}profile: h1000\n", encoding="utf-8")
+    assert main(fit) == 2
+    assert "device.yaml: profile: got 'h1000'; did you mean h100-sxm" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_measuring_cut_short_is_not_fitted(recorded: Path, tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from kernels_profiling.commands import main
 from kernels_profiling.prove import BOUNDS
 from kernels_profiling.verdict import LATENCIES, STATISTICS, Figure, LoadVerdict, Verdict
 
@@ -70,3 +73,39 @@ def test_loose_bounds_are_wider_and_no_bound_is_endless() -> None:
     for device in ("cpu", "cuda"):
         for latency in LATENCIES:
             assert BOUNDS[device, "stated"][latency] < BOUNDS[device, "loose"][latency] < 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model", "deepseek-v3"], "deepseek-v3: the live engine has no latent attention"),
+        (["--model", "llama-3.1-405b"], "--model: got 'llama-3.1-405b'; its weights take"),
+        (["--workload", "nowhere"], "--workload: got 'nowhere'; unknown workload"),
+        (["--workload", "long.csv"], "1 of 2 requests cannot be served; request 2: 1000001 tokens"),
+        (["--seconds", "inf"], "'--seconds': Input should be less than or equal to 86400"),
+        (["--json", "nowhere/proof.json"], "--json: got 'nowhere/proof.json'; its folder does not exist"),
+    ],
+)
+def test_faults_come_before_any_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    Path("long.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,4,2\n1,1000000,1\n")
+    assert main(["prove", "--device", "cpu", "--quick", "--out", "out", *flags]) == 2
+    told = capsys.readouterr()
+    assert said in told.err
+    assert told.err.count("\n") == 1
+    assert not told.out
+    assert not [path for path in Path().rglob("*") if path.is_file() and path.name != "long.csv"]
+
+
+def test_a_folder_of_other_runs_is_told_before_any_measuring(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "runs.csv").write_text("run_id\n")
+    assert main(["prove", "--device", "cpu", "--quick", "--out", str(tmp_path)]) == 2
+    assert "its columns are not those that are written here" in capsys.readouterr().err
+    assert not (tmp_path / "tables").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -14,6 +15,7 @@ from kernels_profiling.tables import MEASURED, ROUND, SIZES, Tables, as_frame, k
 
 POINT = {"m": 4, "n": 256, "k": 512, "dtype": "bf16", "round": 0}
 ROW = {**POINT, "status": "ok", "latency_s": 1e-4, "latency_p10_s": 9e-5, "kernel_source": "torch linear"}
+WHOLE = dict.fromkeys(MEASURED) | ROW
 
 
 def test_a_table_has_every_column_of_the_schema() -> None:
@@ -52,6 +54,17 @@ def test_a_corrupt_file_is_refused_by_name(tmp_path: Path, where: str) -> None:
     tables = Tables(tmp_path)
     (tmp_path / where).write_bytes(b"PAR1 not a table")
     with pytest.raises(BadInput, match=Path(where).name):
+        tables.done("gemm")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [({"m": 4}, "gemm.parquet: n: the table lacks it"), (WHOLE | {"m": "four"}, "not a readable table of gemm")],
+)
+def test_a_table_of_other_columns_is_refused_by_name(tmp_path: Path, row: dict[str, Any], said: str) -> None:
+    tables, path = Tables(tmp_path), tmp_path / "gemm.parquet"
+    pd.DataFrame([row]).to_parquet(path)
+    with pytest.raises(BadInput, match=said):
         tables.done("gemm")
 
 

@@ -45,8 +45,8 @@ def fit(
     from apexsim.io.yaml_files import write_yaml
 
     parts = tuple(part.strip() for part in only.split(",")) if only else None
-    targets = _targets(device, out, all_devices=all_devices)
     _check_own(tables, out, parts)
+    targets = _targets(device, out, all_devices=all_devices)
     todo = [_Job(name, tables, parts, plots, file) for name, file in targets.items()]
     written = {}
     for job, profile in _fitted(todo):
@@ -59,8 +59,11 @@ def fit(
 
 def _check_own(tables: Path | None, out: Path | None, parts: tuple[str, ...] | None) -> None:
     """Tables of our own measuring make a new profile, whole."""
-    from apexsim.fitting.own import OwnTables
+    from apexsim.fitting.own import DEVICE_FILE, OwnTables
 
+    if tables and not OwnTables.found_in(tables) and not (tables / "kernels").is_dir():
+        would_do = f"holds neither {DEVICE_FILE}, as own tables do, nor kernels/, as the reference data does"
+        raise BadInput(would_do, where="TABLES", got=str(tables))
     if OwnTables.found_in(tables) and out is None:
         raise BadInput("give the profile YAML to write", where="--out")
     if OwnTables.found_in(tables) and parts:
@@ -78,7 +81,7 @@ def _targets(device: str | None, out: Path | None, *, all_devices: bool) -> dict
         if device or out:
             raise BadInput("fits every device into the shipped profiles; leave --device and --out away", where="--all")
         return {name: folder / f"{name}.yaml" for name in devices()}
-    if device is None:
+    if not device:
         raise BadInput("give one, or --all", where="--device")
     if out:
         check_writable(out, where="--out")

@@ -7,15 +7,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 
-from apexsim.errors import BadInput
+from apexsim import catalog
+from apexsim.costs.forms.hardware import COMPUTE_DTYPE
+from apexsim.errors import BadInput, nearest
 from apexsim.fitting.tables import read_table
 from apexsim.io.yaml_files import load_spec
 from apexsim.specs.base import Spec
 from apexsim.specs.device import Datasheet, Price
 
 DEVICE_FILE = "device.yaml"
+# Sizes that may be nothing.
+_ZERO = {"window_size", "history", "decodes", "keys", "size_1", "size_2"}
 TIMES = ("latency_s", "latency_p10_s", "latency_mean_s")
 
 
@@ -44,6 +49,9 @@ class OwnTables:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.device = load_spec(MeasuredDevice, folder / DEVICE_FILE)
+        profile, known = self.device.profile, catalog.names("device")
+        if profile is not None and profile not in known:
+            raise BadInput(nearest(profile, known), where=folder / DEVICE_FILE, key="profile", got=profile)
         if parts := sorted((folder / "parts").glob("*.parquet")):
             would_do = "the measuring was cut short; run it again to the end"
             raise BadInput(would_do, where=folder / "parts", got=f"{len(parts)} unmerged files")
@@ -79,8 +87,14 @@ class OwnTables:
         if not path.is_file():
             return pd.DataFrame(columns=[*numbers, *labels])
         frame = read_table(path, numbers, labels, only=("status", "ok"))
-        if (frame["latency_s"] <= 0).any():
-            raise BadInput("a measured row takes no time", where=path, key="latency_s")
+        for column in numbers:
+            least = 0.0 if column in _ZERO else np.nextafter(0.0, 1.0)
+            if len(wrong := frame[~frame[column].between(least, np.inf, inclusive="left")]):
+                said = f"a measured row has a number {'of at least' if column in _ZERO else 'above'} 0 there"
+                raise BadInput(said, where=path, key=column, got=float(wrong[column].iloc[0]))
+        for column in {"dtype", "kv_dtype"}.intersection(labels):
+            if unknown := set(frame[column]) - set(COMPUTE_DTYPE):
+                raise BadInput(nearest(min(unknown), COMPUTE_DTYPE), where=path, key=column, got=min(unknown))
         return frame
 
     def source(self, frame: pd.DataFrame) -> str:

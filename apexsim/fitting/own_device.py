@@ -144,13 +144,22 @@ def _small(own: OwnTables) -> Operators:
     rows = own.rows("elementwise", ["bytes"], ["kind"])
     found: Operators = {"elementwise": {}, "sampling": {}}
     if len(rows):
+        _check_rows(own, "elementwise", rows, ELEMENTWISE)
         kinds = {str(kind): part for kind, part in rows.groupby("kind") if len(part) >= len(ELEMENTWISE)}
         found["elementwise"] = {key: _elementwise(own, part) for key, part in {"any": rows, **kinds}.items()}
     rows = own.rows("sampling", ["sequences", "vocab"], ["method"])
     rows = rows[rows["method"] == "greedy"]
     if len(rows):
+        _check_rows(own, "sampling", rows, SAMPLING)
         found["sampling"] = {"any": _sampling(own, rows)}
     return found
+
+
+def _check_rows(own: OwnTables, name: str, rows: pd.DataFrame, coefficients: Sequence[Coefficient]) -> None:
+    """Raise BadInput where there are fewer rows than coefficients to tell apart."""
+    if len(rows) < len(coefficients):
+        would_do = f"measure it again: {len(coefficients)} rows are the least that can be fitted"
+        raise BadInput(would_do, where=own.folder, key=name, got=len(rows))
 
 
 def _elementwise(own: OwnTables, rows: pd.DataFrame) -> FittedOperator:

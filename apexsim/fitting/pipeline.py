@@ -80,6 +80,8 @@ def fit_measured(
         found = operators.setdefault(problem.kind, {})[problem.key] = solve(problem)
         seen(problem, found)
     operators |= own_device.operators(tables)
+    if not any(operators.values()):
+        raise BadInput("no table here has a measured row; measure it again", where=tables.folder)
     for kind, by_key in own_device.borrowed(tables, operators).items():
         operators[kind] = {**by_key, **operators.get(kind, {})}
     device = tables.device
