@@ -158,18 +158,25 @@ def what_ran(
     out: Path, settings: EngineSettings, model: ModelFlags, engine: EngineFlags, profile: str | None
 ) -> dict[str, Any]:
     """The columns of a row that say what ran."""
-    import torch
-
     from apexsim import __version__
     from kernels_profiling.records import profile_cell
 
-    limits, layers = settings.scheduler, settings.swiftkv_layers
+    layers = settings.swiftkv_layers
     # The simulator knows no SwiftKV: such a run is kept out of scores.
     exclude = "" if layers in (None, settings.model.layers) else f"SwiftKV behind layer {layers}"
+    name = profile_cell(out, "engine", engine.engine, "--engine")
+    return {"engine": name, "engine_version": __version__, "exclude": exclude} | ran_on(
+        out, settings, model, profile, "live"
+    )
+
+
+def ran_on(out: Path, settings: EngineSettings, model: ModelFlags, profile: str | None, command: str) -> dict[str, Any]:
+    """The columns that say where a run of ``command`` took place and within which limits, whatever the engine."""
+    import torch
+
+    limits = settings.scheduler
     return {
-        "source": f"kernels_profiling live, torch {torch.__version__}, {torch.get_num_threads()} threads",
-        "engine": profile_cell(out, "engine", engine.engine, "--engine"),
-        "engine_version": __version__,
+        "source": f"kernels_profiling {command}, torch {torch.__version__}, {torch.get_num_threads()} threads",
         "model": model.model,
         "device": device_cell(out, torch.device(settings.device), profile),
         "weight_dtype": model.dtype,
@@ -181,7 +188,6 @@ def what_ran(
         "prefix_caching": limits.prefix_caching,
         "block_size": limits.block_size,
         "kv_blocks": settings.kv_blocks,
-        "exclude": exclude,
         "notes": f"seed {settings.seed}",
     }
 

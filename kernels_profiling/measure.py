@@ -10,11 +10,11 @@ import typer
 
 from apexsim.cli.options import progress_bar, with_flags
 from apexsim.errors import BadInput, nearest
+from kernels_profiling.serving_flags import TINY
 
 if TYPE_CHECKING:
     from kernels_profiling.points import Rank, Scale
 
-TINY = Path(__file__).parent / "models" / "tiny.yaml"
 # Models whose shapes are measured where none is named, and their tensor degrees.
 MODELS: dict[str, tuple[str | Path, ...]] = {"cuda": ("llama-3.1-8b", "qwen3-32b", "qwen3-30b-a3b"), "cpu": (TINY,)}
 DEGREES = {"cuda": (1, 2, 4, 8), "cpu": (1,)}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from apexsim.costs.forms.routing import pick_chances
+from apexsim.fitting.own import ONE_LAUNCH
 from apexsim.fitting.routing import EXPONENTS
 from kernels_profiling import attention, kernels
 from kernels_profiling.rig import Rig, UnsupportedHereError
@@ -98,7 +99,7 @@ def mixed_attention(point: Point, rig: Rig) -> Case:
         apart = attention.prefill_attention(q[:chunk], cache.k, cache.v, tables[0], history)
         return apart, attention.decode_attention(q[chunk:], cache.k, cache.v, tables[1:, :blocks], used[1:])
 
-    how = "one launch" if together else "two launches"
+    how = ONE_LAUNCH if together else "two launches"
     return Case(call, len(slots), cache.turn_bytes * len(slots), f"{attention.source(rig.device)}; {how}")
 
 

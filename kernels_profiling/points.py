@@ -231,7 +231,7 @@ def _host(scale: Scale, of: Sequence[Rank]) -> Points:
 
 
 def _sustained(scale: Scale, rank: Rank) -> Points:
-    """Two products at four numbers of tokens, two prompts and two batches, each with random weights and with zeros."""
+    """Two products at a few numbers of tokens, two prompts and two batches, each with random weights and with zeros."""
     (qkv, output, *_), tokens = rank.products(), [size for size in scale.tokens if size >= 128] or scale.tokens
     some = tokens[:: max(1, len(tokens) // 4)]
     held: list[tuple[str, int, int, int]] = [("gemm", m, *shape) for m in some for shape in (qkv, output)]

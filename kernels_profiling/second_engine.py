@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import time
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import typer
 
 from apexsim.cli.options import with_flags
 from apexsim.errors import BadInput
-from kernels_profiling.live import EngineFlags, device_cell, settings_for, warm_up_load
+from kernels_profiling.live import EngineFlags, ran_on, settings_for, warm_up_load
 from kernels_profiling.serving_flags import MOST_SEATS, MOST_TOKENS, LoadFlags, ModelFlags
 
 if TYPE_CHECKING:
@@ -63,8 +64,9 @@ def second_engine(
     load, place = load_flags.read(), model_flags.place()
     settings = settings_for(model_flags.spec(), load, EngineFlags(**vars(limits)), place)
     check_servable(settings, load)
-    what = _what_ran(out, settings, model_flags, profile)
-    run_id = write_run(out, serve(settings, load), what)
+    what = ran_on(out, settings, model_flags, profile, "second-engine")
+    engine = {"engine": "transformers", "engine_version": importlib.metadata.version("transformers")}
+    run_id = write_run(out, serve(settings, load), engine | what)
     typer.echo(f"{out}/runs.csv: {run_id}")
 
 
@@ -196,28 +198,3 @@ def _served(load: Requests, requests: list[Request], answers: list[Any], began_s
     }
     values, counts = np.unique(gaps_ns, return_counts=True)
     return Served(load=load, requests=columns, gaps=(values, counts))
-
-
-def _what_ran(out: Path, settings: EngineSettings, model: ModelFlags, profile: str | None) -> dict[str, Any]:
-    """The columns of a row that say what ran."""
-    import torch
-    import transformers
-
-    limits = settings.scheduler
-    return {
-        "source": f"kernels_profiling second-engine, torch {torch.__version__}, {torch.get_num_threads()} threads",
-        "engine": "transformers",
-        "engine_version": transformers.__version__,
-        "model": model.model,
-        "device": device_cell(out, torch.device(settings.device), profile),
-        "weight_dtype": model.dtype,
-        "kv_dtype": model.dtype,
-        **dict.fromkeys(("replicas", "gpus", "tensor", "pipeline", "attention_data", "expert"), 1),
-        "max_num_seqs": limits.max_num_seqs,
-        "max_num_batched_tokens": limits.max_num_batched_tokens,
-        "chunked_prefill": True,
-        "prefix_caching": False,
-        "block_size": limits.block_size,
-        "kv_blocks": settings.kv_blocks,
-        "notes": f"seed {settings.seed}",
-    }

@@ -40,7 +40,7 @@ class ModelFlags:
         if self.dtype not in dtypes:
             raise BadInput(nearest(self.dtype, dtypes), where="--dtype", got=self.dtype)
         device = torch_device(self.device)
-        set_threads(device, self.threads or 1)
+        set_threads(device, self.threads)
         return torch.empty(0, dtype=dtypes[self.dtype], device=device)
 
     def spec(self) -> ModelSpec:

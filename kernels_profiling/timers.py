@@ -52,7 +52,7 @@ def time_case(case: Case, rig: Rig, budget_s: float) -> Timing:
 
 
 def _cpu(case: Case, rig: Rig, budget_s: float) -> Timing:
-    """Every call alone, behind a product that sweeps the inner caches.
+    """Every call alone, behind other kernels of a layer, which sweep the inner caches.
 
     In a forward pass weights of other layers run through these between two calls of a kind, and take Python's code and
     data with them: in a tight loop small kernels are up to eight times as fast as they ever are in serving.

@@ -12,9 +12,8 @@ from pathlib import Path
 import pandas as pd
 
 from apexsim.fitting.tables import SECONDS_PER_US, read_table
+from apexsim.fitting.timed_models import MODELS
 
-# Query and KV heads of the models timed.
-MODELS = {"Llama-3.1-8B": (32, 8), "Qwen3-32B": (64, 8), "Qwen3-30B-A3B-Instruct-2507": (32, 4)}
 COLUMNS = {
     "tp": "tp",
     "prefill_chunk_tokens": "chunk",
@@ -35,11 +34,11 @@ def timed_attention(folder: Path) -> pd.DataFrame:
     they are.
     """
     found = []
-    for model, (heads, kv_heads) in MODELS.items():
+    for model, widths in MODELS.items():
         table = folder / model / "attention.parquet"
         if table.is_file():
             rows = read_table(table, list(COLUMNS)).rename(columns=COLUMNS)
-            rows["heads"], rows["kv_heads"] = heads / rows["tp"], (kv_heads / rows["tp"]).clip(lower=1.0)
+            rows["heads"], rows["kv_heads"] = widths.heads / rows["tp"], (widths.kv_heads / rows["tp"]).clip(lower=1.0)
             found.append(rows.assign(model=model))
     return pd.concat(found, ignore_index=True)
 

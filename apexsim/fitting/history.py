@@ -20,9 +20,9 @@ from apexsim.costs.forms import prefill
 from apexsim.costs.forms.hardware import Array
 from apexsim.costs.forms.residual import LogGrid
 from apexsim.fitting.attention import Heads, prefill_problem
-from apexsim.fitting.gaps import MODELS
 from apexsim.fitting.mixed import RTX_PRO_6000, attention_rows
 from apexsim.fitting.problems import fit_all_rows, summary
+from apexsim.fitting.timed_models import MODELS
 from apexsim.specs.device import HoldOut
 
 SWITCHES = (0.0, 0.5, 1.0)
@@ -40,11 +40,11 @@ def causal_skip(kernels: Path) -> tuple[float, HoldOut]:
         errors = [
             _errors(
                 chunks[chunks["model"] == model],
-                prefill.Heads(*heads, 128, None, 2.0),
+                prefill.Heads(widths.heads, widths.kv_heads, 128, None, 2.0),
                 {**c, "causal_skip": switch},
                 residual,
             )
-            for model, heads in MODELS.items()
+            for model, widths in MODELS.items()
         ]
         scores.append((summary(np.concatenate(errors)), switch))
     best, switch = min(scores)

@@ -6,41 +6,19 @@ Errors of single products cancel in a layer, so the sum over its four products i
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from apexsim.costs.forms import gemm
-from apexsim.costs.forms.hardware import Array, Coefficients, Hardware
+from apexsim.costs.forms.hardware import Coefficients, Hardware
 from apexsim.costs.forms.residual import LogGrid
 from apexsim.fitting.gaps import launch_gap_s
 from apexsim.fitting.problems import summary
 from apexsim.fitting.tables import SECONDS_PER_US, read_table
+from apexsim.fitting.timed_models import DENSE, Widths
 from apexsim.specs.device import HoldOut, ResidualGrid
 
-
-class Layer(NamedTuple):
-    """Widths of a dense model whose layers were timed; heads are 128 wide."""
-
-    hidden: int
-    heads: int
-    kv_heads: int
-    ffn: int
-
-    def products(self, tp: Array) -> dict[str, tuple[Array, Array]]:
-        """(n, k) of every product on one device, by its name in the tables."""
-        hidden = np.full(len(tp), float(self.hidden))
-        return {
-            "qkv_proj": ((self.heads + 2 * self.kv_heads) * 128 / tp, hidden),
-            "o_proj": (hidden, self.heads * 128 / tp),
-            "gate_up_proj": (2 * self.ffn / tp, hidden),
-            "down_proj": (hidden, self.ffn / tp),
-        }
-
-
-MODELS = {"Llama-3.1-8B": Layer(4096, 32, 8, 14336), "Qwen3-32B": Layer(5120, 64, 8, 25600)}
-VOCABULARIES = {"Llama-3.1-8B": 128256, "Qwen3-32B": 151936}
 # Folders of the layers timed on a device, by the folder of its other tables.
 TIMED = {"rtx_pro_6000_server": "RTXPRO6000", "rtx_4090": "RTX4090"}
 
@@ -51,7 +29,7 @@ def product_rows(layers: Path) -> pd.DataFrame:
     CUDA time, and the gap between a kernel and the next.
     """
     found, gap_s = [], launch_gap_s(layers.parents[1])
-    for model, layer in MODELS.items():
+    for model, layer in DENSE.items():
         table = layers / model / "dense.parquet"
         if table.is_file():
             frame = read_table(table, ["tp", "tokens", "time_us_per_call"], ["layer"])
@@ -64,12 +42,12 @@ def product_rows(layers: Path) -> pd.DataFrame:
 def head_rows(layers: Path) -> pd.DataFrame:
     """The LM heads timed beside them, in the same columns: the widest products there are."""
     found, gap_s = [], launch_gap_s(layers.parents[1])
-    for model, layer in MODELS.items():
+    for model, layer in DENSE.items():
         table = layers / model / "per_sequence.parquet"
         if table.is_file():
             frame = read_table(table, ["tp", "sequences", "time_us_per_call"], ["layer"])
             frame = frame[frame["layer"] == "lm_head"]
-            shape = {"m": frame["sequences"].astype(float), "n": VOCABULARIES[model] / frame["tp"]}
+            shape = {"m": frame["sequences"].astype(float), "n": layer.vocab / frame["tp"]}
             rows = frame.assign(model=model, **shape, k=float(layer.hidden))
             found.append(rows.assign(seconds=rows["time_us_per_call"] * SECONDS_PER_US + gap_s))
     return pd.concat(found, ignore_index=True)
@@ -78,7 +56,7 @@ def head_rows(layers: Path) -> pd.DataFrame:
 def layer_sums(layers: Path, c: Coefficients, grid: ResidualGrid, hw: Hardware) -> dict[str, HoldOut]:
     """Errors of bf16 products on the layers in the folder ``layers``: of single ones, and of the sums of a layer."""
     single, summed, residual = [], [], LogGrid.of(grid)
-    for model, layer in MODELS.items():
+    for model, layer in DENSE.items():
         table = layers / model / "dense.parquet"
         if not table.is_file():
             continue
@@ -94,7 +72,7 @@ def layer_sums(layers: Path, c: Coefficients, grid: ResidualGrid, hw: Hardware) 
     }
 
 
-def _products_s(measured: pd.DataFrame, layer: Layer, fit: tuple[Coefficients, LogGrid, Hardware]) -> pd.DataFrame:
+def _products_s(measured: pd.DataFrame, layer: Widths, fit: tuple[Coefficients, LogGrid, Hardware]) -> pd.DataFrame:
     c, residual, hw = fit
     tp, tokens = (measured.index.get_level_values(name).to_numpy(dtype=float) for name in ("tp", "tokens"))
     seconds = {}

@@ -19,6 +19,8 @@ from apexsim.specs.base import Spec
 from apexsim.specs.device import Datasheet, Price
 
 DEVICE_FILE = "device.yaml"
+# How `kernel_source` of a mixed batch ends whose kernel takes chunks and decodes at once.
+ONE_LAUNCH = "one launch"
 # Sizes that may be nothing.
 _ZERO = {"window_size", "history", "decodes", "keys", "size_1", "size_2"}
 TIMES = ("latency_s", "latency_p10_s", "latency_mean_s")

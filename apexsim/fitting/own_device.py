@@ -21,7 +21,7 @@ from apexsim.fitting.few import fitted_to_rows, loosened
 from apexsim.fitting.fit import fit_coefficients
 from apexsim.fitting.links import Curve
 from apexsim.fitting.mixed import shared_launch
-from apexsim.fitting.own import OwnTables
+from apexsim.fitting.own import ONE_LAUNCH, OwnTables
 from apexsim.fitting.power import prior
 from apexsim.fitting.problems import Operators, Problem, summary
 from apexsim.fitting.small import memory_bound
@@ -32,8 +32,6 @@ SHAPE = ["batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim", "window_si
 EXPERTS = ["tokens", "hidden", "inter", "topk", "experts", "tp", "ep"]
 # Fewer rows tell nothing apart.
 LEAST_ROWS = 8
-# How the kernel of a mixed batch is called that takes chunks and decodes at once.
-ONE_LAUNCH = "one launch"
 # pJ a FLOP, assumed: of a core of 10 W at 200 GFLOP/s, of which half is drawn anyway; of a GPU as of Hopper.
 PICOJOULES = {"cpu": {"bf16": 25.0}, "cuda": {"bf16": 1.0}}
 # Content and size of the products whose slow-down under load counts.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,24 +21,9 @@ from apexsim.fitting.gaps import launch_gap_s
 from apexsim.fitting.mixed import OWN, RTX_PRO_6000, SINGLE_LAUNCH, Timed
 from apexsim.fitting.problems import Operators, summary
 from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
+from apexsim.fitting.timed_models import MODELS, Widths
 from apexsim.specs.device import FittedOperator
 
-
-class Widths(NamedTuple):
-    """Sizes of a model whose layers were timed: hidden, query and KV heads of 128, FFN (None: experts), vocabulary."""
-
-    hidden: int
-    heads: int
-    kv_heads: int
-    ffn: int | None
-    vocab: int
-
-
-MODELS = {
-    "Llama-3.1-8B": Widths(4096, 32, 8, 14336, 128256),
-    "Qwen3-32B": Widths(5120, 64, 8, 25600, 151936),
-    "Qwen3-30B-A3B-Instruct-2507": Widths(2048, 32, 4, None, 151936),
-}
 Bytes = Callable[[Widths, Array], Array | float]
 
 
