@@ -32,7 +32,7 @@ SHAPE = ["batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim", "window_si
 EXPERTS = ["tokens", "hidden", "inter", "topk", "experts", "tp", "ep"]
 # Fewer rows tell nothing apart.
 LEAST_ROWS = 8
-# pJ a FLOP, assumed: of a core of 10 W at 200 GFLOP/s, of which half is drawn anyway; of a GPU as of Hopper.
+# pJ a FLOP, assumed: of a core of 10 W at 200 GFLOP/s, of which half is drawn anyway; of a GPU about that of H100.
 PICOJOULES = {"cpu": {"bf16": 25.0}, "cuda": {"bf16": 1.0}}
 # Content and size of the products whose slow-down under load counts.
 CONTENT, LEAST_TOKENS = "normal", 128
