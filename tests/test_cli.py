@@ -188,6 +188,7 @@ def test_show_list_and_import_refuse_what_they_do_not_know(tmp_path: Path, fails
         out = str(tmp_path / "out.yaml")
         assert "config.json" in fails("import-model", str(tmp_path / "config.json"), "--out", out)
     assert "--device" in fails("fit")
+    assert "--device" in fails("fit", "--device", "")
     assert "h100-sxm" in fails("fit", "--device", "h101-sxm", "--out", str(tmp_path / "out.yaml"))
 
 
