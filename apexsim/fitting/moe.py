@@ -184,8 +184,7 @@ def _problem(form: _Experts, dtype: str, frame: pd.DataFrame, source: str) -> Pr
 def _reached(frame: pd.DataFrame) -> Array:
     """Distinct experts that the tokens of each row reach under its routing.
 
-    A balanced table spreads tokens as evenly as they go; under a power law the figure is a mean, which the rows' own
-    draws exceed by up to a seventh.
+    A balanced table spreads tokens as evenly as they go; under a power law the figure is the mean over draws.
     """
     columns = (frame[name] for name in ("tokens", "experts", "topk", "routing"))
     return np.array(
