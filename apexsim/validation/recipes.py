@@ -27,16 +27,18 @@ _TABLE = "recipes.yaml"
 
 _Layout = Literal["expert_always", "tensor_only", "data_ranks", "no_data_ranks"]
 _Rule = Literal[
-    "concurrency", "concurrency_from_128", "twice_concurrency_to_512", "one_prompt", "one_prompt_or_8192",
-    "two_prompts", "10_or_30_from_16", "16384_or_32768_from_64", "16_or_32_from_128",
+    "concurrency", "concurrency_less_1", "concurrency_from_128", "twice_concurrency_to_512", "one_prompt",
+    "one_prompt_or_1024", "one_prompt_or_8192", "two_prompts", "10_or_30_from_16", "16384_or_32768_from_64", "16_or_32_from_128",
 ]  # fmt: skip
 
 # The value of an option, given requests in flight and prompt tokens; "from" in a name counts requests in flight.
 _RULES: Mapping[_Rule, Callable[[int, int], int]] = {
     "concurrency": lambda clients, prompt: clients,
+    "concurrency_less_1": lambda clients, prompt: max(1, clients - 1),
     "concurrency_from_128": lambda clients, prompt: max(128, clients),
     "twice_concurrency_to_512": lambda clients, prompt: min(512, 2 * clients),  # vLLM's own, given the seats
     "one_prompt": lambda clients, prompt: token_budget("one_prompt", prompt_tokens=prompt, sequences=clients),
+    "one_prompt_or_1024": lambda clients, prompt: _RULES["one_prompt"](clients, max(1024, prompt)),
     "one_prompt_or_8192": lambda clients, prompt: max(8192, _RULES["one_prompt"](clients, prompt)),
     "two_prompts": lambda clients, prompt: 2 * prompt,
     "10_or_30_from_16": lambda clients, prompt: 30 if clients >= 16 else 10,
