@@ -59,7 +59,7 @@ class MoeLayer(NamedTuple):
     experts: int
     ep: int = 1
     dtype: str = "bf16"
-    routing_exponent: float = 0.75
+    routing_exponent: float = 1.0
     gated: bool = True
 
     @property

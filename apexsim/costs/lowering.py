@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from apexsim.costs.collectives import copies_sent
 from apexsim.costs.fitted import AttentionShape, MoeLayer
 from apexsim.costs.mixing import Mixing
-from apexsim.costs.mla import LatentMixing, projections
+from apexsim.costs.mla import LatentMixing, copies, projections
 from apexsim.costs.operators import (
     ACTIVATION_BYTES,
     Attention,
@@ -287,6 +287,8 @@ def _latent_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixed:
     model, heads = deployment.model, deployment.model.heads // pool.plan.tensor
     assert model.mla is not None, "the caller has seen it"
     before, after = projections(model.mla, model.hidden, heads, deployment.weights)
+    if "rope" not in deployment.engine.fusions:
+        before += copies(model.mla, heads)
     return LatentMixing("attention", model.mla, model.hidden, heads, deployment.kv_cache), before, after
 
 

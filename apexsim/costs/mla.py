@@ -56,6 +56,15 @@ def projections(sizes: LatentAttention, hidden: int, heads: int, dtype: str) -> 
     return before, after
 
 
+def copies(sizes: LatentAttention, heads: int) -> list[RowOperator]:
+    """Kernels between projections and attention: latent vectors go to the cache, absorbed queries and rotated parts join.
+
+    TensorRT-LLM does both with the rotation (``mla_rope_append_paged_kv_assign_q``).
+    """
+    latent_bytes = 2 * ACTIVATION_BYTES * sizes.latent
+    return [Elementwise("cache_write", latent_bytes), Elementwise("join_queries", heads * latent_bytes)]
+
+
 @dataclass(frozen=True, slots=True)
 class LatentMixing:
     """Latent attention of one layer on one rank: ``heads`` are the rank's, the latent cache is whole on every rank."""
@@ -68,7 +77,7 @@ class LatentMixing:
     weight_bytes = 0.0
     kind = "attention"
     kinds = ("mla_decode", "mla_prefill")
-    launches = 6  # split and write the cache, join queries, the kernel, and the two absorbed products
+    launches = 4  # splitting what is written, the kernel, and the two absorbed products
     window = None
 
     @property

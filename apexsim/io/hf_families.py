@@ -10,6 +10,9 @@ from apexsim.errors import BadInput, nearest
 from apexsim.io import hf_layers
 from apexsim.io.hf_json import Config
 
+# Routing exponent of routers that a bias balances (docs/validation.md); others have the default.
+BALANCED_EXPONENT = 0.75
+
 
 def _swiglu(config: Config) -> None:
     config.demand("hidden_act", "silu", "only SwiGLU (silu) FFNs are known for this family")
@@ -91,8 +94,13 @@ def _minimax_m2(config: Config) -> dict[str, Any]:
     config.demand("qk_norm_type", "per_layer", "only per_layer QK norm is known for this family")
     return {
         "qk_norm": "layer" if config.get("use_qk_norm") else None,
-        "moe": _local_experts(config) | {"router_bias": bool(config.get("use_routing_bias"))},
+        "moe": _local_experts(config) | _balanced(bool(config.get("use_routing_bias"))),
     }
+
+
+def _balanced(by_bias: bool) -> dict[str, Any]:
+    """What it means for a router that a bias of its own, and no loss, kept its experts balanced in training."""
+    return {"router_bias": True, "routing_exponent": BALANCED_EXPONENT} if by_bias else {"router_bias": False}
 
 
 def _deepseek(config: Config) -> dict[str, Any]:
@@ -113,7 +121,7 @@ def _deepseek(config: Config) -> dict[str, Any]:
         "shared_experts": shared,
         "shared_ffn": width if shared else None,
         "dense_layers": config.whole("first_k_dense_replace", 0),
-        "router_bias": config.get("topk_method") == "noaux_tc",
+        **_balanced(config.get("topk_method") == "noaux_tc"),
     }
     ffn = config.whole("intermediate_size") if moe["dense_layers"] else None
     query = mla["qk_nope_head_dim"] + mla["qk_rope_head_dim"]
@@ -207,7 +215,7 @@ def _nemotron_h(config: Config) -> dict[str, Any]:
         "ffn": config.whole("moe_intermediate_size"),
         "shared_experts": shared,
         "shared_ffn": config.whole("moe_shared_expert_intermediate_size") if shared else None,
-        "router_bias": True,
+        **_balanced(True),
     }
     return fields | {"moe": moe}
 
@@ -224,7 +232,7 @@ def _glm4_moe(config: Config) -> dict[str, Any]:
         "shared_experts": shared,
         "shared_ffn": width if shared else None,
         "dense_layers": dense,
-        "router_bias": True,
+        **_balanced(True),
     }
     return {
         "ffn": config.whole("intermediate_size") if dense else None,

@@ -47,7 +47,7 @@ class MoESpec(Spec):
     every: int = Field(1, ge=1)
     router_bias: bool = False
     dtype: str | None = None
-    routing_exponent: float = Field(0.75, ge=0, le=3)
+    routing_exponent: float = Field(1.0, ge=0, le=3)
 
     @property
     def shared_width(self) -> int:
