@@ -24,6 +24,8 @@ from apexsim.specs.device import DeviceProfile, Evidence, FittedOperator
 from apexsim.units import dtype_bytes
 
 # Element-wise kernels that a profile may have costs of their own for, the more special name first.
+# Messages between which vLLM's all-reduce (custom_all_reduce.cuh) is one-shot on every number of ranks.
+ONE_SHOT_BYTES = (16 << 10, 128 << 10)
 OWN_ELEMENTWISE = ("qk_norm", "norm", "rope", "activation", "embedding")
 # The hold-outs nearest to serving a model that no fit has seen, best first; 90th percentile of |x| of a normal law.
 HOLD_OUTS = ("generation_left_out", "device_left_out", "served_shapes_cold", "served_shapes", "random")
@@ -229,6 +231,15 @@ class OperatorCosts:
             custom = self._table(kind, self.collective_key(kind, group, custom=True))(size)
             seconds = np.where(custom_allowed, custom, seconds)
         return np.asarray(np.where(size > 0, seconds, 0.0))
+
+    def one_shot_s(self, group: int, message_bytes: Any) -> Array:
+        """Seconds of an all-reduce in which every rank sends its buffer to every other at once.
+
+        The measured kernel is of that kind for small messages; what it takes a byte there (``ONE_SHOT_BYTES``) holds on.
+        """
+        table, (small, large) = self._table("all_reduce", self.collective_key("all_reduce", group, custom=True)), ONE_SHOT_BYTES
+        s_per_byte = float(table(large) - table(small)) / (large - small)
+        return np.asarray(table(large) + s_per_byte * (np.asarray(message_bytes, dtype=float) - large))
 
     @staticmethod
     def collective_key(kind: str, group: int, *, custom: bool = False) -> str:

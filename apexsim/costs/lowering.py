@@ -177,7 +177,9 @@ def _all_reduce(
     communication = deployment.engine.communication
     custom = communication.custom_all_reduce_max_bytes if communication.custom_all_reduce else 0
     width = row_bytes or ACTIVATION_BYTES * deployment.model.hidden
-    return (Collective(name, "all_reduce", pool.plan.tensor, width, custom_max_bytes=custom),)
+    ranks = pool.plan.tensor
+    at_once = communication.one_shot_bytes(ranks, width) if custom else 0.0
+    return (Collective(name, "all_reduce", ranks, width, custom_max_bytes=custom, one_shot_max_bytes=at_once),)
 
 
 def _block(deployment: Deployment, pool: Pool, kind: LayerKind) -> Block:

@@ -199,7 +199,8 @@ class Collective:
     """A collective over ``group`` ranks with ``bytes_per_row`` of payload, counted as nccl-tests counts it.
 
     That is: the buffer of a rank for all-reduce and send/recv, the gathered whole for all-gather, all that one rank
-    sends for all-to-all. All-reduce uses the engine's own kernel up to ``custom_max_bytes``, the library's above.
+    sends for all-to-all. All-reduce uses the engine's own kernel up to ``custom_max_bytes``, the library's above; up to
+    ``one_shot_max_bytes`` every rank sends everything to every other at once.
     """
 
     name: str
@@ -207,6 +208,7 @@ class Collective:
     group: int
     bytes_per_row: float
     custom_max_bytes: float = 0.0
+    one_shot_max_bytes: float = 0.0
     rows: Rows = "tokens"
     launches = 1
     weight_bytes = 0.0
@@ -218,11 +220,15 @@ class Collective:
     @property
     def library(self) -> Collective:
         """The same collective by the library alone, whatever its size."""
-        return replace(self, custom_max_bytes=0.0)
+        return replace(self, custom_max_bytes=0.0, one_shot_max_bytes=0.0)
 
     def seconds(self, costs: OperatorCosts, rows: Array) -> Array:
         payload = self.bytes_per_row * rows
-        return costs.collective_s(self.kind, self.group, payload, payload <= self.custom_max_bytes)
+        seconds = costs.collective_s(self.kind, self.group, payload, payload <= self.custom_max_bytes)
+        if self.one_shot_max_bytes:
+            at_once = np.maximum(seconds, costs.one_shot_s(self.group, payload))
+            seconds = np.where(payload <= self.one_shot_max_bytes, at_once, seconds)
+        return seconds
 
     def flops(self, rows: Array) -> Array:
         return np.zeros_like(rows)

@@ -182,7 +182,9 @@ class CommunicationDefaults(Spec):
     """Which collective kernels an engine uses: its own all-reduce up to ``custom_all_reduce_max_bytes``, else NCCL.
 
     All-reduces of up to ``fused_norm_max_bytes`` do the residual add and the norm behind them in the same kernel
-    (FlashInfer's and TensorRT-LLM's fused all-reduce).
+    (FlashInfer's and TensorRT-LLM's fused all-reduce). Up to ``one_shot_max_tokens`` tokens, or the bytes that
+    ``one_shot_max_bytes`` has for so many ranks, every rank then sends all it has to every other at once, which is the
+    quickest for small messages only; larger ones cost what the kernel of the device's table does.
 
     ``moe_dispatch`` says how tokens reach experts that are whole on a rank (expert degree = devices of a stage > 1);
     where experts are cut, and under ``all_reduce``, every rank has all tokens (gathered over attention-data ranks)
@@ -193,7 +195,14 @@ class CommunicationDefaults(Spec):
     custom_all_reduce: bool = True
     custom_all_reduce_max_bytes: int = Field(8 << 20, ge=0)
     fused_norm_max_bytes: int = Field(0, ge=0)
+    one_shot_max_tokens: int = Field(0, ge=0)
+    one_shot_max_bytes: dict[int, int] = Field(default_factory=dict)
     moe_dispatch: Literal["all_reduce", "all_to_all", "deepep", "deepep_ll", "trtllm"] = "all_reduce"
+
+    def one_shot_bytes(self, ranks: int, row_bytes: float) -> float:
+        """Largest all-reduce over ``ranks``, of ``row_bytes`` a token, that is sent at once; 0 where none is."""
+        by_group = max(self.one_shot_max_tokens * row_bytes, self.one_shot_max_bytes.get(ranks, 0))
+        return min(by_group, self.fused_norm_max_bytes)
 
 
 class SamplerDefaults(Spec):
