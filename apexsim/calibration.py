@@ -42,6 +42,7 @@ STEPS = {
     "response_s": 3e-3,
     "launch_s": 3e-6,
     "expert_launch_s": 1e-4,
+    "expert_choice_s": 3e-6,
     "top_p_passes": 50.0,
 }
 ROUNDS = 2

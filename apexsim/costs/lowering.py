@@ -345,7 +345,8 @@ def _moe_part(deployment: Deployment, pool: Pool) -> list[list[RowOperator]]:
         gated=model.gated,
     )
     routed: list[RowOperator] = [Gemm("router", moe.experts, model.hidden, "bf16")]
-    routed += _carried(deployment, pool, Experts("experts", layer, rows=_expert_rows(plan)))
+    choice_s = deployment.engine.host.expert_choice_s
+    routed += _carried(deployment, pool, Experts("experts", layer, rows=_expert_rows(plan), choice_s=choice_s))
     if not moe.shared_width:
         return [routed]
     shared = _ffn(deployment, moe.shared_width // plan.tensor, "shared_")

@@ -92,11 +92,15 @@ class Gemm:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """The routed experts of one layer: ``layer`` has the width on one rank and the experts of the whole group."""
+    """The routed experts of one layer: ``layer`` has the width on one rank and the experts of the whole group.
+
+    ``choice_s``: seconds of choosing them, beyond what the fitted kernel contains.
+    """
 
     name: str
     layer: MoeLayer
     rows: Rows = "tokens"
+    choice_s: float = 0.0
     kind = "moe"
     launches = 0  # an engine's own term: HostTerms.expert_launch_s
 
@@ -114,7 +118,7 @@ class Experts:
         return self.layer.experts / self.layer.ep * self._expert_elements * dtype_bytes(self.layer.dtype)
 
     def seconds(self, costs: OperatorCosts, rows: Array) -> Array:
-        return costs.moe_s(rows, self.layer)
+        return costs.moe_s(rows, self.layer) + np.where(rows > 0, self.choice_s, 0.0)
 
     def flops(self, rows: Array) -> Array:
         """Of an average rank; the most loaded one does more, which its time contains."""

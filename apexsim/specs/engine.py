@@ -30,6 +30,9 @@ class HostTerms(Spec):
     its kernels are. Graphs replay the steps that only decode, and steps that compute prompts up to
     ``graph_tokens`` tokens; without ``cuda_graphs`` none. Shared experts run beside the routed ones, on a stream of
     their own or as one expert more, in steps of up to ``beside_tokens`` tokens, and then take no time of their own.
+
+    ``expert_choice_s`` is what a layer of experts takes on the device beyond the kernel of the device's table, which is
+    vLLM's: choosing experts and sorting tokens in kernels of the engine's own.
     """
 
     step_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
@@ -39,6 +42,7 @@ class HostTerms(Spec):
     response_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
     launch_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
     expert_launch_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
+    expert_choice_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
     graph_tokens: int = Field(0, ge=0)
     beside_tokens: int = Field(0, ge=0)
     overlapped: bool = False
