@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -39,13 +40,15 @@ def written(path: Path, lines: list[str]) -> list[MeasuredRun]:
     return read_runs(path)
 
 
-def runs_as_simulated(path: Path) -> list[MeasuredRun]:
-    """Runs whose measured figures are those of a simulation under ``TRUTH``."""
+def runs_as_simulated(
+    path: Path, models: Sequence[str] = ("llama-3.1-8b", "qwen3-8b"), truth: Mapping[str, float] = TRUTH
+) -> list[MeasuredRun]:
+    """Runs whose measured figures are those of a simulation under ``truth``."""
     lines = []
-    for model in ("llama-3.1-8b", "qwen3-8b"):
+    for model in models:
         for at in range(len(LOADS)):
             (run,) = written(path, [line(model, at)])
-            figures = replay(run, engine_options=TRUTH).figures
+            figures = replay(run, engine_options=truth).figures
             lines.append(line(model, at, f"{figures['ttft_mean_s']:.6g},{figures['tpot_mean_s']:.6g}"))
     return written(path, lines)
 
@@ -67,6 +70,14 @@ def test_terms_are_found_again(tmp_path: Path) -> None:
     for errors in report.left_out.values():
         assert errors.tpot_mape is not None
         assert errors.tpot_mape < 2
+
+
+def test_what_a_layer_of_experts_takes_is_told_from_what_a_step_does(tmp_path: Path) -> None:
+    truth = {"step_s": 1.2e-3, "expert_choice_s": 25e-6}
+    runs = runs_as_simulated(tmp_path / "runs.csv", ("llama-3.1-8b", "qwen3-30b-a3b"), truth)
+    fitted = calibrate(profile(), drawn_groups(runs, profile(), 20, 0), terms=list(truth), jobs=1)
+    for term, value in truth.items():
+        assert getattr(fitted.host, term) == pytest.approx(value, rel=0.1), term
 
 
 def test_a_calibrated_profile_begins_where_the_first_calibration_did(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import networkx as nx
@@ -11,12 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apexsim import catalog
+from apexsim.costs.fitted import OperatorCosts
 from apexsim.costs.forms.prefill import causal_pairs
 from apexsim.costs.lowering import Lowered, lower, split_layers
 from apexsim.costs.operators import Collective, Experts, Gemm
+from apexsim.costs.steps import BatchStats, build_step_cost
 from apexsim.errors import InfeasiblePlan
+from apexsim.io.deployments import with_engine_options
 from apexsim.specs.cluster import Cluster
 from apexsim.specs.deployment import Deployment, Plan, Pool
+from apexsim.specs.engine import CommunicationDefaults
 from apexsim.specs.model import MoESpec
 
 ONE = np.ones(1)
@@ -83,6 +88,38 @@ def test_tensor_parallelism_splits_and_reduces_twice_a_layer() -> None:
         ("lm_head", "survivors"), ("logits_all_gather", "survivors"), ("sampling", "survivors"),
     ]  # fmt: skip
     assert stage.head[0].weight_bytes == 2 * 8192 * 128256 / 4
+
+
+def test_all_reduces_that_are_sent_at_once_grow_with_everybody_s_bytes() -> None:
+    """vLLM's kernel, the measured one, sends in two goes above 256 KiB on 8 ranks; TensorRT-LLM's from 129 tokens."""
+    costs = OperatorCosts(H100)
+    tokens = np.array([1.0, 16.0, 64.0, 128.0, 129.0])
+    measured = Collective("r", "all_reduce", 8, 16384.0, custom_max_bytes=8 << 20)
+    at_once = replace(measured, one_shot_max_bytes=128 * 16384.0)
+    slower = at_once.seconds(costs, tokens) / measured.seconds(costs, tokens)
+    assert slower[0] == slower[4] == 1
+    assert 1 < slower[2] < slower[3]
+    kib = 1024.0
+    step = float(costs.one_shot_s(8, 1024 * kib) - costs.one_shot_s(8, 512 * kib))
+    assert step == pytest.approx(4 * float(costs.one_shot_s(8, 256 * kib) - costs.one_shot_s(8, 128 * kib)))
+
+
+def test_choosing_experts_is_an_engine_s_own_time_once_a_layer() -> None:
+    deployment = deployed("qwen3-30b-a3b", Plan(tensor=2))
+    chosen = with_engine_options(deployment.engine, {"expert_choice_s": 20e-6}, "here")
+    slower = deployment.model_copy(update={"engine": chosen})
+    stats = BatchStats(8, 8 * 1000, (), (), 8)
+    times = [build_step_cost(each, each.pools[0]).stage_ns(stats)[0] for each in (deployment, slower)]
+    assert times[1] - times[0] == pytest.approx(48 * 20_000, abs=48)
+
+
+def test_how_far_an_engine_sends_at_once() -> None:
+    tokens = CommunicationDefaults(fused_norm_max_bytes=1 << 20, one_shot_max_tokens=128)
+    assert tokens.one_shot_bytes(8, 4096.0) == 128 * 4096
+    assert tokens.one_shot_bytes(8, 65536.0) == 1 << 20
+    groups = CommunicationDefaults(fused_norm_max_bytes=64 << 20, one_shot_max_bytes={4: 4 << 20})
+    assert (groups.one_shot_bytes(4, 8192.0), groups.one_shot_bytes(8, 8192.0)) == (4 << 20, 0)
+    assert CommunicationDefaults(one_shot_max_tokens=128).one_shot_bytes(8, 4096.0) == 0
 
 
 def test_no_custom_all_reduce_when_the_engine_has_it_off() -> None:

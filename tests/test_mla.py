@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,13 @@ def with_latent(profile: DeviceProfile = H200) -> DeviceProfile:
 COSTS = OperatorCosts(with_latent())
 
 
-def deployed(model: ModelSpec = DEEPSEEK, device: DeviceProfile | None = None, **fields: Any) -> Deployment:
+def deployed(
+    model: ModelSpec = DEEPSEEK, device: DeviceProfile | None = None, engine: str = "vllm-v1-async", **fields: Any
+) -> Deployment:
     return Deployment(
         model=model,
         cluster=Cluster(device=device or with_latent(), devices_per_node=16),
-        engine=catalog.load("engine", "vllm-v1-async"),
+        engine=catalog.load("engine", engine),
         pools=(Pool(plan=Plan(tensor=8)),),
         **({"weights": "fp8_block", "kv_cache": "bf16"} | fields),
     )
@@ -132,6 +135,13 @@ def test_heads_are_split_and_down_projections_repeated() -> None:
     assert dense.attention == experts.attention == mixing()
     assert [n for _, n in low.stages[0].blocks] == [3, 58]
     assert "attention_all_reduce" in dense.graph
+    copies = ["kv_b_keys", "cache_write", "join_queries", "attention"]
+    assert all(dense.graph.has_edge(*pair) for pair in pairwise(copies))
+
+
+def test_tensorrt_llm_copies_while_it_rotates() -> None:
+    deployment = deployed(engine="trtllm-1.1")
+    dense, _ = lower(deployment, deployment.pools[0]).blocks
     assert dense.graph.has_edge("kv_b_keys", "attention")
 
 

@@ -154,12 +154,22 @@ def test_a_row_becomes_the_deployment_it_states() -> None:
     assert (memory.gpu_memory_utilization, memory.kv_blocks) == (0.8, 5000)
 
 
-@pytest.mark.parametrize(("source", "budget"), [("nvidia_gap_analysis", 2 * 1000 + 4), ("elsewhere", 8192)])
-def test_recipes_of_tensorrt_llm_set_its_token_budget(source: str, budget: int) -> None:
-    row = {"engine": "trtllm", "engine_version": "1.0.0rc3", "source": source}
+@pytest.mark.parametrize(
+    ("source", "prompt", "budget"),
+    [("nvidia_gap_analysis", 2000, 2112), ("nvidia_gap_analysis", 100, 1152), ("elsewhere", 1000, 8192)],
+)
+def test_recipes_of_tensorrt_llm_set_its_token_budget(source: str, prompt: int, budget: int) -> None:
+    """One prompt a step and a token for each of the others, in 64s, but 1,024 tokens of short prompts together."""
+    row = {"engine": "trtllm", "engine_version": "1.0.0rc3", "source": source, "prompt_tokens": prompt}
     assert case(**row).deployment.for_load(1000, 4).scheduler.token_budget == budget
     stated = case(**row, max_num_batched_tokens=4096).deployment
     assert stated.for_load(1000, 4).scheduler.token_budget == 4096
+
+
+@pytest.mark.parametrize(("model", "seats"), [("llama-3.1-8b", 3), ("qwen3-32b", 2048)])
+def test_one_seat_is_missing_where_nvidia_served_llama_8b(model: str, seats: int) -> None:
+    row = {"engine": "trtllm", "engine_version": "1.0.0rc3", "source": "nvidia_gap_analysis", "model": model}
+    assert case(**row).deployment.scheduler.max_num_seqs == seats
 
 
 def test_every_recipe_can_be_launched_and_names_its_script() -> None:

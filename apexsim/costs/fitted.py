@@ -235,9 +235,10 @@ class OperatorCosts:
     def one_shot_s(self, group: int, message_bytes: Any) -> Array:
         """Seconds of an all-reduce in which every rank sends its buffer to every other at once.
 
-        The measured kernel is of that kind for small messages; what it takes a byte there (``ONE_SHOT_BYTES``) holds on.
+        The measured kernel is of that kind for small messages; what a byte takes there (``ONE_SHOT_BYTES``) holds on.
         """
-        table, (small, large) = self._table("all_reduce", self.collective_key("all_reduce", group, custom=True)), ONE_SHOT_BYTES
+        table = self._table("all_reduce", self.collective_key("all_reduce", group, custom=True))
+        small, large = ONE_SHOT_BYTES
         s_per_byte = float(table(large) - table(small)) / (large - small)
         return np.asarray(table(large) + s_per_byte * (np.asarray(message_bytes, dtype=float) - large))
 

@@ -10,45 +10,31 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from apexsim.costs.collectives import copies_sent
-from apexsim.costs.fitted import AttentionShape, MoeLayer
+from apexsim.costs.experts import dispatches, moe_of, routed_part
+from apexsim.costs.fitted import AttentionShape
 from apexsim.costs.mixing import Mixing
 from apexsim.costs.mla import LatentMixing, copies, projections
 from apexsim.costs.operators import (
     ACTIVATION_BYTES,
+    FP32_BYTES,
     Attention,
     Collective,
-    CollectiveKind,
     Elementwise,
     Experts,
     Gemm,
     RowOperator,
-    Rows,
     Sampling,
 )
 from apexsim.costs.recurrent import StateUpdate
 from apexsim.errors import InfeasiblePlan
-from apexsim.specs.deployment import Deployment, Plan, Pool
+from apexsim.specs.deployment import Deployment, Pool
 
 if TYPE_CHECKING:
     from apexsim.specs.layers import LayerKind
-    from apexsim.specs.model import MoESpec
 
-# Measured exchanges of expert layers, by what an engine profile calls them.
-EXCHANGES: dict[tuple[str, str], CollectiveKind] = {
-    ("all_to_all", "dispatch"): "all_to_all",
-    ("all_to_all", "combine"): "all_to_all",
-    ("deepep", "dispatch"): "deepep_dispatch",
-    ("deepep", "combine"): "deepep_combine",
-    ("deepep_ll", "dispatch"): "deepep_ll_dispatch",
-    ("deepep_ll", "combine"): "deepep_ll_combine",
-    ("trtllm", "dispatch"): "trtllm_dispatch",
-    ("trtllm", "combine"): "trtllm_combine",
-}
 Operator = RowOperator | Mixing
-FP32_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,57 +312,16 @@ def _ffn_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> list[list[
 
 
 def _moe_part(deployment: Deployment, pool: Pool) -> list[list[RowOperator]]:
-    """Router and routed experts; shared experts as one dense FFN, hidden by them in small steps of some engines.
-
-    With ``all_reduce`` every rank holds all tokens already, or gathers those of the other attention-data ranks and
-    hands back their sums, and partial sums meet in the closing all-reduce; with any other ``moe_dispatch`` it sends its
-    share of the tokens to the ranks of their experts and gets them back.
-    """
-    model, plan = deployment.model, pool.plan
-    moe = _moe_of(deployment)
-    layer = MoeLayer(
-        hidden=model.hidden,
-        inter=moe.ffn // plan.moe_tensor,
-        topk=moe.active,
-        experts=moe.experts,
-        ep=plan.expert,
-        dtype=deployment.expert_dtype,
-        routing_exponent=moe.routing_exponent,
-        gated=model.gated,
-    )
-    routed: list[RowOperator] = [Gemm("router", moe.experts, model.hidden, "bf16")]
-    choice_s = deployment.engine.host.expert_choice_s
-    routed += _carried(deployment, pool, Experts("experts", layer, rows=_expert_rows(plan), choice_s=choice_s))
+    """Router and routed experts; shared experts as one dense FFN, hidden by them in small steps of some engines."""
+    model, moe = deployment.model, moe_of(deployment)
+    routed = routed_part(deployment, pool)
     if not moe.shared_width:
         return [routed]
-    shared = _ffn(deployment, moe.shared_width // plan.tensor, "shared_")
+    shared = _ffn(deployment, moe.shared_width // pool.plan.tensor, "shared_")
     if moe.shared_gate:
         shared.append(Gemm("shared_gate", 1, model.hidden, "bf16"))
     beside = deployment.engine.host.beside_tokens
     return [routed, [replace(op, hidden_rows=beside) for op in shared]]
-
-
-def _expert_rows(plan: Plan) -> Rows:
-    return "all_tokens" if plan.attention_data > 1 else "tokens"
-
-
-def _carried(deployment: Deployment, pool: Pool, experts: Experts) -> list[RowOperator]:
-    """The experts between what brings tokens to them from other ranks and what takes them back."""
-    if _dispatches(deployment, pool):
-        return [_exchange(deployment, pool, "dispatch"), experts, _exchange(deployment, pool, "combine")]
-    ranks, width = pool.plan.attention_data, ACTIVATION_BYTES * deployment.model.hidden
-    if ranks == 1:
-        return [experts]
-    gather = Collective("gather", "all_gather", ranks, width, rows="all_tokens")
-    return [gather, experts, Collective("scatter", "reduce_scatter", ranks, width, rows="all_tokens")]
-
-
-def _exchange(deployment: Deployment, pool: Pool, phase: Literal["dispatch", "combine"]) -> Collective:
-    """Tokens to the ranks of their experts, or back: a copy an expert, or a rank where the library merges copies."""
-    library, ranks, active = deployment.engine.communication.moe_dispatch, pool.plan.expert, _moe_of(deployment).active
-    copies = copies_sent(active, ranks) if library in ("deepep", "trtllm") else active
-    sent, rows = ACTIVATION_BYTES * deployment.model.hidden * copies / ranks, _expert_rows(pool.plan)
-    return Collective(phase, EXCHANGES[library, phase], ranks, sent, rows=rows)
 
 
 def _closing(deployment: Deployment, pool: Pool, kind: LayerKind, branches: int) -> list[RowOperator]:
@@ -386,19 +331,8 @@ def _closing(deployment: Deployment, pool: Pool, kind: LayerKind, branches: int)
     post = _post_norm(deployment, "ffn_post_norm")
     if not branches:
         return []
-    if kind.moe and _dispatches(deployment, pool):
+    if kind.moe and dispatches(deployment, pool):
         if pool.plan.tensor == 1:
             return [*joined, *post]
         return [*joined, Collective("ffn_all_gather", "all_gather", pool.plan.tensor, width), *post]
     return [*joined, *_all_reduce(deployment, pool, "ffn_all_reduce"), *post]
-
-
-def _dispatches(deployment: Deployment, pool: Pool) -> bool:
-    """Whether tokens travel to their experts; only where every rank holds whole experts."""
-    whole = pool.plan.expert > 1 and pool.plan.moe_tensor == 1
-    return whole and deployment.engine.communication.moe_dispatch != "all_reduce"
-
-
-def _moe_of(deployment: Deployment) -> MoESpec:
-    assert deployment.model.moe is not None, "a block with experts belongs to a model that has some"
-    return deployment.model.moe

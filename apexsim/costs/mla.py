@@ -57,9 +57,9 @@ def projections(sizes: LatentAttention, hidden: int, heads: int, dtype: str) -> 
 
 
 def copies(sizes: LatentAttention, heads: int) -> list[RowOperator]:
-    """Kernels between projections and attention: latent vectors go to the cache, absorbed queries and rotated parts join.
+    """Kernels between projections and attention: latent vectors go to the cache, both parts of a query are joined.
 
-    TensorRT-LLM does both with the rotation (``mla_rope_append_paged_kv_assign_q``).
+    TensorRT-LLM does that with the rotation (``mla_rope_append_paged_kv_assign_q``).
     """
     latent_bytes = 2 * ACTIVATION_BYTES * sizes.latent
     return [Elementwise("cache_write", latent_bytes), Elementwise("join_queries", heads * latent_bytes)]

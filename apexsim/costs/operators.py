@@ -39,6 +39,7 @@ CollectiveKind = Literal[
 ]
 
 ACTIVATION_BYTES = 2.0
+FP32_BYTES = 4
 LOGIT_BYTES = 4.0
 
 # Calls that an engine makes besides the one that is timed, counted in vLLM's sources: quantising activations, writing

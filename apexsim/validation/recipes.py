@@ -28,7 +28,8 @@ _TABLE = "recipes.yaml"
 _Layout = Literal["expert_always", "tensor_only", "data_ranks", "no_data_ranks"]
 _Rule = Literal[
     "concurrency", "concurrency_less_1", "concurrency_from_128", "twice_concurrency_to_512", "one_prompt",
-    "one_prompt_or_1024", "one_prompt_or_8192", "two_prompts", "10_or_30_from_16", "16384_or_32768_from_64", "16_or_32_from_128",
+    "one_prompt_or_1024", "one_prompt_or_8192", "two_prompts", "10_or_30_from_16", "16384_or_32768_from_64",
+    "16_or_32_from_128",
 ]  # fmt: skip
 
 # The value of an option, given requests in flight and prompt tokens; "from" in a name counts requests in flight.

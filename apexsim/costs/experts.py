@@ -1,0 +1,91 @@
+"""The routed experts of a layer as operators: the router, the experts, and what carries tokens to them and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from apexsim.costs.collectives import copies_sent
+from apexsim.costs.fitted import MoeLayer
+from apexsim.costs.operators import (
+    ACTIVATION_BYTES,
+    Collective,
+    CollectiveKind,
+    Experts,
+    Gemm,
+    RowOperator,
+    Rows,
+)
+from apexsim.specs.deployment import Deployment, Plan, Pool
+
+if TYPE_CHECKING:
+    from apexsim.specs.model import MoESpec
+
+# Measured exchanges of expert layers, by what an engine profile calls them.
+EXCHANGES: dict[tuple[str, str], CollectiveKind] = {
+    ("all_to_all", "dispatch"): "all_to_all",
+    ("all_to_all", "combine"): "all_to_all",
+    ("deepep", "dispatch"): "deepep_dispatch",
+    ("deepep", "combine"): "deepep_combine",
+    ("deepep_ll", "dispatch"): "deepep_ll_dispatch",
+    ("deepep_ll", "combine"): "deepep_ll_combine",
+    ("trtllm", "dispatch"): "trtllm_dispatch",
+    ("trtllm", "combine"): "trtllm_combine",
+}
+
+
+def routed_part(deployment: Deployment, pool: Pool) -> list[RowOperator]:
+    """Router and routed experts of one layer on one rank.
+
+    With ``all_reduce`` every rank holds all tokens already, or gathers those of the other attention-data ranks and
+    hands back their sums, and partial sums meet in the closing all-reduce; with any other ``moe_dispatch`` it sends its
+    share of the tokens to the ranks of their experts and gets them back.
+    """
+    model, plan, moe = deployment.model, pool.plan, moe_of(deployment)
+    layer = MoeLayer(
+        hidden=model.hidden,
+        inter=moe.ffn // plan.moe_tensor,
+        topk=moe.active,
+        experts=moe.experts,
+        ep=plan.expert,
+        dtype=deployment.expert_dtype,
+        routing_exponent=moe.routing_exponent,
+        gated=model.gated,
+    )
+    choice_s = deployment.engine.host.expert_choice_s
+    experts = Experts("experts", layer, rows=_expert_rows(plan), choice_s=choice_s)
+    return [Gemm("router", moe.experts, model.hidden, "bf16"), *_carried(deployment, pool, experts)]
+
+
+def dispatches(deployment: Deployment, pool: Pool) -> bool:
+    """Whether tokens travel to their experts; only where every rank holds whole experts."""
+    whole = pool.plan.expert > 1 and pool.plan.moe_tensor == 1
+    return whole and deployment.engine.communication.moe_dispatch != "all_reduce"
+
+
+def moe_of(deployment: Deployment) -> MoESpec:
+    """The experts of a model that has some."""
+    assert deployment.model.moe is not None, "a block with experts belongs to a model that has some"
+    return deployment.model.moe
+
+
+def _expert_rows(plan: Plan) -> Rows:
+    return "all_tokens" if plan.attention_data > 1 else "tokens"
+
+
+def _carried(deployment: Deployment, pool: Pool, experts: Experts) -> list[RowOperator]:
+    """The experts between what brings tokens to them from other ranks and what takes them back."""
+    if dispatches(deployment, pool):
+        return [_exchange(deployment, pool, "dispatch"), experts, _exchange(deployment, pool, "combine")]
+    ranks, width = pool.plan.attention_data, ACTIVATION_BYTES * deployment.model.hidden
+    if ranks == 1:
+        return [experts]
+    gather = Collective("gather", "all_gather", ranks, width, rows="all_tokens")
+    return [gather, experts, Collective("scatter", "reduce_scatter", ranks, width, rows="all_tokens")]
+
+
+def _exchange(deployment: Deployment, pool: Pool, phase: Literal["dispatch", "combine"]) -> Collective:
+    """Tokens to the ranks of their experts, or back: a copy an expert, or a rank where the library merges copies."""
+    library, ranks, active = deployment.engine.communication.moe_dispatch, pool.plan.expert, moe_of(deployment).active
+    copies = copies_sent(active, ranks) if library in ("deepep", "trtllm") else active
+    sent, rows = ACTIVATION_BYTES * deployment.model.hidden * copies / ranks, _expert_rows(pool.plan)
+    return Collective(phase, EXCHANGES[library, phase], ranks, sent, rows=rows)
