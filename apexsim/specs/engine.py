@@ -64,8 +64,7 @@ def token_budget(rule: TokenBudgetRule, *, prompt_tokens: int, sequences: int) -
     """Tokens a step may compute as benchmark recipes for TensorRT-LLM set it from their load.
 
     ``one_prompt`` is a prompt and a token for everybody else, rounded up to 64 (the recipe of InferenceX:
-    ceil((sequences + prompt + 64) / 64) x 64); ``two_prompts`` is two prompts and a token for everybody (fits what
-    NVIDIA published of 1.0.0rc3).
+    ceil((sequences + prompt + 64) / 64) x 64); ``two_prompts`` is two prompts and a token for everybody.
     """
     if rule == "two_prompts":
         return 2 * prompt_tokens + sequences
