@@ -239,6 +239,14 @@ def test_recipes_hold_for_their_versions(version: str, wanted: tuple[str, float,
     assert (launch.kv_dtype, options["gpu_memory_utilization"], options.get("graph_tokens", 512)) == wanted
 
 
+def test_a_tensor_degree_that_is_written_squared_is_found_again() -> None:
+    row = {"engine": "trtllm", "engine_version": "gpt-oss-dev", "source": "inferencex", "model": "gpt-oss-120b"}
+    found = case(**row, device="h200-sxm", tensor=16, expert=4, moe_tensor=4, weight_dtype="bf16", moe_dtype="mxfp4")
+    plan = found.deployment.pools[0].plan
+    assert (plan.tensor, plan.expert) == (4, 1)
+    assert any("tensor 4 instead of 16, expert 1 instead of 4" in note for note in found.notes)
+
+
 def test_versions_compare_by_their_numbers() -> None:
     versions = ["0.9.2", "0.10", "0.10.2rc1", "v0.11.0-cu130", "1.0.0rc3"]
     numbers = [version_numbers(version) for version in versions]

@@ -25,7 +25,7 @@ from apexsim.validation.runs import RunRow
 
 _TABLE = "recipes.yaml"
 
-_Layout = Literal["expert_always", "tensor_only", "data_ranks", "no_data_ranks"]
+_Layout = Literal["expert_always", "tensor_only", "data_ranks", "no_data_ranks", "squared"]
 _Rule = Literal[
     "concurrency", "concurrency_less_1", "concurrency_from_128", "twice_concurrency_to_512", "one_prompt",
     "one_prompt_or_1024", "one_prompt_or_8192", "two_prompts", "10_or_30_from_16", "16384_or_32768_from_64",
@@ -104,6 +104,7 @@ class Recipe(Spec):
 
     ``rules`` are options that follow from the load. ``plan`` is how the script reads the degrees of a row:
     ``expert_always`` spreads experts over all ranks whatever the row says; ``tensor_only`` knows no other degree;
+    ``squared`` has the square of the tensor degree for it, and the degree itself for that of expert parallelism;
     ``data_ranks`` makes all devices of the tensor degree ranks of data-parallel attention where a row has them, and
     ``no_data_ranks`` takes those for expert parallelism alone. ``no_term`` is for readers.
     """
@@ -160,6 +161,7 @@ def _degrees(plan: _Layout | None, row: RunRow) -> dict[str, int]:
     tensor, ranks, expert = row.tensor or 1, row.attention_data or 1, row.expert or 1
     laid_out = {
         "expert_always": (tensor, ranks, tensor * ranks),
+        "squared": (expert, ranks, 1),
         "tensor_only": (tensor, 1, 1),
         "data_ranks": (1, tensor, tensor) if ranks > 1 else (tensor, ranks, expert),
         "no_data_ranks": (tensor, 1, tensor if ranks > 1 else expert),
