@@ -639,6 +639,25 @@ def test_a_few_measured_rows_of_each_set(data: Path) -> None:
         assert errors.abs().mean() < percent / 100
 
 
+@pytest.fixture(scope="module")
+def silicon(data: Path) -> pd.DataFrame:
+    """Scores of every seventh row of the set, by kind of model."""
+    runs = read_runs(data / "ground_truth" / "silicon" / "runs.csv")[::7]
+    found = scores.score(scores.with_parts(run_rows(runs, jobs=1)), scores.BY_CLASS)
+    return found[found["part"] == scores.SCORED].set_index(["model_kind", "figure"])
+
+
+@pytest.mark.parametrize(("kind", "tpot", "ttft"), [("dense", 8, 17), ("moe", 11, 22), ("mla", 13, 32)])
+def test_errors_of_served_runs_stay_within_the_bars_of_their_kind(
+    silicon: pd.DataFrame, kind: str, tpot: float, ttft: float
+) -> None:
+    errors = silicon.loc[(kind, "tpot_mean_s")]
+    assert errors["mape"] <= tpot
+    assert abs(errors["bias"]) <= 5
+    assert errors["mape"] < errors["peer_mape"]
+    assert silicon.loc[(kind, "ttft_mean_s"), "mape"] <= ttft
+
+
 @pytest.mark.parametrize("device", ["rtx-4090", "rtx-pro-6000"])
 def test_a_burst_of_vllm_runs_is_met_request_by_request(data: Path, device: str) -> None:
     runs = read_runs(data / "ground_truth" / "vllm_runs" / "runs.csv")
