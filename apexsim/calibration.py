@@ -315,5 +315,5 @@ def _left_out(errors: Floats) -> LeftOut:
 
 
 def _rounded(value: float) -> float:
-    """Three significant digits: more are not known."""
-    return float(f"{value:.3g}")
+    """Three significant digits, more are not known; less than a nanosecond, which no clock here tells, is nothing."""
+    return float(f"{value:.3g}") if abs(value) >= 1e-9 else 0.0

@@ -38,6 +38,7 @@ def main(scores: str, energy: str) -> None:
         "served runs": lambda: errors(served, ("set", "part", "model_kind")),
         "served runs by model": lambda: errors(models, ("part", "engine", "device", "model"), {"TTFT", "TPOT"}),
         "decisions": lambda: decisions(found["decisions"]),
+        "decisions by model": lambda: decisions_by_model(found["decisions_by_model"]),
         "energy": lambda: errors(power, ("part", "model_kind")),
         "energy at measured steps": lambda: errors(given["by_class"], ("part", "model_kind"), {"power", "J/token"}),
         "calibrated terms": terms,
@@ -70,6 +71,13 @@ def decisions(records: list[Record]) -> Iterator[str]:
     yield from head("chooser", "questions", "right", "mean regret", "p90 regret")
     for each in records:
         yield row(each["chooser"], each["questions"], *(one(each[k]) for k in ("right", "mean_regret", "p90_regret")))
+
+
+def decisions_by_model(records: list[Record]) -> Iterator[str]:
+    yield from head("kind", "engine", "device", "model", "questions", "right", "mean regret", "p90 regret")
+    for each in records:
+        names = (each[key] for key in ("model_kind", "engine", "device", "model", "questions"))
+        yield row(*names, *(one(each[key]) for key in ("right", "mean_regret", "p90_regret")))
 
 
 def terms() -> Iterator[str]:

@@ -127,21 +127,20 @@ def test_kv_dtype_is_the_engines_unless_asked_for() -> None:
 
 
 def test_token_budgets_of_benchmark_recipes() -> None:
-    assert token_budget("one_prompt", prompt_tokens=1024, sequences=64) == 1152
-    assert token_budget("one_prompt", prompt_tokens=1024, sequences=4) == 1152
-    assert token_budget("two_prompts", prompt_tokens=1024, sequences=64) == 2112
+    assert token_budget(prompt_tokens=1024, sequences=64) == 1152
+    assert token_budget(prompt_tokens=1024, sequences=4) == 1152
     choices = {"model": "llama-3.1-8b", "device": "h100-sxm", "engine": "trtllm"}
     plain = deployment_from(None, choices)
     assert plain.for_load(1024, 64) is plain
-    ruled = deployment_from(None, choices | {"engine_options": {"token_budget_rule": "two_prompts"}})
+    ruled = deployment_from(None, choices | {"engine_options": {"token_budget_rule": "one_prompt"}})
     assert ruled.scheduler.token_budget == 8192
-    assert ruled.for_load(1024, 64).scheduler.token_budget == 2112
-    assert ruled.for_load(1024, None).scheduler.token_budget == 2 * 1024 + 2048
+    assert ruled.for_load(1024, 64).scheduler.token_budget == 1152
+    assert ruled.for_load(1024, None).scheduler.token_budget == 1024 + 2048 + 64
     small = deployment_from(
         None,
-        {"model": "llama-3.1-8b", "device": "a100-sxm", "engine_options": {"token_budget_rule": "two_prompts"}},
+        {"model": "llama-3.1-8b", "device": "a100-sxm", "engine_options": {"token_budget_rule": "one_prompt"}},
     )
-    assert small.for_load(5000, 8).scheduler.token_budget == 10_008
+    assert small.for_load(5000, 8).scheduler.token_budget == 5120
 
 
 class RememberedBlocks(RuleBasedStateMachine):

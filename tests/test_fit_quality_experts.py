@@ -66,7 +66,7 @@ def test_experts_obey_the_roofline_and_grow_with_tokens(name, dtype):
     layer = MoeLayer(4096, 1536, 8, 128, dtype=dtype)
     tokens = np.array([1, 8, 64, 512, 4096, 16384])
     seconds = COSTS[name].moe_s(tokens, layer)
-    touched = routing.touched_experts(tokens, 128, 8, 0.75)
+    touched = routing.touched_experts(tokens, 128, 8, layer.routing_exponent)
     assert (
         seconds >= touched * 3 * 4096 * 1536 * dtype_bytes(dtype) / PROFILES[name].datasheet.memory_bytes_per_s
     ).all()

@@ -93,15 +93,22 @@ def test_tensor_parallelism_splits_and_reduces_twice_a_layer() -> None:
 def test_all_reduces_that_are_sent_at_once_grow_with_everybody_s_bytes() -> None:
     """vLLM's kernel, the measured one, sends in two goes above 256 KiB on 8 ranks; TensorRT-LLM's from 129 tokens."""
     costs = OperatorCosts(H100)
-    tokens = np.array([1.0, 16.0, 64.0, 128.0, 129.0])
+    tokens = np.array([0.0, 1.0, 8.0, 64.0, 128.0, 129.0])
     measured = Collective("r", "all_reduce", 8, 16384.0, custom_max_bytes=8 << 20)
     at_once = replace(measured, one_shot_max_bytes=128 * 16384.0)
-    slower = at_once.seconds(costs, tokens) / measured.seconds(costs, tokens)
-    assert slower[0] == slower[4] == 1
-    assert 1 < slower[2] < slower[3]
+    table, found = measured.seconds(costs, tokens), at_once.seconds(costs, tokens)
+    assert list(found[[0, 1, 2, 5]]) == list(table[[0, 1, 2, 5]])
     kib = 1024.0
-    step = float(costs.one_shot_s(8, 1024 * kib) - costs.one_shot_s(8, 512 * kib))
-    assert step == pytest.approx(4 * float(costs.one_shot_s(8, 256 * kib) - costs.one_shot_s(8, 128 * kib)))
+    small, large = (float(costs.collective_s("all_reduce", 8, n * kib, custom_allowed=True)) for n in (16, 128))
+    assert found[3] == pytest.approx(large + (large - small) / 112 * (1024 - 128))
+    assert 1 < found[3] / table[3] < found[4] / table[4]
+
+
+def test_two_ranks_always_send_at_once() -> None:
+    costs = OperatorCosts(H100)
+    payload = np.array([1e3, 1e6, 2e7])
+    measured = costs.collective_s("all_reduce", 2, payload, custom_allowed=True)
+    assert list(costs.one_shot_s(2, payload)) == list(measured)
 
 
 def test_choosing_experts_is_an_engine_s_own_time_once_a_layer() -> None:
@@ -115,11 +122,12 @@ def test_choosing_experts_is_an_engine_s_own_time_once_a_layer() -> None:
 
 def test_how_far_an_engine_sends_at_once() -> None:
     tokens = CommunicationDefaults(fused_norm_max_bytes=1 << 20, one_shot_max_tokens=128)
-    assert tokens.one_shot_bytes(8, 4096.0) == 128 * 4096
-    assert tokens.one_shot_bytes(8, 65536.0) == 1 << 20
-    groups = CommunicationDefaults(fused_norm_max_bytes=64 << 20, one_shot_max_bytes={4: 4 << 20})
-    assert (groups.one_shot_bytes(4, 8192.0), groups.one_shot_bytes(8, 8192.0)) == (4 << 20, 0)
-    assert CommunicationDefaults(one_shot_max_tokens=128).one_shot_bytes(8, 4096.0) == 0
+    assert tokens.one_shot_bytes(4096.0) == 128 * 4096
+    assert tokens.one_shot_bytes(65536.0) == 1 << 20
+    large = CommunicationDefaults(fused_norm_max_bytes=64 << 20, one_shot_max_bytes=16 << 20)
+    assert large.one_shot_bytes(8192.0) == 8 << 20  # above, the library's all-reduce takes over
+    assert CommunicationDefaults(one_shot_max_tokens=128).one_shot_bytes(4096.0) == 0
+    assert tokens.model_copy(update={"custom_all_reduce": False}).one_shot_bytes(4096.0) == 0
 
 
 def test_no_custom_all_reduce_when_the_engine_has_it_off() -> None:

@@ -385,6 +385,17 @@ def write(tmp_path: Path, config: object) -> Path:
     return folder / "config.json"
 
 
+@needs_data
+@pytest.mark.parametrize(("method", "exponent"), [(None, 0.75), ("noaux_tc", 0.75), ("greedy", 1.0)])
+def test_a_bias_that_balanced_experts_makes_them_more_even(tmp_path: Path, method: str, exponent: float) -> None:
+    config = json.loads((CONFIGS / "DeepSeek-V3.json").read_text())
+    moe = import_model(write(tmp_path, config | {"topk_method": method})).moe
+    assert moe is not None
+    assert (moe.router_bias, moe.routing_exponent) == (exponent < 1, exponent)
+    with pytest.raises(Unsupported, match="topk_method: got 'best'; known: greedy, group_limited_greedy, noaux_tc"):
+        import_model(write(tmp_path, config | {"topk_method": "best"}))
+
+
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 64,

@@ -108,6 +108,7 @@ def _print_tables(console: Console, found: dict[str, Any]) -> None:
     for figure, (ahead, groups) in found["ahead_of_peer"].items():
         console.print(f"ahead of the peer in {ahead} of {groups} groups on {figure}", highlight=False)
     _print_records(console, "Decisions: most output tokens/s per device under a TPOT limit (%)", found["decisions"])
+    _print_records(console, "Decisions by model, most regret in all first (%)", found["decisions_by_model"])
     _print_records(console, "Requests one by one (%)", found["requests"])
     for title, key in (("What became of the rows", "statuses"), ("What the rows left open", "assumed")):
         console.print(f"\n{title}", style="bold")

@@ -23,9 +23,11 @@ from apexsim.errors import Unsupported
 from apexsim.specs.device import DeviceProfile, Evidence, FittedOperator
 from apexsim.units import dtype_bytes
 
+# Messages of the tables that vLLM's all-reduce, the measured one, sends at once (custom_all_reduce.cuh: below 512 KiB
+# on up to 4 ranks, below 256 KiB on up to 8; all on 2): the largest by ranks, and one to draw a line from.
+ONE_SHOT_MEASURED = {4: 256 << 10, 8: 128 << 10}
+ONE_SHOT_FROM = 16 << 10
 # Element-wise kernels that a profile may have costs of their own for, the more special name first.
-# Messages between which vLLM's all-reduce (custom_all_reduce.cuh) is one-shot on every number of ranks.
-ONE_SHOT_BYTES = (16 << 10, 128 << 10)
 OWN_ELEMENTWISE = ("qk_norm", "norm", "rope", "activation", "embedding")
 # The hold-outs nearest to serving a model that no fit has seen, best first; 90th percentile of |x| of a normal law.
 HOLD_OUTS = ("generation_left_out", "device_left_out", "served_shapes_cold", "served_shapes", "random")
@@ -235,12 +237,14 @@ class OperatorCosts:
     def one_shot_s(self, group: int, message_bytes: Any) -> Array:
         """Seconds of an all-reduce in which every rank sends its buffer to every other at once.
 
-        The measured kernel is of that kind for small messages; what a byte takes there (``ONE_SHOT_BYTES``) holds on.
+        Beyond what was measured so, a byte takes what it did before.
         """
         table = self._table("all_reduce", self.collective_key("all_reduce", group, custom=True))
-        small, large = ONE_SHOT_BYTES
-        s_per_byte = float(table(large) - table(small)) / (large - small)
-        return np.asarray(table(large) + s_per_byte * (np.asarray(message_bytes, dtype=float) - large))
+        size = np.asarray(message_bytes, dtype=float)
+        if (largest := ONE_SHOT_MEASURED.get(group)) is None:
+            return table(size)
+        s_per_byte = float(table(largest) - table(ONE_SHOT_FROM)) / (largest - ONE_SHOT_FROM)
+        return np.asarray(table(np.minimum(size, largest)) + s_per_byte * np.maximum(0.0, size - largest))
 
     @staticmethod
     def collective_key(kind: str, group: int, *, custom: bool = False) -> str:

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 from apexsim.costs.experts import dispatches, moe_of, routed_part
 from apexsim.costs.fitted import AttentionShape
 from apexsim.costs.mixing import Mixing
-from apexsim.costs.mla import LatentMixing, copies, projections
+from apexsim.costs.mla import LatentMixing, latent_copies, projections
 from apexsim.costs.operators import (
     ACTIVATION_BYTES,
-    FP32_BYTES,
     Attention,
     Collective,
     Elementwise,
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from apexsim.specs.layers import LayerKind
 
 Operator = RowOperator | Mixing
+FP32_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ def _all_reduce(
     custom = communication.custom_all_reduce_max_bytes if communication.custom_all_reduce else 0
     width = row_bytes or ACTIVATION_BYTES * deployment.model.hidden
     ranks = pool.plan.tensor
-    at_once = communication.one_shot_bytes(ranks, width) if custom else 0.0
+    at_once = communication.one_shot_bytes(width)
     return (Collective(name, "all_reduce", ranks, width, custom_max_bytes=custom, one_shot_max_bytes=at_once),)
 
 
@@ -276,7 +276,7 @@ def _latent_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixed:
     assert model.mla is not None, "the caller has seen it"
     before, after = projections(model.mla, model.hidden, heads, deployment.weights)
     if "rope" not in deployment.engine.fusions:
-        before += copies(model.mla, heads)
+        before += latent_copies(model.mla)
     return LatentMixing("attention", model.mla, model.hidden, heads, deployment.kv_cache), before, after
 
 

@@ -56,13 +56,13 @@ def projections(sizes: LatentAttention, hidden: int, heads: int, dtype: str) -> 
     return before, after
 
 
-def copies(sizes: LatentAttention, heads: int) -> list[RowOperator]:
+def latent_copies(sizes: LatentAttention) -> list[RowOperator]:
     """Kernels between projections and attention: latent vectors go to the cache, both parts of a query are joined.
 
-    TensorRT-LLM does that with the rotation (``mla_rope_append_paged_kv_assign_q``).
+    Joining is charged by its launch: decodes have few bytes to copy, and the copies of prompts are in their attention.
+    TensorRT-LLM does both with the rotation (``mla_rope_append_paged_kv_assign_q``).
     """
-    latent_bytes = 2 * ACTIVATION_BYTES * sizes.latent
-    return [Elementwise("cache_write", latent_bytes), Elementwise("join_queries", heads * latent_bytes)]
+    return [Elementwise("cache_write", 2 * ACTIVATION_BYTES * sizes.latent), Elementwise("join_queries", 0.0)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ Activations are bf16 whatever the weights are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -17,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from apexsim.costs.attention import PrefillCost
-from apexsim.costs.fitted import AttentionShape, MoeLayer, OperatorCosts
+from apexsim.costs.fitted import ONE_SHOT_MEASURED, AttentionShape, MoeLayer, OperatorCosts
 from apexsim.costs.forms.hardware import Array
 from apexsim.costs.forms.prefill import causal_pairs
 from apexsim.units import dtype_bytes
@@ -39,7 +40,6 @@ CollectiveKind = Literal[
 ]
 
 ACTIVATION_BYTES = 2.0
-FP32_BYTES = 4
 LOGIT_BYTES = 4.0
 
 # Calls that an engine makes besides the one that is timed, counted in vLLM's sources: quantising activations, writing
@@ -223,6 +223,11 @@ class Collective:
         return OperatorCosts.collective_key(self.kind, self.group, custom=self.custom_max_bytes > 0)
 
     @property
+    def largest_measured_at_once(self) -> float:
+        """Bytes up to which the measured all-reduce sends at once, too: what follows is drawn on from there."""
+        return float(ONE_SHOT_MEASURED.get(self.group, math.inf))
+
+    @property
     def library(self) -> Collective:
         """The same collective by the library alone, whatever its size."""
         return replace(self, custom_max_bytes=0.0, one_shot_max_bytes=0.0)
@@ -230,10 +235,10 @@ class Collective:
     def seconds(self, costs: OperatorCosts, rows: Array) -> Array:
         payload = self.bytes_per_row * rows
         seconds = costs.collective_s(self.kind, self.group, payload, payload <= self.custom_max_bytes)
-        if self.one_shot_max_bytes:
-            at_once = np.maximum(seconds, costs.one_shot_s(self.group, payload))
-            seconds = np.where(payload <= self.one_shot_max_bytes, at_once, seconds)
-        return seconds
+        if not self.one_shot_max_bytes:
+            return seconds
+        at_once = (payload > 0) & (payload <= self.one_shot_max_bytes)
+        return np.where(at_once, np.maximum(seconds, costs.one_shot_s(self.group, payload)), seconds)
 
     def flops(self, rows: Array) -> Array:
         return np.zeros_like(rows)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -156,14 +156,18 @@ def _kernels(operator: RowOperator, rows: Array) -> list[tuple[RowOperator, Mask
     """The fitted operators behind an operator and the sizes at which each answers."""
     if not isinstance(operator, Collective) or not operator.custom_max_bytes:
         return [(operator, np.ones(len(rows), dtype=bool))]
-    own = operator.bytes_per_row * rows <= operator.custom_max_bytes
-    return [(operator, own), (operator.library, ~own)]
+    payload = operator.bytes_per_row * rows
+    own = payload <= operator.custom_max_bytes
+    at_once = (payload > operator.largest_measured_at_once) & (payload <= operator.one_shot_max_bytes)
+    measured = replace(operator, one_shot_max_bytes=0.0)
+    return [(operator, at_once), (measured, own & ~at_once), (operator.library, ~own)]
 
 
 def _evidence(costs: OperatorCosts, operator: RowOperator) -> str:
-    """That of the device's profile, which does not know the search for the most likely tokens."""
+    """That of the device's profile, which knows no search for the most likely tokens, and no large one-shot message."""
     searches = isinstance(operator, Sampling) and operator.passes > 0
-    return "estimated" if searches else costs.evidence(operator.kind, operator.key)
+    at_once = isinstance(operator, Collective) and operator.one_shot_max_bytes > 0
+    return "estimated" if searches or at_once else costs.evidence(operator.kind, operator.key)
 
 
 def _attention_evidence(costs: OperatorCosts, kind: str, attention: Mixing) -> str:

@@ -12,6 +12,8 @@ from apexsim.io.hf_json import Config
 
 # Routing exponent of routers that a bias balances (docs/validation.md); others have the default.
 BALANCED_EXPONENT = 0.75
+# Of DeepSeek's models: by score, by group and score, and with a bias that balances.
+TOP_K_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 
 
 def _swiglu(config: Config) -> None:
@@ -99,8 +101,19 @@ def _minimax_m2(config: Config) -> dict[str, Any]:
 
 
 def _balanced(by_bias: bool) -> dict[str, Any]:
-    """What it means for a router that a bias of its own, and no loss, kept its experts balanced in training."""
+    """What it means for a router that a bias added to its scores kept its experts balanced in training.
+
+    The bias of gpt-oss's router is another thing: a part of its product, trained as all weights are.
+    """
     return {"router_bias": True, "routing_exponent": BALANCED_EXPONENT} if by_bias else {"router_bias": False}
+
+
+def _top_k_method(config: Config) -> str:
+    """How the router picks experts; configurations of transformers' own classes leave out the one there is now."""
+    method = config.get("topk_method", "noaux_tc")
+    if method not in TOP_K_METHODS:
+        raise config.refuse("topk_method", f"got {method!r}; known: {', '.join(TOP_K_METHODS)}")
+    return str(method)
 
 
 def _deepseek(config: Config) -> dict[str, Any]:
@@ -121,7 +134,7 @@ def _deepseek(config: Config) -> dict[str, Any]:
         "shared_experts": shared,
         "shared_ffn": width if shared else None,
         "dense_layers": config.whole("first_k_dense_replace", 0),
-        **_balanced(config.get("topk_method") == "noaux_tc"),
+        **_balanced(_top_k_method(config) == "noaux_tc"),
     }
     ffn = config.whole("intermediate_size") if moe["dense_layers"] else None
     query = mla["qk_nope_head_dim"] + mla["qk_rope_head_dim"]

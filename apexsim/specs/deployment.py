@@ -160,7 +160,7 @@ class Deployment(Spec):
             return self
         seats, ranks = scheduler.max_num_seqs, self.pools[0].plan.attention_data
         sequences = seats if concurrency is None else min(seats, -(-concurrency // ranks))
-        budget = token_budget(scheduler.token_budget_rule, prompt_tokens=longest_prompt, sequences=sequences)
+        budget = token_budget(prompt_tokens=longest_prompt, sequences=sequences)
         return self.model_copy(update={"engine": self.engine.with_token_budget(budget)})
 
     @model_validator(mode="after")

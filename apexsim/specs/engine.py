@@ -17,7 +17,9 @@ MAX_PASSES = 10_000.0
 
 
 class HostTerms(Spec):
-    """Host time, in seconds. Few, additive and named; calibrated from served runs, never mixed with kernels.
+    """What an engine adds to its kernels, in seconds. Few, additive and named; calibrated from served runs.
+
+    All but ``expert_choice_s`` is time of the host.
 
     ``step_s`` is paid by every step and ``per_sequence_s`` by every scheduled sequence of it. An engine that
     prepares a step while the device runs the one before (``overlapped``) pays only what exceeds the device time.
@@ -31,8 +33,8 @@ class HostTerms(Spec):
     ``graph_tokens`` tokens; without ``cuda_graphs`` none. Shared experts run beside the routed ones, on a stream of
     their own or as one expert more, in steps of up to ``beside_tokens`` tokens, and then take no time of their own.
 
-    ``expert_choice_s`` is what a layer of experts takes on the device beyond the kernel of the device's table, which is
-    vLLM's: choosing experts and sorting tokens in kernels of the engine's own.
+    ``expert_choice_s`` is what a layer of experts takes on the device beyond the kernel of the device's table: what
+    served runs leave over, mostly choosing experts and sorting tokens in kernels of the engine's own.
     """
 
     step_s: float = Field(0.0, ge=0, le=MAX_HOST_S)
@@ -57,17 +59,15 @@ class HostTerms(Spec):
         return self.cuda_graphs and (not prompts or tokens <= self.graph_tokens)
 
 
-TokenBudgetRule = Literal["one_prompt", "two_prompts"]
+TokenBudgetRule = Literal["one_prompt"]
 
 
-def token_budget(rule: TokenBudgetRule, *, prompt_tokens: int, sequences: int) -> int:
-    """Tokens a step may compute as benchmark recipes for TensorRT-LLM set it from their load.
+def token_budget(*, prompt_tokens: int, sequences: int) -> int:
+    """Tokens a step may compute as benchmark recipes for TensorRT-LLM set it from their load (``one_prompt``).
 
-    ``one_prompt`` is a prompt and a token for everybody else, rounded up to 64 (the recipe of InferenceX:
-    ceil((sequences + prompt + 64) / 64) x 64); ``two_prompts`` is two prompts and a token for everybody.
+    A prompt and a token for everybody else, rounded up to 64 (the recipe of InferenceX:
+    ceil((sequences + prompt + 64) / 64) x 64).
     """
-    if rule == "two_prompts":
-        return 2 * prompt_tokens + sequences
     return -(-(sequences + prompt_tokens + 64) // 64) * 64
 
 
@@ -185,9 +185,9 @@ class CommunicationDefaults(Spec):
     """Which collective kernels an engine uses: its own all-reduce up to ``custom_all_reduce_max_bytes``, else NCCL.
 
     All-reduces of up to ``fused_norm_max_bytes`` do the residual add and the norm behind them in the same kernel
-    (FlashInfer's and TensorRT-LLM's fused all-reduce). Up to ``one_shot_max_tokens`` tokens, or the bytes that
-    ``one_shot_max_bytes`` has for so many ranks, every rank then sends all it has to every other at once, which is the
-    quickest for small messages only; larger ones cost what the kernel of the device's table does.
+    (FlashInfer's and TensorRT-LLM's fused all-reduce). Up to ``one_shot_max_tokens`` tokens or ``one_shot_max_bytes``,
+    every rank then sends all it has to every other at once, which is the quickest for small messages only; larger ones
+    cost what the kernel of the device's table does.
 
     ``moe_dispatch`` says how tokens reach experts that are whole on a rank (expert degree = devices of a stage > 1);
     where experts are cut, and under ``all_reduce``, every rank has all tokens (gathered over attention-data ranks)
@@ -198,14 +198,16 @@ class CommunicationDefaults(Spec):
     custom_all_reduce: bool = True
     custom_all_reduce_max_bytes: int = Field(8 << 20, ge=0)
     fused_norm_max_bytes: int = Field(0, ge=0)
-    one_shot_max_tokens: int = Field(0, ge=0)
-    one_shot_max_bytes: dict[int, int] = Field(default_factory=dict)
+    one_shot_max_tokens: int = Field(0, ge=0, le=2**24)
+    one_shot_max_bytes: int = Field(0, ge=0, le=2**40)
     moe_dispatch: Literal["all_reduce", "all_to_all", "deepep", "deepep_ll", "trtllm"] = "all_reduce"
 
-    def one_shot_bytes(self, ranks: int, row_bytes: float) -> float:
-        """Largest all-reduce over ``ranks``, of ``row_bytes`` a token, that is sent at once; 0 where none is."""
-        by_group = max(self.one_shot_max_tokens * row_bytes, self.one_shot_max_bytes.get(ranks, 0))
-        return min(by_group, self.fused_norm_max_bytes)
+    def one_shot_bytes(self, row_bytes: float) -> float:
+        """Largest all-reduce, of ``row_bytes`` a token, that is sent at once; 0 where none is."""
+        if not self.custom_all_reduce:
+            return 0.0
+        largest = max(self.one_shot_max_tokens * row_bytes, self.one_shot_max_bytes)
+        return min(largest, self.fused_norm_max_bytes, self.custom_all_reduce_max_bytes)
 
 
 class SamplerDefaults(Spec):

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 PERCENTILES = (20, 35, 50, 65, 80)
 TOLERATED = 1.05
+SUMMARY = ["chooser", "questions", "right", "mean_regret", "p90_regret"]
 _SAME_QUESTION = (
     "set", "model", "device", "engine", "weight_dtype", "prompt_tokens", "output_tokens", "length_range_ratio",
 )  # fmt: skip
+BY_MODEL = ("model_kind", "engine", "device", "model")
 _PLAN = ("tensor", "pipeline", "expert", "attention_data")
 
 # Rows of a question and its limit in seconds -> position of the row chosen.
@@ -44,7 +46,8 @@ def decisions(table: pd.DataFrame) -> pd.DataFrame:
         for percentile in PERCENTILES:
             limit_s = float(np.percentile(group["tpot_mean_s"], percentile))
             regrets = {name: _regret(group, limit_s, choose) for name, choose in CHOOSERS.items()}
-            found.append({**names, "rows": len(group), "percentile": percentile, "limit_s": limit_s, **regrets})
+            asked = {"rows": len(group), "percentile": percentile, "limit_s": limit_s}
+            found.append({**names, "model_kind": group["model_kind"].iloc[0], **asked, **regrets})
     return pd.DataFrame(found)
 
 
@@ -58,7 +61,20 @@ def summary(decided: pd.DataFrame) -> pd.DataFrame:
         if len(regrets):
             figures = [100 * (regrets <= 0).mean(), 100 * regrets.mean(), 100 * regrets.quantile(0.9)]
             rows.append([name, len(regrets), *figures])
-    return pd.DataFrame(rows, columns=["chooser", "questions", "right", "mean_regret", "p90_regret"])
+    return pd.DataFrame(rows, columns=SUMMARY)
+
+
+def summary_by_model(decided: pd.DataFrame) -> pd.DataFrame:
+    """The same for predictions alone, one row a kind of model, engine, device and model; most regret in all first."""
+    import pandas as pd
+
+    if decided.empty:
+        return pd.DataFrame(columns=[*BY_MODEL, *SUMMARY[1:]])
+    parts = [summary(group).head(1).assign(**dict(zip(BY_MODEL, map(str, names), strict=True)))
+             for names, group in decided.groupby(list(BY_MODEL), sort=True)]  # fmt: skip
+    found = pd.concat(parts)
+    lost = found["questions"] * found["mean_regret"]
+    return found.iloc[np.argsort(-lost.to_numpy(), kind="stable")][[*BY_MODEL, *SUMMARY[1:]]]
 
 
 def _groups(table: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:

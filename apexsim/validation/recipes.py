@@ -35,10 +35,10 @@ _Rule = Literal[
 # The value of an option, given requests in flight and prompt tokens; "from" in a name counts requests in flight.
 _RULES: Mapping[_Rule, Callable[[int, int], int]] = {
     "concurrency": lambda clients, prompt: clients,
-    "concurrency_less_1": lambda clients, prompt: max(1, clients - 1),
+    "concurrency_less_1": lambda clients, prompt: clients - 1,
     "concurrency_from_128": lambda clients, prompt: max(128, clients),
     "twice_concurrency_to_512": lambda clients, prompt: min(512, 2 * clients),  # vLLM's own, given the seats
-    "one_prompt": lambda clients, prompt: token_budget("one_prompt", prompt_tokens=prompt, sequences=clients),
+    "one_prompt": lambda clients, prompt: token_budget(prompt_tokens=prompt, sequences=clients),
     "one_prompt_or_1024": lambda clients, prompt: _RULES["one_prompt"](clients, max(1024, prompt)),
     "one_prompt_or_8192": lambda clients, prompt: max(8192, _RULES["one_prompt"](clients, prompt)),
     "two_prompts": lambda clients, prompt: 2 * prompt,
@@ -161,7 +161,7 @@ def _degrees(plan: _Layout | None, row: RunRow) -> dict[str, int]:
     tensor, ranks, expert = row.tensor or 1, row.attention_data or 1, row.expert or 1
     laid_out = {
         "expert_always": (tensor, ranks, tensor * ranks),
-        "squared": (expert, ranks, 1),
+        "squared": (expert, ranks, 1) if tensor == expert**2 else (tensor, ranks, expert),
         "tensor_only": (tensor, 1, 1),
         "data_ranks": (1, tensor, tensor) if ranks > 1 else (tensor, ranks, expert),
         "no_data_ranks": (tensor, 1, tensor if ranks > 1 else expert),

@@ -24,7 +24,7 @@ def report(table: pd.DataFrame) -> dict[str, Any]:
     ``table`` is that of ``scores.with_parts``. In the scores a group names its ``rows``, how many were ``predicted``,
     and under ``figures`` the errors of each measured figure.
     """
-    by_unit = score(table, BY_UNIT)
+    by_unit, decided = score(table, BY_UNIT), decisions.decisions(table)
     found = {
         "rows": len(table),
         "predicted": int((table["status"] == OK).sum()),
@@ -32,7 +32,8 @@ def report(table: pd.DataFrame) -> dict[str, Any]:
         "by_engine": _grouped(table, score(table, BY_ENGINE), BY_ENGINE),
         "by_model": _grouped(table, by_unit, BY_UNIT),
         "ahead_of_peer": ahead_of_peer(by_unit),
-        "decisions": decisions.summary(decisions.decisions(table)).to_dict("records"),
+        "decisions": decisions.summary(decided).to_dict("records"),
+        "decisions_by_model": decisions.summary_by_model(decided).to_dict("records"),
         "requests": _requests(table),
         "statuses": _counted(table["status"]),
         "assumed": _counted(note for notes in table["assumed"] for note in notes.split("; ") if note),
