@@ -1,7 +1,8 @@
 """What the published launch scripts of a benchmark set and the rows of its results do not say.
 
-``recipes.yaml`` holds the facts, each with the script it was read from; they are not fits. What a row states itself
-outweighs them but for the layout of its plan, where a script decides; what neither says is the engine's default.
+``recipes.yaml`` holds the facts, each with the script it was read from; they are not fits. Where no script is at hand,
+a comment says what in the rows shows it. What a row states itself outweighs them but for the layout of its plan, where
+a script decides; what neither says is the engine's default.
 """
 
 from __future__ import annotations
