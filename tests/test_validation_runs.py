@@ -251,6 +251,13 @@ def test_a_tensor_degree_that_is_written_squared_is_found_again() -> None:
     assert launched(RunRow.model_validate({**CLOSED, **asked, "tensor": 16, "expert": 2})).degrees == {}
 
 
+@pytest.mark.parametrize(("version", "expert"), [("", 8), ("0.5.9", 1)])
+def test_runs_of_before_versions_were_written_down_spread_their_experts(version: str, expert: int) -> None:
+    row = {"engine": "sglang", "engine_version": version, "model": "deepseek-r1", "device": "b200-sxm", "tensor": 8}
+    plan = inferencex(**row, expert=1, weight_dtype="nvfp4", moe_dtype="nvfp4").deployment.pools[0].plan
+    assert (plan.tensor, plan.expert) == (8, expert)
+
+
 def test_versions_compare_by_their_numbers() -> None:
     versions = ["0.9.2", "0.10", "0.10.2rc1", "v0.11.0-cu130", "1.0.0rc3"]
     numbers = [version_numbers(version) for version in versions]
