@@ -120,6 +120,15 @@ def test_choosing_experts_is_an_engine_s_own_time_once_a_layer() -> None:
     assert times[1] - times[0] == pytest.approx(48 * 20_000, abs=48)
 
 
+def test_no_time_for_choosing_where_the_measured_experts_are_the_engine_s_own() -> None:
+    """Kernels of experts in Blackwell's tables are TensorRT-LLM's; vLLM pays for what is around them."""
+    trtllm, vllm = catalog.load("engine", "trtllm-1.1"), catalog.load("engine", "vllm-v1-async")
+    hopper, blackwell = H100.datasheet, catalog.load("device", "b200-sxm").datasheet
+    assert trtllm.expert_choice_s(hopper) == trtllm.host.expert_choice_s > 0
+    assert trtllm.expert_choice_s(blackwell) == 0
+    assert vllm.expert_choice_s(blackwell) == vllm.host.expert_choice_s > 0
+
+
 def test_how_far_an_engine_sends_at_once() -> None:
     tokens = CommunicationDefaults(fused_norm_max_bytes=1 << 20, one_shot_max_tokens=128)
     assert tokens.one_shot_bytes(4096.0) == 128 * 4096

@@ -51,7 +51,7 @@ def routed_part(deployment: Deployment, pool: Pool) -> list[RowOperator]:
         routing_exponent=moe.routing_exponent,
         gated=model.gated,
     )
-    choice_s = deployment.engine.host.expert_choice_s
+    choice_s = deployment.engine.expert_choice_s(deployment.cluster.device.datasheet)
     experts = Experts("experts", layer, rows=_expert_rows(plan), choice_s=choice_s)
     return [Gemm("router", moe.experts, model.hidden, "bf16"), *_carried(deployment, pool, experts)]
 

@@ -266,7 +266,8 @@ class EngineProfile(Spec):
 
     Of ``changes``, later ones outweigh earlier ones; of ``kv_cache``, the first rule that holds counts. ``fusions`` are
     small kernels that the engine has no launch of its own for: those that quantise activations to fp8 (done by the
-    kernel before), and the rotary embedding (done by attention).
+    kernel before), and the rotary embedding (done by attention). Where a device computes in ``own_experts_on``, the
+    measured kernels of experts are the engine's own, choosing included: no ``expert_choice_s`` is paid there.
     """
 
     name: str
@@ -279,6 +280,7 @@ class EngineProfile(Spec):
     kv_cache: tuple[KvCacheRule, ...] = ()
     communication: CommunicationDefaults
     fusions: tuple[Fusion, ...] = ()
+    own_experts_on: str | None = None
     sampler: SamplerDefaults = SamplerDefaults()
     evidence: Literal["serving", "prior"]
     source: str
@@ -301,6 +303,10 @@ class EngineProfile(Spec):
         return self.model_copy(
             update={"scheduler": self.scheduler.model_copy(update=scheduler), "changes": tuple(changes)}
         )
+
+    def expert_choice_s(self, sheet: Datasheet) -> float:
+        """Seconds that a layer of experts takes on this device beyond the measured kernel."""
+        return 0.0 if self.own_experts_on in sheet.flops_per_s else self.host.expert_choice_s
 
     def kv_dtype_for(self, weights: Iterable[str], sheet: Datasheet) -> str:
         """KV dtype of a checkpoint with weights of these dtypes, where nobody asks for another."""
