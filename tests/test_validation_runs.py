@@ -251,23 +251,6 @@ def test_a_tensor_degree_that_is_written_squared_is_found_again() -> None:
     assert launched(RunRow.model_validate({**CLOSED, **asked, "tensor": 16, "expert": 2})).degrees == {}
 
 
-@pytest.mark.parametrize(("version", "expert"), [("", 8), ("0.5.9", 1)])
-def test_runs_of_before_versions_were_written_down_spread_their_experts(version: str, expert: int) -> None:
-    row = {"engine": "sglang", "engine_version": version, "model": "deepseek-r1", "device": "b200-sxm", "tensor": 8}
-    plan = inferencex(**row, expert=1, weight_dtype="nvfp4", moe_dtype="nvfp4").deployment.pools[0].plan
-    assert (plan.tensor, plan.expert) == (8, expert)
-
-
-def test_clients_that_a_server_was_not_launched_for_wait_for_its_seats(tmp_path: Path) -> None:
-    row = {**CLOSED, "model": "gpt-oss-120b", "engine_version": "0.11.2", "source": "inferencex", "concurrency": 512,
-           "num_requests": 5120, "tensor": 2, "moe_dtype": "mxfp4"}  # fmt: skip
-    (run,) = read_runs(write(tmp_path / "runs.csv", row))
-    assert case_of(run.row).deployment.scheduler.max_num_seqs == 64
-    requests, notes = requests_of(run, longest=4096, seed=0)
-    assert (len(requests.prompt_tokens), requests.concurrency) == (640, 512)
-    assert "as its benchmark launches it: 640 requests instead of 5120" in notes
-
-
 def test_versions_compare_by_their_numbers() -> None:
     versions = ["0.9.2", "0.10", "0.10.2rc1", "v0.11.0-cu130", "1.0.0rc3"]
     numbers = [version_numbers(version) for version in versions]

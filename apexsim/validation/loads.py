@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from apexsim.io.requests import read_requests
 from apexsim.specs.workload import Requests
-from apexsim.validation.recipes import launched
 from apexsim.validation.runs import MeasuredRun, RunRow
 
 # A closed loop whose number of requests is not known runs so many for every one in flight (InferenceX's own rule).
@@ -53,10 +52,7 @@ def _closed_loop(row: RunRow, random: np.random.Generator) -> tuple[Requests, li
     assert row.prompt_tokens is not None, "the reader asks for it"
     assert row.output_tokens is not None, "the reader asks for it"
     notes = []
-    sent, ratio = launched(row).requests, row.length_range_ratio
-    count = sent or row.num_requests
-    if sent:
-        notes.append(f"as its benchmark launches it: {sent} requests instead of {row.num_requests}")
+    count, ratio = row.num_requests, row.length_range_ratio
     if count is None:
         count = REQUESTS_PER_CLIENT * row.concurrency
         notes.append(f"num_requests not known: {REQUESTS_PER_CLIENT} for every request in flight")

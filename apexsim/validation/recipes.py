@@ -107,8 +107,7 @@ class Recipe(Spec):
     ``expert_always`` spreads experts over all ranks whatever the row says; ``tensor_only`` knows no other degree;
     ``squared`` has the square of the tensor degree for it, and the degree itself for that of expert parallelism;
     ``data_ranks`` makes all devices of the tensor degree ranks of data-parallel attention where a row has them, and
-    ``no_data_ranks`` takes those for expert parallelism alone. ``requests`` came in all, whatever the row says.
-    ``no_term`` is for readers.
+    ``no_data_ranks`` takes those for expert parallelism alone. ``no_term`` is for readers.
     """
 
     engine: str
@@ -118,7 +117,6 @@ class Recipe(Spec):
     options: dict[str, EngineOption] = Field(default_factory=dict)
     rules: dict[str, _Rule] = Field(default_factory=dict)
     plan: _Layout | None = None
-    requests: int | None = Field(None, gt=0)
     no_term: tuple[str, ...] = ()
 
 
@@ -131,12 +129,11 @@ class RecipeTable(Spec):
 
 @dataclass(frozen=True)
 class Launch:
-    """Engine options, KV dtype, degrees and number of requests that a benchmark's script gave a run; None: not said."""
+    """Engine options, KV dtype (None: not said) and degrees that a benchmark's script gave a run."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     kv_dtype: str | None = None
     degrees: Mapping[str, int] = field(default_factory=dict)
-    requests: int | None = None
 
 
 @cache
@@ -150,8 +147,7 @@ def launched(row: RunRow) -> Launch:
     recipe = next((each for each in recipes() if each.engine == row.engine and each.when.holds(row)), None)
     if recipe is None:
         return Launch()
-    options = {**recipe.options, **_of_load(recipe, row)}
-    return Launch(options, recipe.kv_dtype, _degrees(recipe.plan, row), recipe.requests)
+    return Launch({**recipe.options, **_of_load(recipe, row)}, recipe.kv_dtype, _degrees(recipe.plan, row))
 
 
 def _of_load(recipe: Recipe, row: RunRow) -> dict[str, int]:
