@@ -391,7 +391,7 @@ def test_a_bias_that_balanced_experts_makes_them_more_even(tmp_path: Path, metho
     config = json.loads((CONFIGS / "DeepSeek-V3.json").read_text())
     moe = import_model(write(tmp_path, config | {"topk_method": method})).moe
     assert moe is not None
-    assert (moe.router_bias, moe.routing_exponent) == (exponent < 1, exponent)
+    assert (moe.router_bias, moe.random_routing_exponent) == (exponent < 1, exponent)
     with pytest.raises(Unsupported, match="topk_method: got 'best'; known: greedy, group_limited_greedy, noaux_tc"):
         import_model(write(tmp_path, config | {"topk_method": "best"}))
 

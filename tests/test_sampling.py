@@ -20,10 +20,10 @@ from apexsim.io.search_files import SearchFile, resolve_search
 from apexsim.serving.simulator import simulate
 from apexsim.specs.deployment import Deployment
 from apexsim.specs.workload import Requests
+from apexsim.validation.asked import sampling_of
 from apexsim.validation.cases import case_of
 from apexsim.validation.replay import replay
 from apexsim.validation.runs import MeasuredRun, RunRow
-from apexsim.validation.sampling import sampling_of
 
 VOCAB, PASSES = 128_256, 200.0
 CHOICES = {"model": "llama-3.1-8b", "device": "h100-sxm", "engine": "vllm-v1-sync"}

@@ -70,6 +70,9 @@ class DeploymentFlags:
     sampling: Annotated[
         str | None, typer.Option(help="greedy, or top_p (top-p, top-k).", rich_help_panel=_DEPLOYMENT)
     ] = None
+    prompts: Annotated[
+        str | None, typer.Option(help="text, or random_tokens (MoE: fewer experts).", rich_help_panel=_DEPLOYMENT)
+    ] = None
     nodes: Annotated[int | None, typer.Option(help="Nodes of the cluster.", rich_help_panel=_DEPLOYMENT)] = None
     devices_per_node: Annotated[int | None, typer.Option(help="Devices a node.", rich_help_panel=_DEPLOYMENT)] = None
     clock_mhz: Annotated[

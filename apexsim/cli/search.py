@@ -65,6 +65,9 @@ class SearchFlags:
     sampling: Annotated[
         str | None, typer.Option(help="greedy, or top_p (top-p, top-k).", rich_help_panel=_QUESTION)
     ] = None
+    prompts: Annotated[
+        str | None, typer.Option(help="text, or random_tokens (MoE: fewer experts).", rich_help_panel=_QUESTION)
+    ] = None
 
     def choices(self) -> dict[str, Any]:
         """The flags given, as keys of a search file."""

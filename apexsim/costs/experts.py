@@ -41,6 +41,7 @@ def routed_part(deployment: Deployment, pool: Pool) -> list[RowOperator]:
     share of the tokens to the ranks of their experts and gets them back.
     """
     model, plan, moe = deployment.model, pool.plan, moe_of(deployment)
+    random = deployment.prompts == "random_tokens"
     layer = MoeLayer(
         hidden=model.hidden,
         inter=moe.ffn // plan.moe_tensor,
@@ -48,7 +49,7 @@ def routed_part(deployment: Deployment, pool: Pool) -> list[RowOperator]:
         experts=moe.experts,
         ep=plan.expert,
         dtype=deployment.expert_dtype,
-        routing_exponent=moe.routing_exponent,
+        routing_exponent=moe.random_routing_exponent if random else moe.routing_exponent,
         gated=model.gated,
     )
     choice_s = deployment.engine.expert_choice_s(deployment.cluster.device.datasheet)

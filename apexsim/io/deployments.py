@@ -22,7 +22,7 @@ from apexsim.errors import BadInput, nearest
 from apexsim.io.yaml_files import load_spec, write_yaml
 from apexsim.specs.base import Spec, parse_spec
 from apexsim.specs.cluster import MAX_DEVICES, Cluster, Overhead
-from apexsim.specs.deployment import Deployment, Plan, Pool, TokenChoice
+from apexsim.specs.deployment import Deployment, Plan, Pool, Prompts, TokenChoice
 from apexsim.specs.device import DeviceProfile
 from apexsim.specs.engine import EngineProfile
 from apexsim.specs.model import ModelSpec
@@ -64,6 +64,7 @@ class DeploymentFile(Spec):
     moe_weights: str | None = None
     kv_cache: str | None = None
     sampling: TokenChoice = "greedy"
+    prompts: Prompts = "text"
     clock_mhz: float | None = Field(None, gt=0)
     overhead: Overhead = Overhead()
 
@@ -130,6 +131,7 @@ def resolve_deployment(file: DeploymentFile, where: object) -> Deployment:
         weights=file.weights,
         moe_weights=file.moe_weights,
         sampling=file.sampling,
+        prompts=file.prompts,
     )
     weights = (deployment.weights, deployment.expert_dtype)
     kv_cache = file.kv_cache or engine.kv_dtype_for(weights, device.datasheet)

@@ -105,7 +105,7 @@ def _balanced(by_bias: bool) -> dict[str, Any]:
 
     The bias of gpt-oss's router is another thing: a part of its product, trained as all weights are.
     """
-    return {"router_bias": True, "routing_exponent": BALANCED_EXPONENT} if by_bias else {"router_bias": False}
+    return {"router_bias": True, "random_routing_exponent": BALANCED_EXPONENT} if by_bias else {"router_bias": False}
 
 
 def _top_k_method(config: Config) -> str:

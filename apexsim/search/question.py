@@ -61,6 +61,7 @@ class Question:
             "moe_weights": base.expert_dtype if base.model.moe else None,
             "kv_cache": base.kv_cache,
             "sampling": base.sampling,
+            "prompts": base.prompts,
             "workload": self.requests.name,
             "workload_notes": list(self.requests.notes),
             "requests": len(self.requests),

@@ -13,6 +13,7 @@ from apexsim.specs.model import ModelSpec
 
 Stage = Literal["encode", "prefill", "decode"]
 TokenChoice = Literal["greedy", "top_p"]
+Prompts = Literal["text", "random_tokens"]
 
 
 class Plan(Spec):
@@ -115,7 +116,8 @@ class Deployment(Spec):
     """A model on a cluster under an engine. The specs are whole values, not names, so that a run is its own record.
 
     ``sampling`` is how its requests ask for tokens: ``greedy`` for the most likely one, or any one at random;
-    ``top_p`` for one of the most likely (top-p, top-k), which the engine must find first.
+    ``top_p`` for one of the most likely (top-p, top-k), which the engine must find first. ``prompts`` is what they are
+    made of: ``text`` as users send, or ``random_tokens`` as benchmarks do, for which routers choose fewer experts.
     """
 
     model: ModelSpec
@@ -127,6 +129,7 @@ class Deployment(Spec):
     moe_weights: str | None = None
     kv_cache: str = "bf16"
     sampling: TokenChoice = "greedy"
+    prompts: Prompts = "text"
 
     @property
     def expert_dtype(self) -> str:

@@ -33,8 +33,9 @@ class MoESpec(Spec):
     ``ffn`` is the width of one routed expert, ``shared_ffn`` that of one shared expert; ``shared_gate`` weighs the
     shared experts by a scalar of the token. The first ``dense_layers`` layers have a dense FFN instead; of the others
     every ``every``-th has experts (Llama-4-Maverick: 2). ``dtype`` is set where the weights were published in that
-    dtype only (MXFP4). ``routing_exponent`` is how uneven the router's choices are: the expert of rank r is chosen with
-    weight r^-routing_exponent, all alike with 0 (docs/validation.md says where the default comes from).
+    dtype only (MXFP4). ``routing_exponent`` is how uneven the router's choices are for text: the expert of rank r is
+    chosen with weight r^-routing_exponent, all alike with 0; ``random_routing_exponent`` for prompts of random tokens
+    (docs/validation.md says where the defaults come from).
     """
 
     experts: int = Field(ge=2)
@@ -47,7 +48,8 @@ class MoESpec(Spec):
     every: int = Field(1, ge=1)
     router_bias: bool = False
     dtype: str | None = None
-    routing_exponent: float = Field(1.0, ge=0, le=3)
+    routing_exponent: float = Field(0.5, ge=0, le=3)
+    random_routing_exponent: float = Field(1.0, ge=0, le=3)
 
     @property
     def shared_width(self) -> int:

@@ -17,9 +17,9 @@ from apexsim.errors import BadInput, InfeasiblePlan
 from apexsim.io.deployments import DeploymentFile, resolve_deployment
 from apexsim.specs.base import parse_spec
 from apexsim.specs.deployment import Deployment
+from apexsim.validation.asked import prompts_of, sampling_of
 from apexsim.validation.recipes import Launch, launched
 from apexsim.validation.runs import RunRow
-from apexsim.validation.sampling import sampling_of
 
 _OPTION_COLUMNS = (
     "max_num_seqs", "max_num_batched_tokens", "chunked_prefill", "block_size", "kv_blocks", "gpu_memory_utilization",
@@ -83,15 +83,18 @@ def case_of(row: RunRow, engine_options: Mapping[str, Any] = MappingProxyType({}
         "weights": weights,
         "moe_weights": experts,
         "sampling": sampling_of(row),
+        "prompts": prompts_of(row),
     }
     if choices["sampling"] != "greedy":
-        notes.append("sampling not known: top_p, as the generation_config of the model says")
+        notes.append("sampling not known: top_p, as the client of its benchmark asks for")
     if row.kv_dtype or launch.kv_dtype:
         choices["kv_cache"] = row.kv_dtype or launch.kv_dtype
     deployment = resolve_deployment(parse_spec(DeploymentFile, choices, "run"), "run")
     if not row.kv_dtype:
         chosen = "as its benchmark launches it" if launch.kv_dtype else "the engine default"
         notes.append(f"kv_dtype not known: {chosen}, {deployment.kv_cache}")
+    if deployment.model.moe:
+        notes.append(f"prompts not known: {deployment.prompts}")
     _check_plan(row, deployment)
     notes += [choice.note] * (not choice.mapped) + list(deployment.pools[0].plan.assumptions)
     return Case(deployment, tuple(notes))

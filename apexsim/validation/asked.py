@@ -1,0 +1,21 @@
+"""What the requests of a measured run were besides their lengths: what they are made of, how they ask for tokens.
+
+Benchmarks with synthetic prompts send random tokens and decode greedily. The tasks that keep a server full are those of
+ML.ENERGY, whose client asks for top_p 0.95 and a temperature of 0.8, whatever the model (ml-energy/benchmark,
+mlenergy/benchmark/llm/benchmark.py at c1d6557: the defaults of ``Args``).
+"""
+
+from __future__ import annotations
+
+from apexsim.specs.deployment import Prompts, TokenChoice
+from apexsim.validation.runs import RunRow
+
+
+def sampling_of(row: RunRow) -> TokenChoice:
+    """``top_p`` where a full server got the requests of a task; else ``greedy``."""
+    return "top_p" if row.workload == "saturated" and row.task else "greedy"
+
+
+def prompts_of(row: RunRow) -> Prompts:
+    """``random_tokens`` where a closed loop draws prompts of nominal lengths; ``text`` of traces and tasks."""
+    return "random_tokens" if row.workload == "closed_loop" and not row.requests_file else "text"
