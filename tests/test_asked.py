@@ -1,4 +1,4 @@
-"""Choosing tokens: what top-p costs beside a greedy choice, who pays for it, and what calibration makes of it."""
+"""What requests are besides their lengths: how tokens are chosen (top-p, greedy) and what prompts are made of."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 from apexsim import catalog
 from apexsim.calibration import calibrate, drawn_groups
 from apexsim.cli.main import main
+from apexsim.costs.experts import routed_part
 from apexsim.costs.lowering import lower
-from apexsim.costs.operators import Sampling
+from apexsim.costs.operators import Experts, Sampling
 from apexsim.costs.steps import BatchStats, build_step_cost
 from apexsim.errors import BadInput
 from apexsim.io.deployments import deployment_from, read_deployment, with_engine_options, write_deployment
@@ -20,7 +21,7 @@ from apexsim.io.search_files import SearchFile, resolve_search
 from apexsim.serving.simulator import simulate
 from apexsim.specs.deployment import Deployment
 from apexsim.specs.workload import Requests
-from apexsim.validation.asked import sampling_of
+from apexsim.validation.asked import prompts_of, sampling_of
 from apexsim.validation.cases import case_of
 from apexsim.validation.replay import replay
 from apexsim.validation.runs import MeasuredRun, RunRow
@@ -124,20 +125,84 @@ def test_a_flag_makes_a_run_slower(capsys: pytest.CaptureFixture[str]) -> None:
     ("changes", "expected"),
     [
         ({}, "top_p"),
-        ({"model": "gemma-3-27b"}, "top_p"),
         ({"model": "qwen3-32b", "task": "gpqa"}, "top_p"),
-        ({"model": "gpt-oss-120b"}, "greedy"),
-        ({"model": "nvidia-nemotron-nano-9b-v2"}, "greedy"),
+        ({"model": "gpt-oss-120b"}, "top_p"),
         ({"task": ""}, "greedy"),
         ({"workload": "closed_loop", "concurrency": 8, "prompt_tokens": 100}, "greedy"),
     ],
 )
-def test_real_requests_sample_as_the_checkpoint_asks(changes: dict[str, Any], expected: str) -> None:
+def test_requests_of_a_task_sample_as_their_client_asks(changes: dict[str, Any], expected: str) -> None:
     row = run_of(**changes).row
     assert sampling_of(row) == expected
     case = case_of(row)
     assert case.deployment.sampling == expected
-    assert any("generation_config" in note for note in case.notes) == (expected == "top_p")
+    assert any("the client of its benchmark asks" in note for note in case.notes) == (expected == "top_p")
+
+
+# -- what prompts are made of --------------------------------------------------------------------------------------
+
+
+def test_random_tokens_touch_fewer_experts_and_dense_models_do_not_care() -> None:
+    for device in ("h100-sxm", "b200-sxm"):
+        for batch in (4, 16, 64):
+            text, random = (
+                step_ns(deployed("greedy", model="qwen3-30b-a3b", device=device, prompts=prompts), batch)
+                for prompts in ("text", "random_tokens")
+            )
+            assert random < text
+    assert step_ns(deployed("greedy", prompts="random_tokens"), 64) == step_ns(deployed("greedy", prompts="text"), 64)
+
+
+def test_prompts_pick_the_exponent_of_the_model() -> None:
+    for model, expected in (
+        ("qwen3-30b-a3b", {"text": 0.5, "random_tokens": 1.0}),
+        ("deepseek-v3", {"text": 0.5, "random_tokens": 0.75}),
+    ):
+        for prompts, exponent in expected.items():
+            deployment = deployed("greedy", model=model, prompts=prompts, tensor=8, expert=8)
+            (experts,) = [op for op in routed_part(deployment, deployment.pools[0]) if isinstance(op, Experts)]
+            assert experts.layer.routing_exponent == exponent
+
+
+def test_prompts_are_said_in_files_searches_and_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert deployment_from(None, CHOICES).prompts == "text"
+    path = tmp_path / "deployment.yaml"
+    path.write_text("model: qwen3-30b-a3b\ndevice: h100-sxm\nprompts: random_tokens\n")
+    file = read_deployment(path)
+    write_deployment(tmp_path / "again.yaml", file)
+    assert read_deployment(tmp_path / "again.yaml") == file
+    search = SearchFile(
+        model="qwen3-30b-a3b", devices="2xh100-sxm", workload="chat", prompts="random_tokens", requests=4
+    )
+    assert resolve_search(search, "search").space.base.prompts == "random_tokens"
+    shown = []
+    for prompts in ("text", "random_tokens"):
+        asked = ["simulate", str(path), "--workload", "chat", "--requests", "8", "--json", "-", "--prompts", prompts]
+        assert main(asked) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] != shown[1]
+    assert main(["simulate", str(path), "--workload", "chat", "--requests", "4", "--prompts", "noise"]) == 2
+    assert "prompts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "text"),
+        ({"workload": "trace", "requests_file": "requests.csv"}, "text"),
+        ({"workload": "closed_loop", "concurrency": 8, "requests_file": "requests.csv"}, "text"),
+        ({"workload": "closed_loop", "concurrency": 8, "prompt_tokens": 100}, "random_tokens"),
+    ],
+)
+def test_prompts_of_a_closed_loop_of_nominal_lengths_are_random(changes: dict[str, Any], expected: str) -> None:
+    row = run_of(model="qwen3-30b-a3b", **changes).row
+    assert prompts_of(row) == expected
+    case = case_of(row)
+    assert case.deployment.prompts == expected
+    assert f"prompts not known: {expected}" in case.notes
+    assert not any("prompts" in note for note in case_of(run_of(**changes).row).notes)
 
 
 # -- calibration ---------------------------------------------------------------------------------------------------
@@ -170,6 +235,6 @@ def test_calibration_finds_passes_that_full_servers_were_made_with() -> None:
 
 def test_rows_without_a_sampled_token_cannot_say_what_sampling_costs() -> None:
     profile = catalog.load("engine", "vllm-v1-sync")
-    groups = drawn_groups([run_of(model="gpt-oss-20b", mean_batch=60.0, output_tokens_per_s=6000.0)], profile, 20, 0)
+    groups = drawn_groups([run_of(task="", mean_batch=60.0, output_tokens_per_s=6000.0)], profile, 20, 0)
     with pytest.raises(BadInput, match="no row is moved by it"):
         calibrate(profile, groups, terms=["top_p_passes"], jobs=1)
