@@ -17,11 +17,12 @@ from apexsim.costs.forms.prefill import causal_pairs
 from apexsim.costs.lowering import Lowered, lower, split_layers
 from apexsim.costs.operators import Collective, Experts, Gemm
 from apexsim.costs.steps import BatchStats, build_step_cost
-from apexsim.errors import InfeasiblePlan
+from apexsim.errors import BadInput, InfeasiblePlan
 from apexsim.io.deployments import with_engine_options
+from apexsim.specs.base import parse_spec
 from apexsim.specs.cluster import Cluster
 from apexsim.specs.deployment import Deployment, Plan, Pool
-from apexsim.specs.engine import CommunicationDefaults
+from apexsim.specs.engine import CommunicationDefaults, EngineProfile
 from apexsim.specs.model import MoESpec
 
 ONE = np.ones(1)
@@ -278,3 +279,27 @@ def test_ranks_together_do_the_work_of_one(plan: Plan) -> None:
     one = flops_of_tokens(lowered("qwen3-8b"), 5, {None: 1000.0}, 5)
     split = flops_of_tokens(lowered("qwen3-8b", plan), 5, {None: 1000.0}, 5)
     assert plan.tensor * split == pytest.approx(one)
+
+
+def test_products_of_an_engine_read_weights_no_slower_than_those_they_are_said_to_be_like() -> None:
+    """TensorRT-LLM in fp8: memory-bound products at the share of bf16's, compute-bound ones as measured."""
+    found = {}
+    for weights in ("fp8", "bf16"):
+        deployment = deployed("llama-3.1-70b", Plan(tensor=2), "trtllm-1.1", weights=weights)
+        rows = lower(deployment, deployment.pools[0]).stages[0].row_operators()
+        (found[weights],) = [op for op, _ in rows if op.name == "gate_up"]
+    assert (found["fp8"].reads_like, found["bf16"].reads_like) == ("bf16", None)
+    costs = OperatorCosts(H100)
+    slow, quick = (costs.operator("gemm", dtype).coefficients["memory_efficiency"] for dtype in ("fp8", "bf16"))
+    assert slow < quick
+    product, measured = found["fp8"], replace(found["fp8"], reads_like=None)
+    few, many = (float((product.seconds(costs, n * ONE) / measured.seconds(costs, n * ONE))[0]) for n in (1, 16384))
+    assert slow / quick - 0.01 < few < 0.99
+    assert many == pytest.approx(1, abs=0.01)
+    assert replace(found["bf16"], reads_like="fp8").seconds(costs, ONE) == found["bf16"].seconds(costs, ONE)
+
+
+def test_what_an_engine_reads_like_must_be_a_dtype_of_products() -> None:
+    profile = catalog.load("engine", "trtllm-1.1").model_dump()
+    with pytest.raises(BadInput, match=r"engine.yaml: reads_like.*fp9"):
+        parse_spec(EngineProfile, {**profile, "reads_like": {"fp9": "bf16"}}, "engine.yaml")

@@ -324,9 +324,9 @@ def test_blocks_are_filled_lazily() -> None:
     calls: list[int] = []
     gemm_s = cost.tables.costs.gemm_s
 
-    def counted(m: Any, *sizes: Any, quantised: bool) -> Any:
+    def counted(m: Any, *sizes: Any, **how: Any) -> Any:
         calls.append(len(m))
-        return gemm_s(m, *sizes, quantised=quantised)
+        return gemm_s(m, *sizes, **how)
 
     cost.tables.costs.gemm_s = counted  # type: ignore[method-assign]
     cost.stage_ns(decode_stats([100] * 8))

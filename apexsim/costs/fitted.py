@@ -6,6 +6,7 @@ roofline. Sizes are numbers or arrays that broadcast; answers are float64 second
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -127,16 +128,19 @@ class OperatorCosts:
             outside = outside | (np.asarray(value) < low) | (np.asarray(value) > high)
         return np.asarray(outside)
 
-    def gemm_s(self, m: Any, n: Any, k: Any, dtype: str, *, quantised: bool = False) -> Array:
+    def gemm_s(
+        self, m: Any, n: Any, k: Any, dtype: str, *, quantised: bool = False, reads_like: str | None = None
+    ) -> Array:
         """Seconds of y[m, n] = x[m, k] W[k, n] with operands of ``dtype``; zero where m is 0.
 
-        The measured products contain the kernels that quantise x, which do not run where x comes ``quantised``.
+        The measured products contain the kernels that quantise x, which do not run where x comes ``quantised``. Kernels
+        that nobody measured read W at no smaller a share of the memory's peak than products in ``reads_like`` do.
         """
         op = self.operator("gemm", dtype)
         rows = np.maximum(np.asarray(m, dtype=float), 1.0)
         shape = gemm.shape(rows, np.asarray(n, dtype=float), np.asarray(k, dtype=float), dtype)
         hw = self._hardware(dtype)
-        seconds = gemm.gemm_s(shape, op.coefficients, hw) * self._correction(
+        seconds = gemm.gemm_s(shape, self._reading(op, reads_like), hw) * self._correction(
             "gemm", dtype, gemm.residual_coordinates(shape)
         )
         if quantised:
@@ -145,6 +149,13 @@ class OperatorCosts:
         return np.asarray(
             np.where(np.asarray(m) > 0, np.maximum(seconds, floor) * self.sustained_factor(rows, dtype), 0.0)
         )
+
+    def _reading(self, op: FittedOperator, like: str | None) -> Mapping[str, float]:
+        """Coefficients of a product, its share of the memory's peak no smaller than that of products in ``like``."""
+        if like is None:
+            return op.coefficients
+        share = "memory_efficiency"
+        return {**op.coefficients, share: max(op.coefficients[share], self.operator("gemm", like).coefficients[share])}
 
     def quantise_s(self, elements: Any, dtype: str) -> Array:
         """Seconds to find the scales of so many bf16 activations and to write them in ``dtype``."""

@@ -267,7 +267,9 @@ def _qk_norm(deployment: Deployment, pool: Pool, q_bytes: float, k_bytes: float)
 
 def _gemm(deployment: Deployment, name: str, n: int, k: int, dtype: str) -> Gemm:
     """A product of activations, which the kernel before it may have quantised already."""
-    return Gemm(name, n, k, dtype, quantised=dtype == "fp8" and "quantise" in deployment.engine.fusions)
+    engine = deployment.engine
+    quantised = dtype == "fp8" and "quantise" in engine.fusions
+    return Gemm(name, n, k, dtype, quantised=quantised, reads_like=engine.products_read_like(dtype))
 
 
 def _latent_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixed:

@@ -53,7 +53,8 @@ class Gemm:
     """y[rows, n] = x[rows, k] W[k, n]: n and k are the shard of one rank.
 
     ``quantised``: the operator before it hands over x in ``dtype``. In steps of up to ``hidden_rows`` it runs beside
-    another kernel and takes no time of its own.
+    another kernel and takes no time of its own. ``reads_like``: it reads W at least as fast, as a share of the memory's
+    peak, as products in that dtype do (an engine's kernel that nobody measured).
     """
 
     name: str
@@ -63,6 +64,7 @@ class Gemm:
     rows: Rows = "tokens"
     quantised: bool = False
     hidden_rows: float = 0.0
+    reads_like: str | None = None
     kind = "gemm"
 
     @property
@@ -78,7 +80,7 @@ class Gemm:
         return self.n * self.k * dtype_bytes(self.dtype)
 
     def seconds(self, costs: OperatorCosts, rows: Array) -> Array:
-        seconds = costs.gemm_s(rows, self.n, self.k, self.dtype, quantised=self.quantised)
+        seconds = costs.gemm_s(rows, self.n, self.k, self.dtype, quantised=self.quantised, reads_like=self.reads_like)
         return np.where(rows > self.hidden_rows, seconds, 0.0)
 
     def flops(self, rows: Array) -> Array:

@@ -164,10 +164,11 @@ def _kernels(operator: RowOperator, rows: Array) -> list[tuple[RowOperator, Mask
 
 
 def _evidence(costs: OperatorCosts, operator: RowOperator) -> str:
-    """That of the device's profile, which knows no search for the most likely tokens, and no large one-shot message."""
+    """That of the device's profile; none holds searches for tokens, large one-shot messages or an engine's products."""
     searches = isinstance(operator, Sampling) and operator.passes > 0
     at_once = isinstance(operator, Collective) and operator.one_shot_max_bytes > 0
-    return "estimated" if searches or at_once else costs.evidence(operator.kind, operator.key)
+    own = isinstance(operator, Gemm) and operator.reads_like is not None
+    return "estimated" if searches or at_once or own else costs.evidence(operator.kind, operator.key)
 
 
 def _attention_evidence(costs: OperatorCosts, kind: str, attention: Mixing) -> str:

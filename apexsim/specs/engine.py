@@ -259,6 +259,7 @@ class CalibrationReport(Spec):
 
 
 Fusion = Literal["quantise", "rope"]
+ProductDtype = Literal["bf16", "fp8", "fp8_block", "nvfp4", "int8_wo", "int4_wo"]
 
 
 class EngineProfile(Spec):
@@ -268,6 +269,8 @@ class EngineProfile(Spec):
     small kernels that the engine has no launch of its own for: those that quantise activations to fp8 (done by the
     kernel before), and the rotary embedding (done by attention). Where a device computes in ``own_experts_on``, the
     measured kernels of experts are the engine's own, choosing included: no ``expert_choice_s`` is paid there.
+    ``reads_like`` names dtypes whose products are kernels that no table holds, and for each another one: they are taken
+    to read weights at no smaller a share of the memory's peak than products in that.
     """
 
     name: str
@@ -281,6 +284,7 @@ class EngineProfile(Spec):
     communication: CommunicationDefaults
     fusions: tuple[Fusion, ...] = ()
     own_experts_on: str | None = None
+    reads_like: dict[ProductDtype, ProductDtype] = Field(default_factory=dict)
     sampler: SamplerDefaults = SamplerDefaults()
     evidence: Literal["serving", "prior"]
     source: str
@@ -307,6 +311,10 @@ class EngineProfile(Spec):
     def expert_choice_s(self, sheet: Datasheet) -> float:
         """Seconds that a layer of experts takes on this device beyond the measured kernel."""
         return 0.0 if self.own_experts_on in sheet.flops_per_s else self.host.expert_choice_s
+
+    def products_read_like(self, dtype: str) -> str | None:
+        """The dtype whose products say how fast those in ``dtype`` read weights at least; None: the table does."""
+        return dict[str, str](self.reads_like).get(dtype)
 
     def kv_dtype_for(self, weights: Iterable[str], sheet: Datasheet) -> str:
         """KV dtype of a checkpoint with weights of these dtypes, where nobody asks for another."""
