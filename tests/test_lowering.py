@@ -17,12 +17,11 @@ from apexsim.costs.forms.prefill import causal_pairs
 from apexsim.costs.lowering import Lowered, lower, split_layers
 from apexsim.costs.operators import Collective, Experts, Gemm
 from apexsim.costs.steps import BatchStats, build_step_cost
-from apexsim.errors import BadInput, InfeasiblePlan
+from apexsim.errors import InfeasiblePlan
 from apexsim.io.deployments import with_engine_options
-from apexsim.specs.base import parse_spec
 from apexsim.specs.cluster import Cluster
 from apexsim.specs.deployment import Deployment, Plan, Pool
-from apexsim.specs.engine import CommunicationDefaults, EngineProfile
+from apexsim.specs.engine import CommunicationDefaults
 from apexsim.specs.model import MoESpec
 
 ONE = np.ones(1)
@@ -299,7 +298,17 @@ def test_products_of_an_engine_read_weights_no_slower_than_those_they_are_said_t
     assert replace(found["bf16"], reads_like="fp8").seconds(costs, ONE) == found["bf16"].seconds(costs, ONE)
 
 
-def test_what_an_engine_reads_like_must_be_a_dtype_of_products() -> None:
-    profile = catalog.load("engine", "trtllm-1.1").model_dump()
-    with pytest.raises(BadInput, match=r"engine.yaml: reads_like.*fp9"):
-        parse_spec(EngineProfile, {**profile, "reads_like": {"fp9": "bf16"}}, "engine.yaml")
+def test_mxfp4_experts_on_marlin_cost_what_its_kernel_of_int4_experts_does() -> None:
+    """Slower than the own kernel for large steps, about as fast for small ones; weights take their own bytes."""
+    found, costs = [], OperatorCosts(H100)
+    for marlin in (False, True):
+        engine = with_engine_options(catalog.load("engine", "vllm-v1-async"), {"marlin_experts": marlin}, "here")
+        deployment = deployed("gpt-oss-120b", Plan(tensor=2)).model_copy(update={"engine": engine})
+        rows = lower(deployment, deployment.pools[0]).stages[0].row_operators()
+        found += [op for op, _ in rows if isinstance(op, Experts)]
+    (own, marlin) = dict.fromkeys(found)
+    assert (own.key, marlin.key) == ("mxfp4", "int4_wo")
+    assert own.weight_bytes == marlin.weight_bytes
+    few, many = (float((marlin.seconds(costs, n * ONE) / own.seconds(costs, n * ONE))[0]) for n in (8, 8192))
+    assert few < 1.1
+    assert many > 1.3

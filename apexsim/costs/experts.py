@@ -41,7 +41,7 @@ def routed_part(deployment: Deployment, pool: Pool) -> list[RowOperator]:
     share of the tokens to the ranks of their experts and gets them back.
     """
     model, plan, moe = deployment.model, pool.plan, moe_of(deployment)
-    random = deployment.prompts == "random_tokens"
+    random, kernels = deployment.prompts == "random_tokens", deployment.engine.kernels
     layer = MoeLayer(
         hidden=model.hidden,
         inter=moe.ffn // plan.moe_tensor,
@@ -51,6 +51,7 @@ def routed_part(deployment: Deployment, pool: Pool) -> list[RowOperator]:
         dtype=deployment.expert_dtype,
         routing_exponent=moe.random_routing_exponent if random else moe.routing_exponent,
         gated=model.gated,
+        kernel="int4_wo" if deployment.expert_dtype == "mxfp4" and kernels.marlin_experts else None,
     )
     choice_s = deployment.engine.expert_choice_s(deployment.cluster.device.datasheet)
     experts = Experts("experts", layer, rows=_expert_rows(plan), choice_s=choice_s)

@@ -66,11 +66,12 @@ class MoeLayer(NamedTuple):
     dtype: str = "bf16"
     routing_exponent: float = 1.0
     gated: bool = True
+    kernel: str | None = None
 
     @property
     def key(self) -> str:
-        """Key of the fitted operator that answers for it."""
-        return self.dtype
+        """Key of the fitted operator that answers for it: of its dtype, or of another whose ``kernel`` it runs on."""
+        return self.kernel or self.dtype
 
 
 class OperatorCosts:

@@ -267,9 +267,9 @@ def _qk_norm(deployment: Deployment, pool: Pool, q_bytes: float, k_bytes: float)
 
 def _gemm(deployment: Deployment, name: str, n: int, k: int, dtype: str) -> Gemm:
     """A product of activations, which the kernel before it may have quantised already."""
-    engine = deployment.engine
-    quantised = dtype == "fp8" and "quantise" in engine.fusions
-    return Gemm(name, n, k, dtype, quantised=quantised, reads_like=engine.products_read_like(dtype))
+    engine, is_fp8 = deployment.engine, dtype == "fp8"
+    like = "bf16" if is_fp8 and engine.kernels.fp8_reads_like_bf16 else None
+    return Gemm(name, n, k, dtype, quantised=is_fp8 and "quantise" in engine.fusions, reads_like=like)
 
 
 def _latent_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixed:

@@ -168,6 +168,7 @@ def _evidence(costs: OperatorCosts, operator: RowOperator) -> str:
     searches = isinstance(operator, Sampling) and operator.passes > 0
     at_once = isinstance(operator, Collective) and operator.one_shot_max_bytes > 0
     own = isinstance(operator, Gemm) and operator.reads_like is not None
+    own = own or (isinstance(operator, Experts) and operator.layer.kernel is not None)
     return "estimated" if searches or at_once or own else costs.evidence(operator.kind, operator.key)
 
 

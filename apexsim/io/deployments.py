@@ -34,7 +34,7 @@ DEVICES_PER_NODE = 8
 EngineOption = bool | int | float | str | None
 
 # Parts of an engine profile whose fields are engine options; no two of them share a field name.
-_OPTION_SECTIONS = ("scheduler", "memory", "communication", "host", "sampler")
+_OPTION_SECTIONS = ("scheduler", "memory", "communication", "host", "sampler", "kernels")
 
 
 class DeploymentFile(Spec):
@@ -154,7 +154,7 @@ def check_lawful(deployment: Deployment, where: object) -> None:
 
 
 def with_engine_options(engine: EngineProfile, options: Mapping[str, EngineOption], where: object) -> EngineProfile:
-    """The profile with fields of its host, scheduler, memory, communication and sampler sections replaced by name.
+    """The profile with fields of its host, scheduler, memory, communication, sampler and kernels sections replaced by name.
 
     An option given by hand also holds where the engine would change it by itself.
     """

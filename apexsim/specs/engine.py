@@ -210,6 +210,20 @@ class CommunicationDefaults(Spec):
         return min(largest, self.fused_norm_max_bytes, self.custom_all_reduce_max_bytes)
 
 
+class KernelDefaults(Spec):
+    """Where the measured kernels are not the engine's own, and what stands for those; or are, and what goes with it.
+
+    Where a device computes in ``own_experts_on``, the measured kernels of experts are the engine's, choosing included:
+    no ``expert_choice_s`` is paid there. ``fp8_reads_like_bf16``: products in fp8 are kernels that no table holds, and
+    are taken to read weights at no smaller a share of the memory's peak than products in bf16. ``marlin_experts``:
+    MXFP4 experts run on Marlin (vLLM's VLLM_MXFP4_USE_MARLIN), for which its kernel of int4 experts stands.
+    """
+
+    own_experts_on: str | None = None
+    fp8_reads_like_bf16: bool = False
+    marlin_experts: bool = False
+
+
 class SamplerDefaults(Spec):
     """How an engine draws a token where the most likely ones alone may be drawn (top-p, top-k).
 
@@ -259,7 +273,6 @@ class CalibrationReport(Spec):
 
 
 Fusion = Literal["quantise", "rope"]
-ProductDtype = Literal["bf16", "fp8", "fp8_block", "nvfp4", "int8_wo", "int4_wo"]
 
 
 class EngineProfile(Spec):
@@ -267,10 +280,7 @@ class EngineProfile(Spec):
 
     Of ``changes``, later ones outweigh earlier ones; of ``kv_cache``, the first rule that holds counts. ``fusions`` are
     small kernels that the engine has no launch of its own for: those that quantise activations to fp8 (done by the
-    kernel before), and the rotary embedding (done by attention). Where a device computes in ``own_experts_on``, the
-    measured kernels of experts are the engine's own, choosing included: no ``expert_choice_s`` is paid there.
-    ``reads_like`` names dtypes whose products are kernels that no table holds, and for each another one: they are taken
-    to read weights at no smaller a share of the memory's peak than products in that.
+    kernel before), and the rotary embedding (done by attention).
     """
 
     name: str
@@ -283,8 +293,7 @@ class EngineProfile(Spec):
     kv_cache: tuple[KvCacheRule, ...] = ()
     communication: CommunicationDefaults
     fusions: tuple[Fusion, ...] = ()
-    own_experts_on: str | None = None
-    reads_like: dict[ProductDtype, ProductDtype] = Field(default_factory=dict)
+    kernels: KernelDefaults = KernelDefaults()
     sampler: SamplerDefaults = SamplerDefaults()
     evidence: Literal["serving", "prior"]
     source: str
@@ -310,11 +319,7 @@ class EngineProfile(Spec):
 
     def expert_choice_s(self, sheet: Datasheet) -> float:
         """Seconds that a layer of experts takes on this device beyond the measured kernel."""
-        return 0.0 if self.own_experts_on in sheet.flops_per_s else self.host.expert_choice_s
-
-    def products_read_like(self, dtype: str) -> str | None:
-        """The dtype whose products say how fast those in ``dtype`` read weights at least; None: the table does."""
-        return dict[str, str](self.reads_like).get(dtype)
+        return 0.0 if self.kernels.own_experts_on in sheet.flops_per_s else self.host.expert_choice_s
 
     def kv_dtype_for(self, weights: Iterable[str], sheet: Datasheet) -> str:
         """KV dtype of a checkpoint with weights of these dtypes, where nobody asks for another."""
