@@ -205,6 +205,13 @@ def test_prompts_of_a_closed_loop_of_nominal_lengths_are_random(changes: dict[st
     assert not any("prompts" in note for note in case_of(run_of(**changes).row).notes)
 
 
+def test_a_row_may_say_what_its_requests_were() -> None:
+    loop = {"model": "qwen3-30b-a3b", "workload": "closed_loop", "concurrency": 8, "prompt_tokens": 100}
+    case = case_of(run_of(**loop, prompts="text", sampling="top_p").row)
+    assert (case.deployment.prompts, case.deployment.sampling) == ("text", "top_p")
+    assert not any("prompts" in note or "sampling" in note for note in case.notes)
+
+
 # -- calibration ---------------------------------------------------------------------------------------------------
 
 

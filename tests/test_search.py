@@ -25,7 +25,7 @@ from apexsim.errors import BadInput, InfeasiblePlan
 from apexsim.io.deployments import load_deployment
 from apexsim.io.search_files import read_search, resolve_search, study_data
 from apexsim.planning import search as plan
-from apexsim.search import judging
+from apexsim.search import journal, judging
 from apexsim.search.executors import choose_jobs, executor_named, run_local
 from apexsim.search.headline import headline, usual_choice
 from apexsim.search.journal import Journal, fingerprint, identity
@@ -377,6 +377,12 @@ def test_identity_forgets_defaults_and_file_names_but_no_figure() -> None:
     assert fingerprint(REQUESTS) == fingerprint(REQUESTS.head(4))
     assert fingerprint(REQUESTS) != fingerprint(REQUESTS.at_rate(3.0))
     assert identity({"a": 1, "b": 2}) == identity({"b": 2, "a": 1})
+
+
+def test_outcomes_of_another_generation_answer_another_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = identity({"a": 1})
+    monkeypatch.setattr(journal, "GENERATION", journal.GENERATION - 1)
+    assert identity({"a": 1}) != now
 
 
 def test_progress_counts_every_plan() -> None:

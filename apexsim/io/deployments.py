@@ -154,7 +154,7 @@ def check_lawful(deployment: Deployment, where: object) -> None:
 
 
 def with_engine_options(engine: EngineProfile, options: Mapping[str, EngineOption], where: object) -> EngineProfile:
-    """The profile with fields of its host, scheduler, memory, communication, sampler and kernels sections replaced by name.
+    """The profile with fields of its sections (host, scheduler, memory, communication, ...) replaced by name.
 
     An option given by hand also holds where the engine would change it by itself.
     """

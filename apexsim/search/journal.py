@@ -11,11 +11,15 @@ from typing import Any
 from apexsim.errors import BadInput
 from apexsim.specs.workload import Requests
 
+# Goes up whenever the same specs come to mean something else (a default or a cost that changed): outcomes from before
+# then answer other questions.
+GENERATION = 2
+
 
 def identity(data: Mapping[str, Any]) -> str:
-    """Hash of the canonical JSON of ``data``. Specs in it are dumped without their defaults, so that a field added
-    later does not orphan old journals."""
-    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    """Hash of the canonical JSON of ``data`` and ``GENERATION``. Specs in it are dumped without their defaults, so that
+    a field added later does not orphan old journals."""
+    canonical = json.dumps({"generation": GENERATION, **data}, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
 

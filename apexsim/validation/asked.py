@@ -12,10 +12,14 @@ from apexsim.validation.runs import RunRow
 
 
 def sampling_of(row: RunRow) -> TokenChoice:
-    """``top_p`` where a full server got the requests of a task; else ``greedy``."""
+    """As the row says; else ``top_p`` where a full server got the requests of a task, ``greedy`` otherwise."""
+    if row.sampling:
+        return row.sampling
     return "top_p" if row.workload == "saturated" and row.task else "greedy"
 
 
 def prompts_of(row: RunRow) -> Prompts:
-    """``random_tokens`` where a closed loop draws prompts of nominal lengths; ``text`` of traces and tasks."""
+    """As the row says; else ``random_tokens`` where a closed loop draws prompts of nominal lengths, ``text`` otherwise."""
+    if row.prompts:
+        return row.prompts
     return "random_tokens" if row.workload == "closed_loop" and not row.requests_file else "text"

@@ -85,7 +85,7 @@ def case_of(row: RunRow, engine_options: Mapping[str, Any] = MappingProxyType({}
         "sampling": sampling_of(row),
         "prompts": prompts_of(row),
     }
-    if choices["sampling"] != "greedy":
+    if choices["sampling"] != "greedy" and not row.sampling:
         notes.append("sampling not known: top_p, as the client of its benchmark asks for")
     if row.kv_dtype or launch.kv_dtype:
         choices["kv_cache"] = row.kv_dtype or launch.kv_dtype
@@ -93,7 +93,7 @@ def case_of(row: RunRow, engine_options: Mapping[str, Any] = MappingProxyType({}
     if not row.kv_dtype:
         chosen = "as its benchmark launches it" if launch.kv_dtype else "the engine default"
         notes.append(f"kv_dtype not known: {chosen}, {deployment.kv_cache}")
-    if deployment.model.moe:
+    if deployment.model.moe and not row.prompts:
         notes.append(f"prompts not known: {deployment.prompts}")
     _check_plan(row, deployment)
     notes += [choice.note] * (not choice.mapped) + list(deployment.pools[0].plan.assumptions)

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError
 from apexsim.errors import BadInput, nearest
 from apexsim.io.deployments import beside
 from apexsim.specs.base import Spec
+from apexsim.specs.deployment import Prompts, TokenChoice
 
 MEASURED = (
     "ttft_mean_s", "tpot_mean_s", "itl_mean_s", "itl_p50_s", "e2e_mean_s", "output_tokens_per_s", "power_w",
@@ -85,6 +86,8 @@ class RunRow(Spec):
     mean_batch: float | None = Field(None, ge=0)
     power_w: float | None = Field(None, ge=0)
     energy_per_output_token_j: float | None = Field(None, ge=0)
+    prompts: Prompts | None = None
+    sampling: TokenChoice | None = None
     exclude: str = ""
     exclude_ttft: str = ""
     peer: str = ""
