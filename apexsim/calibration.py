@@ -186,7 +186,7 @@ class _Fit:
                 without = self._moved(found, errors, self._slopes, others)
                 left_out[group.name] = _left_out(self._errors(without, self._of == at)[self._of == at])
         return CalibrationReport(
-            rows=len(self._runs),
+            rows=int(np.isfinite(self._before).any(axis=1).sum()),
             terms=self._calibrated(found, errors),
             before=_left_out(self._before),
             fitted=_left_out(errors),
@@ -200,7 +200,12 @@ class _Fit:
         chosen = self._everywhere if only is None else only
         found = np.full((len(self._runs), 2), np.nan)
         found[chosen] = self._predict(terms, np.flatnonzero(chosen))
-        return np.asarray(np.log(found / self._measured))
+        errors = np.asarray(np.log(found / self._measured))
+        if self._before.size and (lost := int((np.isfinite(self._before) & ~np.isfinite(errors))[chosen].sum())):
+            raise BadInput(
+                "simulated before, and not again: a worker was lost; start over", where="runs", got=f"{lost} figures"
+            )
+        return errors
 
     def _predict(self, terms: Terms, rows: npt.NDArray[np.int64]) -> Floats:
         tasks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]

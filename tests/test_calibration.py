@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from apexsim import catalog
+from apexsim import calibration, catalog
 from apexsim.calibration import Group, calibrate, drawn_groups
 from apexsim.cli.main import main
 from apexsim.errors import BadInput
@@ -110,6 +112,22 @@ def test_terms_that_one_load_cannot_separate_are_refused(tmp_path: Path) -> None
         calibrate(profile(), groups, terms=["expert_launch_s"], jobs=1)
     with pytest.raises(BadInput, match="no such term"):
         calibrate(profile(), groups, terms=["step"], jobs=1)
+
+
+def test_figures_that_get_lost_on_the_way_are_not_fitted_around(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that dies leaves rows without a prediction: a fit on what is left would look like one on all."""
+    groups = drawn_groups(runs_as_simulated(tmp_path / "runs.csv"), profile(), 2, 0)
+    rounds, predict = [], calibration._Fit._predict
+
+    def losing(self: Any, terms: Any, rows: Any) -> Any:
+        rounds.append(len(rows))
+        return predict(self, terms, rows) * (np.nan if len(rounds) > 1 else 1.0)
+
+    monkeypatch.setattr(calibration._Fit, "_predict", losing)
+    with pytest.raises(BadInput, match=r"figures.*start over"):
+        calibrate(profile(), groups, terms=["step_s"], jobs=1)
 
 
 def test_a_refusal_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ def sampling_of(row: RunRow) -> TokenChoice:
 
 
 def prompts_of(row: RunRow) -> Prompts:
-    """As the row says; else ``random_tokens`` where a closed loop draws prompts of nominal lengths, ``text`` otherwise."""
+    """As the row says; else ``random_tokens`` for prompts that a closed loop draws by nominal length, or ``text``."""
     if row.prompts:
         return row.prompts
     return "random_tokens" if row.workload == "closed_loop" and not row.requests_file else "text"
