@@ -348,5 +348,8 @@ def _deployment_notes(deployment: Deployment) -> tuple[str, ...]:
         notes.append(f"energy is estimated: {', '.join(assumed)} of {cluster.device.name} were not measured on it")
     if cluster.device.clock_mhz is not None:
         notes.append(f"times and power at {cluster.device.clock_mhz:g} MHz are extrapolated from the highest clock")
+    if deployment.model.moe:
+        rest = "benchmarks with random tokens choose fewer" if deployment.prompts == "text" else "text chooses more"
+        notes.append(f"experts are chosen as {deployment.prompts.replace('_', ' ')} chooses them; {rest} (--prompts)")
     notes.append(f"price of {cluster.device.name}: {price.usd_per_hour:g} USD/hour ({price.source}, {price.date})")
     return tuple(notes)

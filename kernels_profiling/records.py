@@ -34,16 +34,18 @@ from apexsim.units import NS_PER_S
 COLUMNS = (
     "run_id", "source", "engine", "engine_version", "model", "device", "weight_dtype", "kv_dtype", "replicas", "gpus",
     "tensor", "pipeline", "attention_data", "expert", "max_num_seqs", "max_num_batched_tokens", "chunked_prefill",
-    "prefix_caching", "block_size", "kv_blocks", "workload", "requests_file", "concurrency", "prompt_tokens",
-    "output_tokens", "num_requests", "ttft_mean_s", "tpot_mean_s", "itl_mean_s", "itl_p50_s", "e2e_mean_s",
-    "ttft_p50_s", "ttft_p90_s", "ttft_p99_s", "tpot_p50_s", "tpot_p90_s", "tpot_p99_s", "e2e_p50_s", "e2e_p90_s",
-    "e2e_p99_s", "output_tokens_per_s", "power_w", "energy_per_output_token_j", "exclude", "notes",
+    "prefix_caching", "block_size", "kv_blocks", "workload", "requests_file", "prompts", "sampling", "concurrency",
+    "prompt_tokens", "output_tokens", "num_requests", "ttft_mean_s", "tpot_mean_s", "itl_mean_s", "itl_p50_s",
+    "e2e_mean_s", "ttft_p50_s", "ttft_p90_s", "ttft_p99_s", "tpot_p50_s", "tpot_p90_s", "tpot_p99_s", "e2e_p50_s",
+    "e2e_p90_s", "e2e_p99_s", "output_tokens_per_s", "power_w", "energy_per_output_token_j", "exclude", "notes",
 )  # fmt: skip
 _REQUEST_COLUMNS = (
     "request_id", "arrival_s", "scheduled_s", "first_token_s", "last_token_s", "prompt_tokens", "output_tokens",
     "preemptions", "queue_wait_s", "ttft_s", "tpot_s", "e2e_s",
 )  # fmt: skip
 _RUNS = "runs.csv"
+# What the engines here are sent, and how they choose.
+REQUESTS = {"prompts": "random_tokens", "sampling": "greedy"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,8 @@ def write_run(folder: Path, served: Served, what: Mapping[str, Any]) -> str:
     _write_csv(folder / f"{run_id}.csv", _request_rows(columns))
     if served.steps is not None:
         _write_csv(folder / f"{run_id}.steps.csv", pd.DataFrame(served.steps))
-    row = {**what, **_load(served.load), **_measured(columns, served), "run_id": run_id, "requests_file": requests_file}
+    named = {"run_id": run_id, "requests_file": requests_file, **REQUESTS}
+    row = {**what, **_load(served.load), **_measured(columns, served), **named}
     _write_csv(
         folder / _RUNS, pd.DataFrame([*rows, {key: _cell(value) for key, value in row.items()}], columns=COLUMNS)
     )

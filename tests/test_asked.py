@@ -67,6 +67,12 @@ def test_greedy_is_the_default_and_pays_nothing_whatever_the_engine_would_take()
     assert step_ns(deployed("top_p", 0.0), 64) == step_ns(deployed("greedy", 0.0), 64)
 
 
+def test_a_sort_moves_fewer_passes_than_it_takes() -> None:
+    """Time is passes at the peak; bytes are those of a radix sort and what surrounds it, at most."""
+    for passes, moved in ((222.0, 41), (10.0, 11), (0.0, 1)):
+        assert Sampling("sampling", VOCAB, passes).bytes_moved(np.ones(1)) == moved * 4 * VOCAB
+
+
 def test_tensor_parallelism_does_not_split_the_search() -> None:
     for tensor in (1, 4):
         deployment = deployed("top_p", tensor=tensor)

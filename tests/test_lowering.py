@@ -298,6 +298,15 @@ def test_products_of_an_engine_read_weights_no_slower_than_those_they_are_said_t
     assert replace(found["bf16"], reads_like="fp8").seconds(costs, ONE) == found["bf16"].seconds(costs, ONE)
 
 
+@pytest.mark.parametrize("model", ["deepseek-v3", "nvidia-nemotron-nano-9b-v2"])
+def test_products_of_latent_and_recurrent_layers_are_the_engine_s_too(model: str) -> None:
+    deployment = deployed(model, Plan(tensor=8), "trtllm-1.1", weights="fp8")
+    rows = [op for op, _ in lower(deployment, deployment.pools[0]).stages[0].row_operators()]
+    products = [op for op in rows if isinstance(op, Gemm) and op.dtype == "fp8"]
+    assert len(products) > 3
+    assert all(op.reads_like == "bf16" and op.quantised for op in products)
+
+
 def test_mxfp4_experts_on_marlin_cost_what_its_kernel_of_int4_experts_does() -> None:
     """Slower than the own kernel for large steps, about as fast for small ones; weights take their own bytes."""
     found, costs = [], OperatorCosts(H100)

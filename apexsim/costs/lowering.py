@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -276,7 +277,7 @@ def _latent_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixed:
     """Latent attention, its heads split over ranks; down-projections and latent vectors whole on every rank."""
     model, heads = deployment.model, deployment.model.heads // pool.plan.tensor
     assert model.mla is not None, "the caller has seen it"
-    before, after = projections(model.mla, model.hidden, heads, deployment.weights)
+    before, after = projections(model.mla, model.hidden, heads, deployment.weights, partial(_gemm, deployment))
     if "rope" not in deployment.engine.fusions:
         before += latent_copies(model.mla)
     return LatentMixing("attention", model.mla, model.hidden, heads, deployment.kv_cache), before, after
@@ -287,9 +288,11 @@ def _recurrent_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixe
     model, tensor, layer = deployment.model, pool.plan.tensor, deployment.model.recurrent
     assert layer is not None, "a recurrent layer belongs to a model that says of which kind"
     inner = layer.inner(tensor)
-    before: list[RowOperator] = [Gemm("state_in", layer.projected(tensor), model.hidden, deployment.weights)]
+    before: list[RowOperator] = [
+        _gemm(deployment, "state_in", layer.projected(tensor), model.hidden, deployment.weights)
+    ]
     gated = Elementwise("state_norm", 3 * ACTIVATION_BYTES * inner)
-    after: list[RowOperator] = [gated, Gemm("state_out", model.hidden, inner, deployment.weights)]
+    after: list[RowOperator] = [gated, _gemm(deployment, "state_out", model.hidden, inner, deployment.weights)]
     return StateUpdate("state", layer, tensor), before, after
 
 

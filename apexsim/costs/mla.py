@@ -8,6 +8,7 @@ which is unfolded again for every chunk.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,27 +32,32 @@ UNFOLDED_ROWS = 8192.0
 INDEXER_EFFICIENCY, INDEXER_KERNELS = 0.5, 2
 
 
-def projections(sizes: LatentAttention, hidden: int, heads: int, dtype: str) -> tuple[list[RowOperator], ...]:
+Product = Callable[[str, int, int, str], Gemm]
+
+
+def projections(
+    sizes: LatentAttention, hidden: int, heads: int, dtype: str, product: Product = Gemm
+) -> tuple[list[RowOperator], ...]:
     """Row operators before and after the attention of ``heads`` heads on one rank.
 
     The down-projections are repeated on every rank. ``dtype`` is the checkpoint's: see
-    ``LatentAttention.projection_dtype`` for what it leaves as bf16.
+    ``LatentAttention.projection_dtype`` for what it leaves as bf16. ``product`` makes products of (name, n, k, dtype).
     """
     compressed, dtype = sizes.kv_lora_rank, sizes.projection_dtype(dtype)
     before: list[RowOperator] = [
-        Gemm("qkv_a", sizes.q_lora_rank + sizes.latent, hidden, dtype),
+        product("qkv_a", sizes.q_lora_rank + sizes.latent, hidden, dtype),
         Elementwise("q_norm", 2 * ACTIVATION_BYTES * sizes.q_lora_rank),
         Elementwise("kv_norm", 2 * ACTIVATION_BYTES * compressed),
-        Gemm("q_b", heads * sizes.qk_head_dim, sizes.q_lora_rank, dtype),
+        product("q_b", heads * sizes.qk_head_dim, sizes.q_lora_rank, dtype),
         Elementwise("rope", 2 * ACTIVATION_BYTES * (heads + 1) * sizes.qk_rope_head_dim),
         Gemm("kv_b_keys", heads * sizes.qk_nope_head_dim, compressed, "bf16"),
     ]
     if scorer := sizes.indexer:
-        before.append(Gemm("indexer_q", scorer.heads * scorer.head_dim, sizes.q_lora_rank, dtype))
-        before.append(Gemm("indexer_k", scorer.head_dim + scorer.heads, hidden, dtype))
+        before.append(product("indexer_q", scorer.heads * scorer.head_dim, sizes.q_lora_rank, dtype))
+        before.append(product("indexer_k", scorer.head_dim + scorer.heads, hidden, dtype))
     after: list[RowOperator] = [
         Gemm("kv_b_values", heads * sizes.v_head_dim, compressed, "bf16"),
-        Gemm("o", hidden, heads * sizes.v_head_dim, dtype),
+        product("o", hidden, heads * sizes.v_head_dim, dtype),
     ]
     return before, after
 

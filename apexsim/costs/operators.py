@@ -170,7 +170,7 @@ class Elementwise:
 
 # Passes over the logits whose bytes PyTorch's search for the most likely tokens moves: four digits of a radix sort read
 # and write keys (4 bytes) and indices (8), 24 passes; softmax, running sum, mask and the way back in order some 16.
-SEARCH_READS = 40.0
+SEARCHED_PASSES = 40.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +178,7 @@ class Sampling:
     """Softmax and draw over the fp32 logits of every survivor, and ``passes`` over them at the peak of memory.
 
     The passes find the most likely tokens (see ``SamplerDefaults``); no profile of a device contains them. They are a
-    measure of time: what a sort moves are ``SEARCH_READS`` passes at most.
+    measure of time: what a sort moves are ``SEARCHED_PASSES`` of them at most.
     """
 
     name: str
@@ -198,7 +198,7 @@ class Sampling:
         return np.zeros_like(rows)
 
     def bytes_moved(self, rows: Array) -> Array:
-        return (1.0 + min(self.passes, SEARCH_READS)) * self._logit_bytes(rows)
+        return (1.0 + min(self.passes, SEARCHED_PASSES)) * self._logit_bytes(rows)
 
     def _logit_bytes(self, rows: Array) -> Array:
         return LOGIT_BYTES * self.vocab * rows

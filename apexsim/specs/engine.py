@@ -228,8 +228,9 @@ class SamplerDefaults(Spec):
     """How an engine draws a token where the most likely ones alone may be drawn (top-p, top-k).
 
     ``top_p_passes`` is what finding them takes beyond a greedy choice, in passes over all 4-byte logits at the peak of
-    the device's memory. PyTorch sorts them (a radix sort: many passes), writes them back in order and masks them; a
-    kernel that needs no sort, as FlashInfer's, takes a few.
+    the device's memory; where it was calibrated, a repetition penalty that those requests asked for is in it. PyTorch
+    sorts them (a radix sort: many passes), writes them back in order and masks them; a kernel that needs no sort, as
+    FlashInfer's, takes a few.
     """
 
     top_p_passes: float = Field(0.0, ge=0, le=MAX_PASSES)

@@ -1,8 +1,8 @@
 """What the requests of a measured run were besides their lengths: what they are made of, how they ask for tokens.
 
 Benchmarks with synthetic prompts send random tokens and decode greedily. The tasks that keep a server full are those of
-ML.ENERGY, whose client asks for top_p 0.95 and a temperature of 0.8, whatever the model (ml-energy/benchmark,
-mlenergy/benchmark/llm/benchmark.py at c1d6557: the defaults of ``Args``).
+ML.ENERGY, whose client asks for top_p 0.95, a temperature of 0.8 and a repetition penalty of 1.1, whatever the model
+(ml-energy/benchmark, mlenergy/benchmark/llm/benchmark.py at c1d6557: the defaults of ``Args``, and the payload).
 """
 
 from __future__ import annotations
