@@ -141,7 +141,7 @@ def test_rows_are_not_added_to_somebody_elses_file(here: Path, capsys: pytest.Ca
     [
         (None, "cannot be read as CSV"),
         (b"\xff\xfe", "cannot be read as CSV"),
-        (",".join(COLUMNS).encode() + b"\n1,2\n", "runs.csv: row 1: got '2 cells'; a row has 45 cells"),
+        (",".join(COLUMNS).encode() + b"\n1,2\n", "runs.csv: row 1: got '2 cells'; a row has 47 cells"),
     ],
 )
 def test_a_broken_file_of_runs_is_told_and_kept(

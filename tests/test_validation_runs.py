@@ -308,6 +308,7 @@ def test_everything_taken_for_granted_of_a_row_is_listed() -> None:
         "kv_dtype not known: the engine default, bf16",
     }  # fmt: skip
     stated = {"tensor": 8, "pipeline": 1, "expert": 1, "replicas": 1, "attention_data": 1, "kv_dtype": "bf16"}
+    stated["prompts"] = "text"
     blocks = case(**stated, model="qwen3-235b-a22b", weight_dtype="fp8")
     assert blocks.notes == ("weight_dtype fp8: scaled by blocks, as the checkpoint of the model is",)
     experts = case(**stated, model="gpt-oss-120b", weight_dtype="mxfp4")
