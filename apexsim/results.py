@@ -351,5 +351,7 @@ def _deployment_notes(deployment: Deployment) -> tuple[str, ...]:
     if deployment.model.moe:
         rest = "benchmarks with random tokens choose fewer" if deployment.prompts == "text" else "text chooses more"
         notes.append(f"experts are chosen as {deployment.prompts.replace('_', ' ')} chooses them; {rest} (--prompts)")
+    if deployment.sampling == "top_p" and not deployment.engine.sampler.top_p_passes:
+        notes.append(f"top_p costs what greedy does: {deployment.engine.name} has no top_p_passes")
     notes.append(f"price of {cluster.device.name}: {price.usd_per_hour:g} USD/hour ({price.source}, {price.date})")
     return tuple(notes)

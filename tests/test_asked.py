@@ -145,6 +145,13 @@ def test_requests_of_a_task_sample_as_their_client_asks(changes: dict[str, Any],
     assert any("the client of its benchmark asks" in note for note in case.notes) == (expected == "top_p")
 
 
+def test_an_engine_whose_search_costs_nothing_known_says_so() -> None:
+    requests = Requests(name="few", prompt_tokens=np.full(2, 10), output_tokens=np.full(2, 3), concurrency=2)
+    for passes, sampling, said in ((0.0, "top_p", True), (200.0, "top_p", False), (0.0, "greedy", False)):
+        notes = simulate(deployed(sampling, passes), requests).summary()["notes"]
+        assert any("no top_p_passes" in note for note in notes) == said
+
+
 # -- what prompts are made of --------------------------------------------------------------------------------------
 
 

@@ -56,7 +56,10 @@ class AttentionShape(NamedTuple):
 
 
 class MoeLayer(NamedTuple):
-    """Experts of one layer: ``inter`` is the width on one device, ``experts`` the model's, over ``ep`` devices."""
+    """Experts of one layer: ``inter`` is the width on one device, ``experts`` the model's, over ``ep`` devices.
+
+    ``kernel``: the dtype whose measured kernel stands for the one they run on, where that is not their own.
+    """
 
     hidden: int
     inter: int
@@ -70,7 +73,7 @@ class MoeLayer(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Key of the fitted operator that answers for it: of its dtype, or of another whose ``kernel`` it runs on."""
+        """Key of the fitted operator that answers for it."""
         return self.kernel or self.dtype
 
 

@@ -31,7 +31,7 @@ UNFOLDED_ROWS = 8192.0
 # Share of the peaks that an indexer's scores reach: a prior, nothing measured. Its kernels: scores, selection.
 INDEXER_EFFICIENCY, INDEXER_KERNELS = 0.5, 2
 
-
+# Makes a product of (name, n, k, dtype).
 Product = Callable[[str, int, int, str], Gemm]
 
 
@@ -41,7 +41,7 @@ def projections(
     """Row operators before and after the attention of ``heads`` heads on one rank.
 
     The down-projections are repeated on every rank. ``dtype`` is the checkpoint's: see
-    ``LatentAttention.projection_dtype`` for what it leaves as bf16. ``product`` makes products of (name, n, k, dtype).
+    ``LatentAttention.projection_dtype`` for what it leaves as bf16. ``product`` makes the products.
     """
     compressed, dtype = sizes.kv_lora_rank, sizes.projection_dtype(dtype)
     before: list[RowOperator] = [

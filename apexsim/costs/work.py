@@ -164,12 +164,19 @@ def _kernels(operator: RowOperator, rows: Array) -> list[tuple[RowOperator, Mask
 
 
 def _evidence(costs: OperatorCosts, operator: RowOperator) -> str:
-    """That of the device's profile; none holds searches for tokens, large one-shot messages or an engine's products."""
-    searches = isinstance(operator, Sampling) and operator.passes > 0
-    at_once = isinstance(operator, Collective) and operator.one_shot_max_bytes > 0
-    own = isinstance(operator, Gemm) and operator.reads_like is not None
-    own = own or (isinstance(operator, Experts) and operator.layer.kernel is not None)
-    return "estimated" if searches or at_once or own else costs.evidence(operator.kind, operator.key)
+    """That of the device's profile; none holds searches for tokens, large one-shot messages or an engine's kernels."""
+    match operator:
+        case Sampling():
+            unmeasured = operator.passes > 0
+        case Collective():
+            unmeasured = operator.one_shot_max_bytes > 0
+        case Gemm():
+            unmeasured = operator.reads_like is not None
+        case Experts():
+            unmeasured = operator.layer.kernel is not None
+        case _:
+            unmeasured = False
+    return "estimated" if unmeasured else costs.evidence(operator.kind, operator.key)
 
 
 def _attention_evidence(costs: OperatorCosts, kind: str, attention: Mixing) -> str:
