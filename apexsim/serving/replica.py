@@ -208,7 +208,7 @@ class Replica:
             return False
         if self._fresh:
             self._join()
-        return 0 < self._cohort.size == len(self.running) <= self._most
+        return self._all_march()
 
     def _open_ledger(self) -> Ledger:
         sequences = self._sequences()
@@ -313,9 +313,11 @@ class Replica:
         if not self._march or self._dissolved or len(self._in_flight) < self._batches:
             return None
         self._join()
-        if not self.running or self._cohort.size != len(self.running):
-            return None
-        return self._plan_march(owed=0)
+        return self._plan_march(owed=0) if self._all_march() else None
+
+    def _all_march(self) -> bool:
+        """Whether everybody who runs is a member, and one step has seats and tokens for all of them."""
+        return 0 < self._cohort.size == len(self.running) <= self._most
 
     def _plan_march(self, *, owed: int) -> Stretch | None:
         windows = self._set.windows
