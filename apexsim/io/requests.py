@@ -33,6 +33,7 @@ from apexsim import catalog
 from apexsim.errors import BadInput, nearest
 from apexsim.specs.laws import AllAtOnce, ClosedLoop, Floats, PoissonArrivals, RenewalArrivals
 from apexsim.specs.workload import (
+    DEADLINE,
     MAX_REQUESTS,
     Requests,
     Workload,
@@ -40,6 +41,7 @@ from apexsim.specs.workload import (
     check_rate,
     checked_arrivals,
     checked_counts,
+    checked_deadlines,
 )
 
 REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens")
@@ -47,7 +49,7 @@ REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens")
 _COUNTS = {"turn": 0, "num_images": 0, "image_tokens": 0, "num_samples": 1}
 _IDS = ("session_id", "client_id")
 _PREFIX = "prefix_hash_ids"
-OPTIONAL = (*_COUNTS, *_IDS, _PREFIX)
+OPTIONAL = (*_COUNTS, *_IDS, _PREFIX, DEADLINE)
 
 # pyarrow takes a block size as a 32-bit integer. One block for a whole file: types are then inferred over all rows.
 _MAX_BLOCK_BYTES = 2**31 - 1
@@ -344,6 +346,8 @@ def _extra(table: pa.Table, path: Path) -> dict[str, npt.NDArray[Any]]:
             continue
         if name in _COUNTS:
             extra[name] = checked_counts(_numbers(table, name, path), name, path, least=_COUNTS[name])
+        elif name == DEADLINE:
+            extra[name] = checked_deadlines(_numbers(table, name, path), path)
         elif name == _PREFIX:
             extra[name] = _id_lists(column, path)
         else:

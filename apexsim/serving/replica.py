@@ -69,7 +69,7 @@ class Replica:
         self._recorder = recorder
         self._on_finish = on_finish
         self._lookahead = settings.lookahead
-        self._scheduler = Scheduler(settings.scheduler, blocks, lookahead=settings.lookahead)
+        self._scheduler = Scheduler(settings.scheduler, blocks, settings.policy.queue(), lookahead=settings.lookahead)
         self.running, self.waiting = self._scheduler.running, self._scheduler.waiting
         self._batches = max(settings.cost.stages, 1 + self._lookahead)
         self._balanced = settings.scheduler.pipeline_split == "balanced" and settings.cost.stages > 1
@@ -276,6 +276,10 @@ class Replica:
 
     def _labels(self) -> tuple[int, int, int]:
         return self.index, len(self.running) + self._scheduler.leaving, len(self.waiting)
+
+    def lacks(self, request: Request) -> str:
+        """What a waiting request would not find if a step were composed now."""
+        return self._scheduler.open(self._sequences()).lacks(request)
 
     def check_idle(self) -> None:
         """Assert that nothing is left behind once every request is done."""
