@@ -109,7 +109,7 @@ Policy = str | type[BatchPolicy] | BatchPolicy
 """A batching policy: by name, as a class that is built from the scheduler's settings, or an object."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Case:
     """A small simulation: its load, its engine and its (linear) cost.
 
@@ -143,6 +143,11 @@ class Case:
     step_ns: int = 1_000_000
     token_ns: int = 1_000
     context_ns: int = 100
+
+    def __repr__(self) -> str:
+        """The call that makes this case, without what is as usual."""
+        given = [field for field in fields(self) if getattr(self, field.name) != field.default]
+        return f"Case({', '.join(f'{field.name}={getattr(self, field.name)!r}' for field in given)})"
 
     def scheduler(self) -> SchedulerDefaults:
         return SchedulerDefaults.model_validate({
@@ -185,9 +190,8 @@ class Case:
         )
         cost = LinearCost(self.step_ns, self.token_ns, self.context_ns, self.stages)
         memory = made_up_memory(self.blocks, window=self.window)
-        run = Run(
-            deployment, self.requests(), cost=cost, memory=memory, how=How(exact_steps=exact_steps, policy=policy)
-        )
+        how = How(exact_steps=exact_steps, policy=policy)
+        run = Run(deployment, self.requests(), cost=cost, memory=memory, how=how)
         run.go()
         return run
 
@@ -294,10 +298,9 @@ def _simpler(case: Case) -> Iterator[Case]:
         yield from (_without(case, first, first + size) for first in range(0, count, size))
         size //= 2
     for setting in fields(case):
-        plain = setting.default
-        if setting.name not in ("policy", "patience_ns", "arrivals_ns", "lengths"):
-            if getattr(case, setting.name) != plain:
-                yield replace(case, **{setting.name: plain})
+        written = setting.name in ("policy", "arrivals_ns", "lengths", "patience_ns")
+        if not written and getattr(case, setting.name) != setting.default:
+            yield replace(case, **{setting.name: setting.default})
     for position, (prompt, output) in enumerate(case.lengths):
         for fewer in ((1, output), (prompt // 2, output), (prompt, 1), (prompt, output // 2)):
             if min(fewer) and fewer != (prompt, output):
@@ -308,8 +311,10 @@ def _simpler(case: Case) -> Iterator[Case]:
 
 def _without(case: Case, first: int, last: int) -> Case:
     """The case without some of its requests."""
-    columns = {name: getattr(case, name) for name in ("arrivals_ns", "lengths", "patience_ns")}
-    return replace(case, **{name: [*rows[:first], *rows[last:]] for name, rows in columns.items()})
+    arrivals_ns, lengths, patience_ns = (
+        [*rows[:first], *rows[last:]] for rows in (case.arrivals_ns, case.lengths, case.patience_ns)
+    )
+    return replace(case, arrivals_ns=arrivals_ns, lengths=lengths, patience_ns=patience_ns)
 
 
 def random_case(rng: np.random.Generator, policy: str) -> Case:
