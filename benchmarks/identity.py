@@ -1,10 +1,10 @@
 """What a refactoring must not change, as hashes by stable keys: ``python benchmarks/identity.py [--against REVISION]``.
 
 Hashed is what does not depend on where stretches end: request records, gaps between tokens, summaries without timing,
-and per replica the totals of steps, tokens and time. Rows of steps are hashed where there is one stage and no window.
+and per replica the totals of steps, tokens and time. Rows of steps are hashed for one stage without windows.
 
-Without ``--against`` the hashes are printed as JSON. With it, the same cases run on both trees, this one and that of the
-revision, and the keys that differ are named; exit status 1 where one does.
+Without ``--against`` the hashes are printed as JSON. With it, the same cases run on this tree and on that of the
+revision, and the keys that differ are named. Exit status 1 where one does.
 """
 
 from __future__ import annotations

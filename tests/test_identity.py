@@ -1,6 +1,6 @@
 """What a refactoring must not change. Hashes of runs, a search and a sweep stand in ``identity.json``.
 
-``python benchmarks/identity.py > tests/identity.json`` writes them anew, after a change that is meant to change results.
+``python benchmarks/identity.py > tests/identity.json`` writes them anew, after a change meant to change results.
 """
 
 from __future__ import annotations
