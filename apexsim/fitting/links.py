@@ -117,9 +117,10 @@ def _deepep(table: Path, per_node: int, *, low_latency: bool) -> Iterator[Curve]
         copies = rows["topk"] if low_latency else copies_sent(rows["topk"].to_numpy(), ranks)
         size = (rows["tokens"] * rows["hidden"] * ACTIVATION_BYTES * copies).to_numpy()
         source = f"{table.parent.name}/{table.name} ({table_version(table)})"
+        group = f"ranks_{ranks}" + f"_over_{int(nodes)}" * (nodes > 1)
         for column, phase in zip(columns, ("dispatch", "combine"), strict=True):
             points = _by_octave(size, rows[column].to_numpy() * SECONDS_PER_US)
-            yield Curve(f"{'deepep_ll' if low_latency else 'deepep'}_{phase}", f"ranks_{ranks}", points, source)
+            yield Curve(f"{'deepep_ll' if low_latency else 'deepep'}_{phase}", group, points, source)
 
 
 def _trtllm(table: Path) -> Iterator[Curve]:
@@ -155,7 +156,7 @@ def _across_nodes(kernels: Path, folder: str) -> Iterator[Curve]:
     frame = read_table(table, ["num_workers", "size", column])
     frame = frame[frame["num_workers"] == 16]
     points = _octaves(frame["size"].to_numpy(), frame[column].to_numpy() * SECONDS_PER_MS)
-    yield Curve("all_reduce", "nccl_16", points, f"{table.parent.name}/{table.name} (2024), two nodes")
+    yield Curve("all_reduce", "nccl_16_over_2", points, f"{table.parent.name}/{table.name} (2024), two nodes")
 
 
 def _hand_overs(kernels: Path, folder: str) -> Iterator[Curve]:
