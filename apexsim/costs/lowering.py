@@ -2,7 +2,8 @@
 
 Tensor parallelism follows Megatron-LM (arXiv 1909.08053): QKV and gate/up split by columns, output and down
 projections by rows, an all-reduce after each; embedding and LM head split by vocabulary. KV heads are repeated where
-there are more ranks than heads. Where the groups of ranks lie on nodes says ``specs/placement.py``. A graph describes one block; a stage counts its blocks, so cost is flat in depth.
+there are more ranks than heads. A graph describes one block; a stage counts its blocks, so cost is flat in depth.
+On which nodes the groups of ranks lie says ``specs/placement.py``.
 """
 
 from __future__ import annotations
