@@ -15,6 +15,7 @@ from simpy import Event
 
 from apexsim.costs.accounting import account
 from apexsim.costs.memory import MemoryPlan, plan_memory
+from apexsim.costs.notes import cost_notes
 from apexsim.costs.steps import build_step_cost
 from apexsim.costs.timing import StepTimes
 from apexsim.errors import BadInput, nearest
@@ -72,7 +73,7 @@ def simulate(
         chunks=chunks,
         accounting=account(cost, steps, chunks),
         memory=memory,
-        notes=(*requests.notes, *_not_simulated(requests), *pool.plan.assumptions),
+        notes=(*requests.notes, *_not_simulated(requests), *pool.plan.assumptions, *cost_notes(cost)),
         timing=_timing(started_s, built_s, simulated_s),
     )
 
