@@ -66,8 +66,11 @@ def load(kind: Kind, name: str | os.PathLike[str]) -> Spec:
     """
     path = locate(kind, name)
     spec = _parsed(_CLASSES[kind], path, path.stat().st_mtime_ns if path.is_file() else None)
-    version = os.fspath(name).partition("@")[2]
-    return spec.for_version(version) if isinstance(spec, EngineProfile) and version else spec
+    text = os.fspath(name)
+    if not isinstance(spec, EngineProfile) or _is_path(text) or text == path.stem:
+        return spec
+    engine, _, version = text.partition("@")
+    return spec.for_version(version or max(_listed(engine), key=_release))
 
 
 @cache
@@ -98,7 +101,7 @@ def _is_path(text: str) -> bool:
 class EngineChoice:
     """The profile that answers for an engine version. ``mapped`` is False where no profile names the version.
 
-    ``name`` is what ``load`` takes for it: with the version where one is listed (``vllm@0.8.5``).
+    ``name`` is what ``load`` takes for it: with the version where that is listed (``vllm@0.8.5``).
     """
 
     profile: str
@@ -128,7 +131,7 @@ def engine_for(engine: str, version: str = "") -> EngineChoice:
     newest = max(listed, key=_release)
     if not _release(version) or _release(version) > _release(newest):
         note = f"{engine} {version or 'of unknown version'} is not listed: its newest profile ({newest}) answers"
-        return EngineChoice(listed[newest], False, note, listed[newest])
+        return EngineChoice(listed[newest], False, note, engine)
     raise BadInput(f"no profile lists it; known: {_versions(listed)}", where=engine, got=version)
 
 

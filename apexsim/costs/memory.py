@@ -80,6 +80,10 @@ class MemoryPlan:
         return size * (bisect_right(range(most + 1), most, key=lambda n: self.blocks_for(n * size)) - 1)
 
 
+    def holds(self, tokens: int) -> bool:
+        """Whether a sequence of so many tokens fits alone."""
+        return self.max_tokens is None or tokens <= self.max_tokens
+
     @property
     def kv_tokens(self) -> int:
         """Tokens that the cache of a replica holds, of sequences as long as they can be.
