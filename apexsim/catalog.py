@@ -70,7 +70,8 @@ def load(kind: Kind, name: str | os.PathLike[str]) -> Spec:
     if not isinstance(spec, EngineProfile) or _is_path(text) or text == path.stem:
         return spec
     engine, _, version = text.partition("@")
-    return spec.for_version(version or max(_listed(engine), key=_release))
+    listed = _listed(engine)
+    return spec.for_version(version if any(begins(version, each) for each in listed) else max(listed, key=_release))
 
 
 @cache

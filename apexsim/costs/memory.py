@@ -79,7 +79,6 @@ class MemoryPlan:
         most = self.rank_blocks
         return size * (bisect_right(range(most + 1), most, key=lambda n: self.blocks_for(n * size)) - 1)
 
-
     def holds(self, tokens: int) -> bool:
         """Whether a sequence of so many tokens fits alone."""
         return self.max_tokens is None or tokens <= self.max_tokens
@@ -271,11 +270,11 @@ def _loaded_bytes(deployment: Deployment, op: RowOperator) -> float:
 def activation_bytes(deployment: Deployment, lowered: Lowered, stage: int) -> float:
     """Peak of a full step, which an engine finds by running one before it sizes its cache.
 
-    It is the larger of two moments. In the layers every token holds its hidden state and residual, and the widest pair of tensors alive together inside a block: QKV
-    and the attention output, gate/up and its activation, or the expert buffers (one row per visited expert; gate/up
-    and output share one buffer, as in vLLM's fused experts). When the last stage samples, every token still holds its
-    hidden state, and every sequence the copies of its logits that the engine makes. Tokens and sequences are those of
-    an attention-data rank; its experts meet the tokens of all ranks.
+    It is the larger of two moments. In the layers every token holds its hidden state and residual, and the widest pair
+    of tensors alive together inside a block: QKV and the attention output, gate/up and its activation, or the expert
+    buffers (one row per visited expert; gate/up and output share one buffer, as in vLLM's fused experts). When the last
+    stage samples, every token still holds its hidden state, and every sequence the copies of its logits that the engine
+    makes. Tokens and sequences are those of an attention-data rank; its experts meet the tokens of all ranks.
     """
     model, scheduler, ranks = deployment.model, deployment.scheduler, lowered.attention_data
     budget, seats = scheduler.token_budget // ranks, scheduler.max_num_seqs // ranks

@@ -30,11 +30,12 @@ class Started:
 def start(deployment: Deployment) -> Started:
     """Start a deployment's engine, if it would: one sequence as long as the context must fit in the KV cache.
 
-    Where no ``max_model_len`` is given and the model's own context does not start, the longest that does is taken, with
-    a note. Raises ``InfeasiblePlan`` with what would do: a ``max_model_len`` in place of one that does not start, fewer
-    seats where their states do not fit, the smallest tensor degree that would start.
+    Where no ``max_model_len`` is given and the model's own context does not fit, the longest that does is taken, with a
+    note; so is it where the engine starts with any. Raises ``InfeasiblePlan`` with what would do: a ``max_model_len``
+    in place of one that does not start, fewer seats, the smallest tensor degree that would start.
     """
-    wanted, explicit = deployment.context_limit, deployment.engine.scheduler.max_model_len is not None
+    wanted, asked = deployment.context_limit, deployment.engine.scheduler.max_model_len
+    explicit = asked is not None and deployment.engine.memory.context_must_fit
     shortage: tuple[str, ...] = ()
     try:
         memory = plan_memory(deployment, deployment.pools[0])
@@ -50,13 +51,17 @@ def start(deployment: Deployment) -> Started:
     reduced = _with_context(deployment, longest)
     memory = plan_memory(reduced, reduced.pools[0])
     _check_seats(reduced, memory)
-    note = f"max_model_len {longest:,}: the model's context of {wanted:,} tokens does not fit in the KV cache"
+    note = f"max_model_len {longest:,}: a context of {wanted:,} tokens does not fit in the KV cache"
     return Started(reduced, memory, (f"{note}; longer requests are rejected",))
 
 
 def _refusal(deployment: Deployment, shortage: tuple[str, ...], longest: int) -> str:
     """Why the engine does not start, and what would do."""
-    would_do = [f"needs max_model_len <= {longest:,}"] if longest else []
+    would_do = []
+    if longest:
+        would_do.append(f"needs max_model_len <= {longest:,}")
+    elif seats := _most_seats(deployment):
+        would_do.append(f"starts with max_num_seqs <= {seats:,}")
     if degree := _smallest_tensor(deployment):
         would_do.append(f"starts with tensor degree {degree}")
     why = "; ".join(shortage) or f"a context of {deployment.context_limit:,} tokens does not fit in the KV cache"
@@ -121,6 +126,24 @@ def _smallest_tensor(deployment: Deployment) -> int | None:
         if not plan.lawful(tried.model, room) and _fits(tried):
             return tensor
     return None
+
+
+def _most_seats(deployment: Deployment) -> int:
+    """Most seats, fewer than it has, with which a replica has room for a cache; 0 where none leave any.
+
+    An engine that samples for all its seats before it sizes its cache keeps that memory.
+    """
+    seats = deployment.rank_scheduler.max_num_seqs
+    return bisect_right(range(1, seats), False, key=lambda fewer: not _fits(_with_seats(deployment, fewer)))
+
+
+def _with_seats(deployment: Deployment, seats: int) -> Deployment:
+    engine = deployment.engine
+    scheduler = engine.scheduler.model_copy(update={"max_num_seqs": seats})
+    changes = tuple(change.model_copy(update={"max_num_seqs": None}) for change in engine.changes)
+    return deployment.model_copy(
+        update={"engine": engine.model_copy(update={"scheduler": scheduler, "changes": changes})}
+    )
 
 
 def _fits(deployment: Deployment) -> bool:

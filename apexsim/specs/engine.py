@@ -276,7 +276,8 @@ class EngineProfile(Spec):
     """One engine family. ``versions`` are the prefixes it answers for; ``evidence`` says where its terms come from.
 
     Of ``changes``, later ones outweigh earlier ones; of ``kv_cache`` and ``expert_padding``, the first rule that holds
-    counts. ``memory_changes`` are memory terms of some of the versions (see ``for_version``). ``fusions`` are kernels that the engine has no launch of its own for: those that quantise activations to fp8 (done by the kernel
+    counts. ``memory_changes`` are memory terms of some of the versions (see ``for_version``). ``fusions`` are small
+    kernels that the engine has no launch of its own for: those that quantise activations to fp8 (done by the kernel
     before), and the rotary embedding (done by attention).
     """
 

@@ -25,7 +25,8 @@ class MemoryDefaults(Spec):
     ``communicators``: how many communicators of the collective library a rank of a group opens, each of the device's
     ``nccl_bytes``. ``sampler_logit_copies``: 4-byte logits of every seat that are alive at once when the engine samples
     for all its seats before it sizes its cache, as multiples of seats x vocabulary x 4 bytes; 1 = the logits alone.
-    ``seats_need_states``: it refuses more seats than it has room for states of recurrent layers.
+    ``context_must_fit``: it refuses a context limit longer than its cache holds; others start, and reject what is too
+    long. ``seats_need_states``: it refuses more seats than it has room for states of recurrent layers.
 
     ``kv_blocks``: the KV blocks of a replica where a server told how many it has; None = worked out from the rest.
     """
@@ -36,6 +37,7 @@ class MemoryDefaults(Spec):
     graph_bytes: int = Field(0, ge=0)
     communicators: int = Field(1, ge=0, le=1000)
     sampler_logit_copies: float = Field(1.0, ge=0, le=1000)
+    context_must_fit: bool = True
     seats_need_states: bool = False
     kv_blocks: int | None = Field(None, gt=0, le=2**40)
 
