@@ -95,14 +95,14 @@ class Session:
 
     def _measured(self, name: str, point: Mapping[str, Any], number: int) -> dict[str, Any]:
         if name == "launch":
-            return launches.measured(point, self._rig.device, self._point_s)
+            return launches.measured(point, self._rig, self._point_s)
         if name == "sustained":
             return held(point, self._rig, self._point_s)
         case = CASES[name](point, self._rig)
         timing = time_case(case, self._rig, self._point_s)
         meter, drawn = self._rig.meter, Drawn()
         if meter and number % POWER_EVERY == 0:
-            _, drawn = hold(case, self._rig.device, POWER_S, meter)
+            _, drawn = hold(case, self._rig, POWER_S, meter)
         clock = drawn.sm_clock_mhz or (meter.sm_clock_mhz() if meter else None)
         about = {"kernel_source": case.kernel_source, "buffers": case.buffers, "rotated_bytes": case.rotated_bytes}
         return {**timing._asdict(), **about, "power_w": drawn.power_w, "sm_clock_mhz": clock}

@@ -105,6 +105,10 @@ def deployment_file(file: SearchFile, where: object) -> DeploymentFile:
     return DeploymentFile(**shared, device=device, nodes=count // per_node, devices_per_node=per_node)
 
 
+# What ``write_study`` writes.
+STUDY_FILES = ("study.json", "plans.parquet", "best.yaml")
+
+
 def write_study(out: Path, study: Study, file: SearchFile) -> None:
     """Write ``study.json``, ``plans.parquet`` and, when a plan won, ``best.yaml`` into the folder ``out``."""
     with atomic_path(out / "plans.parquet") as scratch:
