@@ -23,7 +23,7 @@ import apexsim
 from apexsim import catalog
 from apexsim.atomic import make_folder
 from apexsim.calibration import Group, calibrate
-from apexsim.fitting.own import OwnTables
+from apexsim.fitting.own import OwnTables, TooFewRows
 from apexsim.fitting.pipeline import fit_measured
 from apexsim.io.requests import resolve_workload
 from apexsim.io.yaml_files import write_yaml
@@ -36,6 +36,7 @@ from kernels_profiling.engine import LiveEngine, check_servable
 from kernels_profiling.live import EngineFlags, serve_metered, settings_for, warm_up_load, what_ran
 from kernels_profiling.machine import device_name, rig_of
 from kernels_profiling.measure import Wanted
+from kernels_profiling.noise import TooNoisyError, check_quiet
 from kernels_profiling.operators import CASES
 from kernels_profiling.points import Rank, all_points
 from kernels_profiling.records import check_folder, write_run
@@ -144,7 +145,13 @@ class Proof:
     def _fit(self) -> None:
         """The device profile of all that is measured by now."""
         with self._noting("fitting"):
-            profile = fit_measured("proof", OwnTables(self._plan.folder / "tables"))
+            check_quiet(self._session.tables)
+            try:
+                profile = fit_measured("proof", OwnTables(self._plan.folder / "tables"))
+            except TooFewRows as error:
+                if self._session.failed:
+                    raise
+                raise TooNoisyError(str(error)) from None
             write_yaml(self._profile, profile.model_dump(mode="json", exclude_defaults=True))
 
     def _anchor_cases(self) -> list[Any]:

@@ -19,13 +19,13 @@ PRODUCTS = {"linear", "matmul", "__matmul__"}
 class MadeUpMachine(TorchFunctionMode):
     """The clock, as long as the block lasts. ``spread`` is that of a factor drawn for every kernel, in log space.
 
-    Kernels of the first ``slow_s`` seconds take ``slowness`` times as long.
+    After ``quick_s`` seconds kernels take ``slowness`` times as long.
     """
 
-    def __init__(self, *, spread: float = 0.0, slow_s: float = 0.0, slowness: float = 1.0) -> None:
+    def __init__(self, *, spread: float = 0.0, quick_s: float = 0.0, slowness: float = 1.0) -> None:
         super().__init__()
         self._draw = np.random.default_rng(0)
-        self._spread, self._slow_s, self._slowness = spread, slow_s, slowness
+        self._spread, self._quick_s, self._slowness = spread, quick_s, slowness
         self._now_ns = 0
 
     def now_ns(self) -> int:
@@ -37,7 +37,7 @@ class MadeUpMachine(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if seconds := law_s(func.__name__, args, out):
-            factor = self._slowness if self._now_ns < 1e9 * self._slow_s else 1.0
+            factor = self._slowness if self._now_ns > 1e9 * self._quick_s else 1.0
             factor *= float(np.exp(self._spread * self._draw.standard_normal()))
             self._now_ns += max(1, round(1e9 * factor * seconds))
         return out

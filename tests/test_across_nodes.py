@@ -211,7 +211,7 @@ def test_experts_exchange_tokens_by_the_tables_of_as_many_nodes() -> None:
     }
     # 16 ranks on four nodes of 4 are not those that were measured on two of 8.
     cut = deployed(**experts, **deepep, nodes=4, devices_per_node=4)
-    with pytest.raises(Unsupported, match="no deepep_dispatch cost for ranks_16_over_4"):
+    with pytest.raises(Unsupported, match=r"no deepep_[a-z]+ cost for ranks_16_over_4"):
         build_step_cost(cut, cut.pools[0])
 
 

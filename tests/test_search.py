@@ -281,6 +281,9 @@ def test_headline_says_what_is_taken_for_granted_of_the_best_plan() -> None:
     assert line.startswith("best by latency: tp1-adp4-pp1")
     assert "estimated: 4 attention-data ranks are taken to be evenly loaded" in line
     assert "estimated" not in headline(search(question(), evaluate=toy))
+    wide = headline(search(question(space=space(nodes=2)), evaluate=toy))
+    assert wide.startswith("best by latency: tp16-pp1-dp1")
+    assert wide.endswith("estimated: collectives of tensor ranks on several nodes")
 
 
 def test_headline_gives_the_margin_over_the_second_and_the_usual_choice() -> None:

@@ -26,6 +26,8 @@ def headline(study: Study) -> str:
     if best.outcome.reason:
         parts.append(best.outcome.reason)
     parts += best.candidate.plan.assumptions
+    if best.candidate.plan.tensor > study.question.space.base.cluster.devices_per_node:
+        parts.append("estimated: collectives of tensor ranks on several nodes")
     return "; ".join(parts)
 
 
