@@ -163,7 +163,7 @@ def memory_table(deployment: Deployment, figures: dict[str, Any]) -> Table:
         ("context (max_model_len)", f"{figures['max_model_len']:,}"),
         ("requests of that context at once", f"{figures['max_concurrency_at_context']:.3g}"),
         ("memory that a process sees", format_bytes(sheet.memory_bytes)),
-        (f"share of it ({memory.share_of})", f"{memory.gpu_memory_utilization:g}"),
+        (f"share of it ({memory.share_of})", f"{memory.share_on(sheet.memory_bytes):.3g}"),
         ("device: weights", format_bytes(device["weights_bytes"])),
         *((f"device: {what}", format_bytes(device[name])) for what, name in parts.items()),
         ("device: KV cache", format_bytes(device["kv_bytes"])),

@@ -17,8 +17,9 @@ Evidence = Literal["fitted", "estimated"]
 class Datasheet(Spec):
     """Facts of the hardware. Rates are peaks of one device; links are one way.
 
-    ``nccl_bytes`` is the device memory that the collective library takes, by group size. Figures a thousand times
-    beyond any accelerator of 2026 are mistakes of unit and refused.
+    ``memory_bytes`` is what CUDA tells a process, less than is on the board. ``nccl_bytes`` is the device memory that
+    one communicator of the collective library takes, by group size. Figures a thousand times beyond any accelerator of
+    2026 are mistakes of unit and refused.
     """
 
     memory_bytes: int = Field(ge=10**8, le=10**15)
