@@ -616,4 +616,4 @@ def test_checkpoints_may_leave_attention_in_bf16() -> None:
     model = catalog.load("model", "llama-3.1-405b")
     ffn = 126 * 3 * 16384 * 53248
     assert model.weight_bytes("fp8", "fp8") == pytest.approx(ffn + 2 * (model.params - ffn))
-    assert model.attention_dtype("fp8") == "bf16"
+    assert model.part_dtype("mixer", model.layer_kinds[0], "fp8") == "bf16"

@@ -46,7 +46,7 @@ class GraphFlags:
     tensor: Annotated[int, typer.Option(help="Tensor degree of the graph.")] = 1
     attention_data: Annotated[int, typer.Option(help="Attention-data ranks of the graph.")] = 1
     expert: Annotated[int, typer.Option(help="Expert degree of the graph.")] = 1
-    weights: Annotated[str, typer.Option(help="Dtype of the weights in the graph.")] = "bf16"
+    weights: Annotated[str | None, typer.Option(help="Dtype of the weights in the graph; as published.")] = None
 
 
 @with_flags

@@ -18,7 +18,8 @@ from apexsim.costs.operators import (
 from apexsim.specs.deployment import Deployment, Plan, Pool
 
 if TYPE_CHECKING:
-    from apexsim.specs.model import MoESpec
+    from apexsim.specs.experts import MoESpec
+    from apexsim.specs.layers import LayerKind
 
 # Measured exchanges of expert layers, by what an engine profile calls them.
 EXCHANGES: dict[tuple[str, str], CollectiveKind] = {
@@ -33,7 +34,7 @@ EXCHANGES: dict[tuple[str, str], CollectiveKind] = {
 }
 
 
-def routed_part(deployment: Deployment, pool: Pool) -> list[RowOperator]:
+def routed_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> list[RowOperator]:
     """Router and routed experts of one layer on one rank.
 
     With ``all_reduce`` every rank holds all tokens already, or gathers those of the other attention-data ranks and
@@ -41,6 +42,7 @@ def routed_part(deployment: Deployment, pool: Pool) -> list[RowOperator]:
     share of the tokens to the ranks of their experts and gets them back.
     """
     model, plan, moe = deployment.model, pool.plan, moe_of(deployment)
+    dtype = model.part_dtype("experts", kind, deployment.expert_dtype)
     random, kernels = deployment.prompts == "random_tokens", deployment.engine.kernels
     layer = MoeLayer(
         hidden=model.hidden,
@@ -48,10 +50,10 @@ def routed_part(deployment: Deployment, pool: Pool) -> list[RowOperator]:
         topk=moe.active,
         experts=moe.experts,
         ep=plan.expert,
-        dtype=deployment.expert_dtype,
+        dtype=dtype,
         routing_exponent=moe.random_routing_exponent if random else moe.routing_exponent,
         gated=model.gated,
-        kernel="int4_wo" if deployment.expert_dtype == "mxfp4" and kernels.marlin_experts else None,
+        kernel="int4_wo" if dtype == "mxfp4" and kernels.marlin_experts else None,
     )
     choice_s = deployment.engine.expert_choice_s(deployment.cluster.device.datasheet)
     experts = Experts("experts", layer, rows=_expert_rows(plan), choice_s=choice_s)

@@ -72,7 +72,7 @@ def simulate(
         chunks=chunks,
         accounting=account(cost, steps, chunks),
         memory=memory,
-        notes=(*requests.notes, *_not_simulated(requests), *pool.plan.assumptions),
+        notes=(*requests.notes, *_not_simulated(requests), *deployment.assumptions, *pool.plan.assumptions),
         timing=_timing(started_s, built_s, simulated_s),
     )
 
