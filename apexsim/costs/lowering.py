@@ -295,8 +295,8 @@ def _latent_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixed:
     if "rope" not in deployment.engine.fusions:
         before += latent_copies(model.mla)
     indexed = sum(each.count for each in model.layer_kinds if each.indexed) / model.layers
-    mixing = LatentMixing("attention", model.mla, model.hidden, heads, deployment.kv_cache, indexed)
-    return mixing, before, after
+    share = indexed if model.mla.indexer else 1.0
+    return LatentMixing("attention", model.mla, model.hidden, heads, deployment.kv_cache, share), before, after
 
 
 def _recurrent_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixed:

@@ -35,9 +35,9 @@ class LatentAttention(Spec):
     """Keys and values of all heads are projected from one latent vector of a token, which is all that is cached.
 
     ``kv_lora_rank`` elements of it are compressed keys and values, ``qk_rope_head_dim`` a rotated key that all heads
-    share. Queries are compressed to ``q_lora_rank`` (None: projected at once). A head's query and key have ``qk_nope_head_dim`` +
-    ``qk_rope_head_dim`` elements, its value ``v_head_dim``. One latent vector serves all heads: every rank of tensor
-    parallelism keeps the whole of it.
+    share. Queries are compressed to ``q_lora_rank`` (None: projected at once). A head's query and key have
+    ``qk_nope_head_dim`` + ``qk_rope_head_dim`` elements, its value ``v_head_dim``. One latent vector serves all heads:
+    every rank of tensor parallelism keeps the whole of it.
     """
 
     q_lora_rank: int | None = Field(None, gt=0)

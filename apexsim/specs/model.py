@@ -41,10 +41,10 @@ class ModelSpec(Spec):
     (Llama-4). ``output_gate`` is a gate on the attention output, projected with the queries. ``pre_norms`` and
     ``post_norms`` stand before and after attention and FFN. ``parallel``: both read one norm and are summed (Cohere).
     ``norm`` ``layer`` has a bias; one without counts as ``rms``. ``rotary_dim`` elements of a head are rotated, all if
-    None; positions ``rope_windowed``: in windowed layers only; every ``nope_every``-th layer rotates nothing. With ``mla`` one latent vector stands for the keys and values
-    of all heads: ``kv_heads`` is 1 and ``head_dim`` that of queries. ``ffn_bias`` covers dense and routed experts.
-    ``checkpoint`` is what the weights were published in, where that is not bf16 throughout.
-    ``source`` says where the shape and the published parameter counts come from.
+    None; positions ``rope_windowed``: in windowed layers only; every ``nope_every``-th layer rotates nothing. With
+    ``mla`` one latent vector stands for the keys and values of all heads: ``kv_heads`` is 1 and ``head_dim`` that of
+    queries. ``ffn_bias`` covers dense and routed experts. ``checkpoint`` is what the weights were published in, where
+    that is not bf16 throughout. ``source`` says where the shape and the published parameter counts come from.
     """
 
     name: str
