@@ -51,7 +51,7 @@ def seed_oss(config: Config) -> dict[str, Any]:
 
 def qwen2(config: Config) -> dict[str, Any]:
     """Qwen2: biases on queries, keys and values."""
-    return llama(config) | {"qkv_bias": True, "o_bias": False}
+    return llama(config) | {"qkv_bias": bool(config.get("qkv_bias", True)), "o_bias": False}
 
 
 def mimo(config: Config) -> dict[str, Any]:

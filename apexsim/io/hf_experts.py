@@ -122,9 +122,22 @@ def _first_dense(config: Config, *, by_bias: bool) -> dict[str, Any]:
         "ffn": width,
         "shared_experts": shared,
         "shared_ffn": width if shared else None,
-        "dense_layers": config.whole("first_k_dense_replace", 0),
+        "dense_layers": _dense_layers(config),
         **balanced(by_bias),
     }
+
+
+def _dense_layers(config: Config) -> int:
+    """How many layers, all of them the first ones, have a dense FFN: a number, or a word for each layer."""
+    dense, types = config.whole("first_k_dense_replace", 0), config.listed("mlp_layer_types")
+    if types is None:
+        return dense
+    dense = types.index("sparse") if "sparse" in types else len(types)
+    layers = config.whole("num_hidden_layers")
+    if types != ["dense"] * dense + ["sparse"] * (layers - dense):
+        reason = f"got {len(types)} layers; known: dense ones first, then sparse ones, {layers} in all"
+        raise config.refuse("mlp_layer_types", reason)
+    return dense
 
 
 def dense_width(config: Config, *, needed: bool, key: str = "intermediate_size") -> int | None:
@@ -175,7 +188,7 @@ def experts_where_configured(config: Config, fields: dict[str, Any], moe: dict[s
     if dense != list(range(len(dense))):
         raise config.refuse("mlp_only_layers", f"got {dense!r}; dense layers must be the first ones")
     every = config.whole("decoder_sparse_step", 1)
-    ffn = config.whole("intermediate_size") if dense or every > 1 else None
+    ffn = dense_width(config, needed=bool(dense) or every > 1)
     return fields | {"ffn": ffn, "moe": moe | {"dense_layers": len(dense), "every": every}}
 
 
@@ -185,6 +198,12 @@ def llama4(config: Config) -> dict[str, Any]:
     config.demand("attention_bias", False, "biases are not known for this family")
     every, width = config.whole("interleave_moe_layer_step", 1), config.whole("intermediate_size")
     moe = local_experts(config) | {"shared_experts": 1, "shared_ffn": width, "every": every}
+    layers = range(config.whole("num_hidden_layers"))
+    given = config.listed("moe_layers")
+    if given and given != [layer for layer in layers if every and (layer + 1) % every == 0]:
+        raise config.refuse(
+            "moe_layers", "experts in other layers than every interleave_moe_layer_step-th are not modelled"
+        )
     return {
         "ffn": dense_width(config, needed=every > 1, key="intermediate_size_mlp"),
         "qk_norm": "plain" if config.get("use_qk_norm", True) else None,

@@ -49,10 +49,12 @@ _HALF = {"partial_rotary_factor": 0.5}
 _CHATGLM = {"num_hidden_layers": "num_layers", "intermediate_size": "ffn_hidden_size", "head_dim": "kv_channels"}
 _CHATGLM |= {"vocab_size": "padded_vocab_size", "max_position_embeddings": "seq_length"}
 _CHATGLM |= {"num_key_value_heads": "multi_query_group_num"}
-_MINIMAX = ("attn_type_list", "mtp_transformer_layers")
+# Switches of MiniMax's own code, which transformers' class leaves out: it has both.
+_MINIMAX = {"use_qk_norm": True, "use_routing_bias": True}
+_QWEN_EXPERTS = {"num_experts": "num_local_experts"}
 _HUNYUAN = ("cla_share_factor", "attention_head_dim", "org_vocab_size", "num_media_embeds", "use_rotary_pos_emb")
 # FFNs that no layer has are of no account either.
-_NEMOTRON_OWN = ("expand", "chunk_size", "moe_shared_expert_overlap", "attention_head_dim", *_NEMOTRON)
+_NEMOTRON_OWN = ("expand", "hidden_act", "chunk_size", "moe_shared_expert_overlap", "attention_head_dim", *_NEMOTRON)
 _COHERE = ("use_embedding_sharing", "order_of_interleaved_layers", "rotary_pct", "layer_switch", "use_gated_activation")
 
 _FAMILIES = {
@@ -84,16 +86,16 @@ _FAMILIES = {
     "opt": Family(hf_dense.opt, tied=True),
     "mixtral": Family(hf_experts.mixtral, hf_layers.every_layer),
     "phimoe": Family(hf_experts.phimoe, hf_layers.every_layer),
-    "qwen2_moe": Family(hf_experts.qwen2_moe, hf_layers.late_layers),
-    "qwen3_moe": Family(hf_experts.qwen3_moe, hf_layers.late_layers),
-    "qwen3_omni_moe_text": Family(hf_experts.qwen3_moe),
-    "qwen3_vl_moe_text": Family(hf_experts.qwen3_moe),
+    "qwen2_moe": Family(hf_experts.qwen2_moe, hf_layers.late_layers, renamed=_QWEN_EXPERTS),
+    "qwen3_moe": Family(hf_experts.qwen3_moe, hf_layers.late_layers, renamed=_QWEN_EXPERTS),
+    "qwen3_omni_moe_text": Family(hf_experts.qwen3_moe, renamed=_QWEN_EXPERTS),
+    "qwen3_vl_moe_text": Family(hf_experts.qwen3_moe, renamed=_QWEN_EXPERTS),
     "llama4_text": Family(hf_experts.llama4, hf_layers.rotated_layers, knows=("attention_chunk_size",)),
     "glm4_moe": Family(hf_experts.glm4_moe),
     "ernie4_5_moe": Family(hf_experts.ernie_moe, tied=True),
     "hunyuan_v1_moe": Family(hf_experts.hunyuan_moe, ignores=_HUNYUAN),
     "gpt_oss": Family(hf_experts.gpt_oss, hf_layers.every_other),
-    "minimax_m2": Family(hf_experts.minimax_m2, ignores=_MINIMAX),
+    "minimax_m2": Family(hf_experts.minimax_m2, defaults=_MINIMAX, ignores=("attn_type_list",)),
     "deepseek_v2": Family(hf_experts.deepseek, knows=_LATENT, defaults=_DEEPSEEK2),
     "deepseek_v3": Family(hf_experts.deepseek, knows=_LATENT),
     "deepseek_v32": Family(hf_experts.deepseek, knows=_LATENT),

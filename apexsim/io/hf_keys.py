@@ -14,7 +14,7 @@ from apexsim.io.hf_json import Config
 
 # Of no account whatever they are set to.
 _HARMLESS = """
-    architectures auto_map model_type dtype torch_dtype transformers_version _name_or_path _commit_hash
+    attn_temperature_tuning for_llm_compressor architectures auto_map model_type dtype torch_dtype transformers_version _name_or_path _commit_hash
     quantization_config compression_config use_cache cache_implementation is_decoder is_encoder_decoder
     add_cross_attention torchscript tie_encoder_decoder tie_word_embeddings pruned_heads chunk_size_feed_forward
     return_dict output_attentions output_hidden_states output_scores output_router_logits return_dict_in_generate
