@@ -141,7 +141,7 @@ def family_of(config: Config) -> Family:
             "is missing; is this a model's config.json?", where=config.where, key=config.prefix + "model_type"
         )
     if kind not in _FAMILIES:
-        known = [refused for refused in _REFUSED if kind == refused or kind.startswith(refused + "_")]
-        reason = f"it has {_REFUSED[max(known, key=len)]}" if known else nearest(kind, _FAMILIES)
-        raise config.refuse("model_type", f"{kind} is not modelled{':' if known else ';'} {reason}")
+        why = _REFUSED.get(kind.removesuffix("_text").removesuffix("_unified"))
+        reason = f": it has {why}" if why else f"; {nearest(kind, _FAMILIES)}"
+        raise config.refuse("model_type", f"{kind} is not modelled{reason}")
     return _FAMILIES[kind]

@@ -14,25 +14,25 @@ from apexsim.io.hf_json import Config
 
 # Of no account whatever they are set to.
 _HARMLESS = """
-    attn_temperature_tuning for_llm_compressor architectures auto_map model_type dtype torch_dtype transformers_version _name_or_path _commit_hash
-    quantization_config compression_config use_cache cache_implementation is_decoder is_encoder_decoder
-    add_cross_attention torchscript tie_encoder_decoder tie_word_embeddings pruned_heads chunk_size_feed_forward
-    return_dict output_attentions output_hidden_states output_scores output_router_logits return_dict_in_generate
-    use_bfloat16 tf_legacy_loss prefix id2label label2id num_labels problem_type task_specific_params
-    finetuning_task tokenizer_class pretraining_tp ep_size do_sample early_stopping max_length min_length num_beams
-    num_beam_groups num_return_sequences top_k top_p typical_p length_penalty repetition_penalty diversity_penalty
-    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids suppress_tokens begin_suppress_tokens
-    remove_invalid_values cross_attention_hidden_size use_flash_attn use_flash_attention _flash_attn_2_enabled
-    attn_implementation _attn_implementation _attn_implementation_internal attn_implementation_autoset
-    _attn_implementation_autoset use_mrope mrope_section use_mamba_kernels seq_aux scoring_func score_function
-    norm_topk_prob n_group topk_group num_expert_group router_noise moe_router_fusion
-    original_max_position_embeddings initial_context_length rotary_base rope_ratio rope_interleave
-    indexer_rope_interleave num_logits_to_keep residual_in_fp32 rescale_prenorm_residual mamba_ssm_dtype
-    mamba_ssm_cache_dtype mamba_hidden_act fp32_residual_connection attention_softmax_in_fp32 original_rope
-    apply_query_key_layer_scaling query_pre_attn_scalar swiglu_limit layerdrop experts_per_token max_window_layers
-    num_nextn_predict_layers model_max_length tokenizer_config base_model_name_or_path unsloth_version unsloth_fixed
-    use_qkv_fusion interpolate_factor head_dtype gradient_checkpointing weight_share_add_bias
-    use_sliding_window_cache
+    attn_temperature_tuning for_llm_compressor architectures auto_map model_type dtype torch_dtype
+    transformers_version _name_or_path _commit_hash quantization_config compression_config use_cache
+    cache_implementation is_decoder is_encoder_decoder add_cross_attention torchscript tie_encoder_decoder
+    tie_word_embeddings pruned_heads chunk_size_feed_forward return_dict output_attentions output_hidden_states
+    output_scores output_router_logits return_dict_in_generate use_bfloat16 tf_legacy_loss prefix id2label label2id
+    num_labels problem_type task_specific_params finetuning_task tokenizer_class pretraining_tp ep_size do_sample
+    early_stopping max_length min_length num_beams num_beam_groups num_return_sequences top_k top_p typical_p
+    length_penalty repetition_penalty diversity_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+    bad_words_ids suppress_tokens begin_suppress_tokens remove_invalid_values cross_attention_hidden_size
+    use_flash_attn use_flash_attention _flash_attn_2_enabled attn_implementation _attn_implementation
+    _attn_implementation_internal attn_implementation_autoset _attn_implementation_autoset use_mrope mrope_section
+    use_mamba_kernels seq_aux scoring_func score_function norm_topk_prob n_group topk_group num_expert_group
+    router_noise moe_router_fusion original_max_position_embeddings initial_context_length rotary_base rope_ratio
+    rope_interleave indexer_rope_interleave num_logits_to_keep residual_in_fp32 rescale_prenorm_residual
+    mamba_ssm_dtype mamba_ssm_cache_dtype mamba_hidden_act fp32_residual_connection attention_softmax_in_fp32
+    original_rope apply_query_key_layer_scaling query_pre_attn_scalar swiglu_limit layerdrop experts_per_token
+    max_window_layers num_nextn_predict_layers model_max_length tokenizer_config base_model_name_or_path
+    unsloth_version unsloth_fixed use_qkv_fusion interpolate_factor head_dtype gradient_checkpointing
+    weight_share_add_bias use_sliding_window_cache
 """
 _ENDINGS = (
     r"token_id|token_ids|token_index|tokens_ids|dropout|dropout_prob|drop|pdrop|eps|epsilon|coef|coefficient|alpha|loss"
