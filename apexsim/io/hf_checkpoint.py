@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from apexsim.io.hf_json import Config, read_json
-from apexsim.io.hf_modules import kept_parts
+from apexsim.io.hf_modules import Kept, kept_parts, parts_of
 from apexsim.specs.checkpoint import Checkpoint
 from apexsim.specs.model import ModelSpec
 
@@ -39,17 +39,14 @@ def checkpoint_of(outer: Config, config: Config, spec: ModelSpec) -> Checkpoint 
     ``spec`` is the model that the config describes: which modules it has is what lists of modules are held against.
     Raises Unsupported, with the file and key, for a method whose dtype is not known.
     """
-    found = _described(outer, config)
-    if found is None:
+    quant = _described(outer, config)
+    if quant is None:
         return None
-    key, quant = found
-    method = str(quant.get("quant_method") or quant.get("quant_algo") or "")
+    method = str(quant.get("quant_method"))
     reader = _READERS.get(method.removesuffix("_marlin"))
     if reader is None:
         known = ", ".join(sorted(_READERS))
-        raise quant.refuse(
-            key, f"quantised with {method or 'no quant_method'}, which is not known ({known}); {_WOULD_DO}"
-        )
+        raise quant.refuse("quant_method", f"got {method!r}; known: {known}; or {_WOULD_DO}")
     dtype = reader(quant)
     kept, partly = kept_parts(spec, _left_alone(quant))
     if method == "mxfp4" and spec.moe:  # it quantises experts alone, whatever the list says
@@ -57,12 +54,12 @@ def checkpoint_of(outer: Config, config: Config, spec: ModelSpec) -> Checkpoint 
     return _as_spec(spec, dtype, (kept, partly), quant)
 
 
-def _described(outer: Config, config: Config) -> tuple[str, Config] | None:
-    """The key and the mapping that describe how a checkpoint is quantised, in the config or in the file beside it."""
+def _described(outer: Config, config: Config) -> Config | None:
+    """The mapping that describes how a checkpoint is quantised, in the config or in the file beside it."""
     for each in (outer, config):
         for key in ("quantization_config", "compression_config"):
             if mapping := each.mapping(key):
-                return key, Config(each.where, mapping, f"{each.prefix}{key}.")
+                return Config(each.where, mapping, f"{each.prefix}{key}.")
     beside = Path(outer.where).parent / "hf_quant_config.json"
     if not beside.is_file():
         return None
@@ -72,33 +69,27 @@ def _described(outer: Config, config: Config) -> tuple[str, Config] | None:
     producer = whole.mapping("producer").get("name", "modelopt")
     if not mapping.get("quant_algo"):
         return None
-    return "quantization", Config(str(beside), {"quant_method": producer, **mapping}, "quantization.")
+    return Config(str(beside), {"quant_method": producer, **mapping}, "quantization.")
 
 
-def _as_spec(spec: ModelSpec, dtype: str, held: tuple[dict[Any, Any], list[str]], quant: Config) -> Checkpoint | None:
+def _as_spec(spec: ModelSpec, dtype: str, held: tuple[Kept, list[str]], quant: Config) -> Checkpoint | None:
     """The checkpoint in the fewest words: experts apart where all else is kept, nothing where everything is."""
     kept, partly = held
-    parts = {part for kind in spec.layer_kinds for part in _parts_of(kind)}
+    parts = {part for kind in spec.layer_kinds for part in parts_of(spec, kind)}
     rest = {part for part in parts if kept.get(part) != "all"}
     if not rest:
         return None
     kept = {part: layers for part, layers in kept.items() if part in parts}
-    method = str(quant.get("quant_method") or quant.get("quant_algo"))
-    fields: dict[str, Any] = {"method": method, "notes": tuple(_notes(quant, dtype, partly))}
+    fields: dict[str, Any] = {"method": str(quant.get("quant_method")), "notes": tuple(_notes(quant, dtype, partly))}
     if rest == {"experts"}:
         kept = {part: layers for part, layers in kept.items() if part == "experts"}
         return Checkpoint(dtype="bf16", experts=dtype, kept=kept, **fields)
     return Checkpoint(dtype=dtype, kept=kept, **fields)
 
 
-def _parts_of(kind: Any) -> list[str]:
-    ffn = ["experts"] if kind.moe else ["ffn"]
-    return (["mixer"] if kind.mixer else []) + (ffn if kind.ffn else [])
-
-
 def _notes(quant: Config, dtype: str, partly: list[str]) -> list[str]:
     """What of the checkpoint's description is not taken into account."""
-    notes = [f"its {what} are partly bf16, counted as {dtype}" for what in partly]
+    notes = [f"modules of its {what} are bf16, counted as {dtype}" for what in partly]
     group = _group_size(quant)
     if dtype == "int4_wo" and isinstance(group, int) and group not in (0, -1, GROUP):
         notes.append(f"its scales hold for groups of {group}, counted as {GROUP}")
@@ -166,7 +157,7 @@ def _scheme(quant: Config, name: str, group: Any) -> str:
         ("int", 8, False): "int8_wo",
         ("int", 4, False): "int4_wo",
     }
-    key: Any = (kind, bits, bool(inputs))
+    key: Any = (str(kind), bits if isinstance(bits, int) else None, bool(inputs))
     if key not in known:
         with_inputs = f" with activations of {inputs.get('num_bits')} bits" if inputs else " with bf16 activations"
         reason = f"weights of {kind} {bits}{with_inputs} are not known; {_WOULD_DO}"

@@ -72,7 +72,7 @@ def _completed(config: Config, family: Family) -> Config:
     if family.counted and data.get("num_hidden_layers") is None and isinstance(data.get(family.counted), list):
         data["num_hidden_layers"] = len(data[family.counted])
     given = {key: value for key, value in data.items() if value is not None}
-    config = replace(config, data={**family.defaults, **data, **given})
+    config = replace(config, data={**data, **family.defaults, **given})
     if (layers := config.whole("num_hidden_layers")) > MAX_LAYERS:
         key = config.prefix + "num_hidden_layers"
         raise BadInput(f"give at most {MAX_LAYERS:,}", where=config.where, key=key, got=layers)

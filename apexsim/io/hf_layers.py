@@ -146,7 +146,7 @@ def spelt_pattern(config: Config) -> tuple[str, str]:
     """The key that says what Nemotron-H's layers are, and one letter a layer."""
     words = config.listed("layers_block_type")
     if words is not None:
-        if strange := [word for word in words if word not in _SPELT]:
+        if strange := [word for word in words if str(word) not in _SPELT]:
             raise config.refuse("layers_block_type", f"{strange[0]} layers are not modelled")
         return "layers_block_type", "".join(_SPELT[word] for word in words)
     spelt = config.get("hybrid_override_pattern")

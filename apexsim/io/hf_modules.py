@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from apexsim.errors import BadInput
-from apexsim.specs.checkpoint import Part
+from apexsim.specs.checkpoint import PART_NAMES, Part
 from apexsim.specs.layers import LayerKind
 from apexsim.specs.model import ModelSpec
 
@@ -47,7 +47,6 @@ _MODULES: dict[str, tuple[tuple[str, ...], ...]] = {
     "shared": (
         tuple(f"mlp.shared_experts.{name}" for name in _GATED),
         tuple(f"mlp.shared_expert.{name}" for name in _GATED),
-        tuple(f"mlp.shared_mlp.{name}" for name in _GATED),
         tuple(f"feed_forward.shared_expert.{name}" for name in _GATED),
         ("mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj"),
     ),
@@ -60,7 +59,6 @@ _MODULES: dict[str, tuple[tuple[str, ...], ...]] = {
         ("mixer.experts.0.up_proj", "mixer.experts.0.down_proj"),
     ),
 }
-_NAMES: dict[Part, str] = {"mixer": "attention", "ffn": "FFNs", "shared": "shared experts", "experts": "experts"}
 
 
 def kept_parts(spec: ModelSpec, patterns: Iterable[str]) -> tuple[Kept, list[str]]:
@@ -75,7 +73,7 @@ def kept_parts(spec: ModelSpec, patterns: Iterable[str]) -> tuple[Kept, list[str
     partly: set[Part] = set()
     for layer in range(spec.layers):
         (kind,) = spec.kinds_of(range(layer, layer + 1))
-        for part, modules in _parts(spec, kind).items():
+        for part, modules in parts_of(spec, kind).items():
             having[part] += 1
             hits = [[matchers.match(layer, module) for module in each] for each in _MODULES[modules]]
             if any(all(each) for each in hits):
@@ -83,10 +81,10 @@ def kept_parts(spec: ModelSpec, patterns: Iterable[str]) -> tuple[Kept, list[str
             elif any(any(each) for each in hits):
                 partly.add(part)
     found: Kept = {part: "all" if len(layers) == having[part] else tuple(layers) for part, layers in kept.items()}
-    return found, [_NAMES[part] for part in sorted(partly)]
+    return found, [PART_NAMES[part] for part in sorted(partly)]
 
 
-def _parts(spec: ModelSpec, kind: LayerKind) -> dict[Part, str]:
+def parts_of(spec: ModelSpec, kind: LayerKind) -> dict[Part, str]:
     """Parts of a layer, and which modules they are made of."""
     parts: dict[Part, str] = {}
     if kind.mixer:

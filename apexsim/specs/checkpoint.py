@@ -12,6 +12,8 @@ from apexsim.units import dtype_bytes
 # Matrices of a layer: of attention or what stands in its place, of a dense FFN, of shared and of routed experts.
 Part = Literal["mixer", "ffn", "shared", "experts"]
 
+PART_NAMES: dict[Part, str] = {"mixer": "attention", "ffn": "FFN", "shared": "shared experts", "experts": "experts"}
+
 
 class Checkpoint(Spec):
     """A checkpoint as published, which a deployment serves unless it asks for other weights.
@@ -53,5 +55,8 @@ class Checkpoint(Spec):
     def described(self) -> str:
         """The checkpoint in words."""
         experts = f", experts {self.experts}" if self.experts else ""
-        bf16 = [part if layers == "all" else f"{part} in {len(layers)} layers" for part, layers in self.kept.items()]
+        bf16 = [
+            PART_NAMES[part] + ("" if layers == "all" else f" of {len(layers)} layer{'s' * (len(layers) > 1)}")
+            for part, layers in self.kept.items()
+        ]
         return f"{self.dtype}{experts} ({self.method})" + (f", bf16: {', '.join(bf16)}" if bf16 else "")
