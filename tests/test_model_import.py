@@ -318,12 +318,13 @@ def compressed(bits: int, kind: str, inputs: int | None = None, **weights: Any) 
         (compressed(4, "float", group_size=32), "mxfp4"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4"),
         ({"quant_method": "modelopt", "quant_algo": "FP8"}, "fp8"),
+        ({"quant_algo": "FP8", "config_groups": {"group_0": {"weights": {"num_bits": 8}}}}, "fp8"),
         ({"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "fp8_e4m3"}}}, "fp8"),
     ],
 )
 def test_the_dtype_of_a_checkpoint_is_read(tmp_path: Path, config: dict[str, Any], dtype: str) -> None:
     spec = import_model(write(tmp_path, LLAMA | {"quantization_config": config}))
-    assert spec.checkpoint == Checkpoint(dtype=dtype, method=config["quant_method"])
+    assert spec.checkpoint == Checkpoint(dtype=dtype, method=config.get("quant_method", "modelopt"))
     assert spec.params == RECORDED["llama"][0]
 
 

@@ -42,7 +42,7 @@ def checkpoint_of(outer: Config, config: Config, spec: ModelSpec) -> Checkpoint 
     quant = _described(outer, config)
     if quant is None:
         return None
-    method = str(quant.get("quant_method"))
+    method = _method(quant)
     reader = _READERS.get(method.removesuffix("_marlin"))
     if reader is None:
         known = ", ".join(sorted(_READERS))
@@ -72,6 +72,11 @@ def _described(outer: Config, config: Config) -> Config | None:
     return Config(str(beside), {"quant_method": producer, **mapping}, "quantization.")
 
 
+def _method(quant: Config) -> str:
+    """What the checkpoint calls its quantisation; ModelOpt's configs may name the algorithm alone."""
+    return str(quant.get("quant_method", "modelopt" if quant.get("quant_algo") else None))
+
+
 def _as_spec(spec: ModelSpec, dtype: str, held: tuple[Kept, list[str]], quant: Config) -> Checkpoint | None:
     """The checkpoint in the fewest words: experts apart where all else is kept, nothing where everything is."""
     kept, partly = held
@@ -80,7 +85,7 @@ def _as_spec(spec: ModelSpec, dtype: str, held: tuple[Kept, list[str]], quant: C
     if not rest:
         return None
     kept = {part: layers for part, layers in kept.items() if part in parts}
-    fields: dict[str, Any] = {"method": str(quant.get("quant_method")), "notes": tuple(_notes(quant, dtype, partly))}
+    fields: dict[str, Any] = {"method": _method(quant), "notes": tuple(_notes(quant, dtype, partly))}
     if rest == {"experts"}:
         kept = {part: layers for part, layers in kept.items() if part == "experts"}
         return Checkpoint(dtype="bf16", experts=dtype, kept=kept, **fields)

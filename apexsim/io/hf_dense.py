@@ -68,6 +68,7 @@ def hunyuan_dense(config: Config) -> dict[str, Any]:
     """Hunyuan's dense models: Qwen3 with switches."""
     config.demand("use_cla", False, "layers that use the keys and values of another one are not modelled")
     config.demand("use_qk_norm", True, "this family is known with QK norm only")
+    config.demand("norm_type", "rms", "this family is known with RMSNorm only")
     return qwen3(config)
 
 
@@ -115,7 +116,6 @@ def cohere2(config: Config) -> dict[str, Any]:
     """Command-A and Command-R7B: attention and FFN side by side on one norm; layers without a window rotate nothing."""
     config.demand("use_gated_activation", True, "FFNs without a gate are not known for this family")
     config.demand("use_parallel_block", True, "this family is known with attention and FFN side by side only")
-    config.demand("use_parallel_embedding", False, "parallel embeddings are not modelled")
     config.demand("use_qk_norm", False, "QK norm is not known for this family")
     return llama(config) | {"parallel": True, "positions": "rope_windowed"}
 

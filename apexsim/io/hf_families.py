@@ -55,7 +55,15 @@ _QWEN_EXPERTS = {"num_experts": "num_local_experts"}
 _HUNYUAN = ("cla_share_factor", "attention_head_dim", "org_vocab_size", "num_media_embeds", "use_rotary_pos_emb")
 # FFNs that no layer has are of no account either.
 _NEMOTRON_OWN = ("expand", "hidden_act", "chunk_size", "moe_shared_expert_overlap", "attention_head_dim", *_NEMOTRON)
-_COHERE = ("use_embedding_sharing", "order_of_interleaved_layers", "rotary_pct", "layer_switch", "use_gated_activation")
+_COHERE = (
+    "use_embedding_sharing",
+    "use_parallel_embedding",
+    "position_embedding_type",
+    "order_of_interleaved_layers",
+    "rotary_pct",
+    "layer_switch",
+    "use_gated_activation",
+)
 
 _FAMILIES = {
     "llama": Family(hf_dense.llama),
@@ -92,7 +100,7 @@ _FAMILIES = {
     "qwen3_vl_moe_text": Family(hf_experts.qwen3_moe, renamed=_QWEN_EXPERTS),
     "llama4_text": Family(hf_experts.llama4, hf_layers.rotated_layers, knows=("attention_chunk_size",)),
     "glm4_moe": Family(hf_experts.glm4_moe),
-    "ernie4_5_moe": Family(hf_experts.ernie_moe, tied=True),
+    "ernie4_5_moe": Family(hf_experts.ernie_moe, tied=True, ignores=("moe_capacity", "moe_gate", "moe_group")),
     "hunyuan_v1_moe": Family(hf_experts.hunyuan_moe, ignores=_HUNYUAN),
     "gpt_oss": Family(hf_experts.gpt_oss, hf_layers.every_other),
     "minimax_m2": Family(hf_experts.minimax_m2, defaults=_MINIMAX, ignores=("attn_type_list",)),
@@ -109,6 +117,7 @@ _FAMILIES = {
         hf_hybrid.nemotron_h,
         hf_layers.spelt_layers,
         defaults=_NEMOTRON,
+        renamed={"head_dim": "attention_head_dim"},
         counted="layers_block_type",
         ignores=_NEMOTRON_OWN,
     ),

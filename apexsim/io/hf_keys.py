@@ -32,10 +32,10 @@ _HARMLESS = """
     original_rope apply_query_key_layer_scaling query_pre_attn_scalar swiglu_limit layerdrop experts_per_token
     max_window_layers num_nextn_predict_layers model_max_length tokenizer_config base_model_name_or_path
     unsloth_version unsloth_fixed use_qkv_fusion interpolate_factor head_dtype gradient_checkpointing
-    weight_share_add_bias use_sliding_window_cache
+    weight_share_add_bias use_sliding_window_cache bias_dropout_fusion interleaved_qkv
 """
 _ENDINGS = (
-    r"token_id|token_ids|token_index|tokens_ids|dropout|dropout_prob|drop|pdrop|eps|epsilon|coef|coefficient|alpha|loss"
+    r"id|token_ids|token_index|tokens_ids|dropout|dropout_prob|drop|pdrop|eps|epsilon|coef|coefficient|alpha|loss"
     r"|scale|scaling|scaling_factor|factor|multiplier|multipliers|softcapping|temperature|theta|jitter|std|range"
     r"|noise|kernels|seed|version|mup|moe_aux|clip|min|max|limit|floor"
 )
