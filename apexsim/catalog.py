@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, overload
 
 from apexsim.errors import BadInput, nearest
+from apexsim.io.model_ids import published_names, shipped_name
 from apexsim.io.yaml_files import load_spec
 from apexsim.specs.base import Spec
 from apexsim.specs.device import DeviceProfile
@@ -60,8 +61,8 @@ def load(kind: Literal["workload"], name: str | os.PathLike[str]) -> Workload: .
 def load(kind: Kind, name: str | os.PathLike[str]) -> Spec:
     """A shipped spec by name, or the spec in a YAML file by path (with a separator, or ending in .yaml or .yml).
 
-    An engine may be named by its version (``vllm@0.11.1``), whose memory terms then hold, or alone (``vllm``): then its
-    newest profile answers.
+    A model may be named as its publisher does (``meta-llama/Llama-3.1-70B-Instruct``). An engine may be named by its
+    version (``vllm@0.11.1``), whose memory terms then hold, or alone (``vllm``): then its newest profile answers.
     Raises BadInput for an unknown name, with the nearest known ones, and for whatever is wrong in the file.
     """
     path = locate(kind, name)
@@ -82,15 +83,28 @@ def _parsed(cls: type[Spec], path: Path, modified_ns: int | None) -> Spec:
 
 def locate(kind: Kind, name: str | os.PathLike[str], where: object = None) -> Path:
     """The file behind a name or path; BadInput at ``where`` with the nearest names where a name is unknown."""
-    text = os.fspath(name)
+    text, known = os.fspath(name), names(kind)
+    if kind == "model" and text not in known and not _is_file(text):
+        text = shipped_name(text, _published()) or text
     if _is_path(text):
         return Path(text)
-    known = names(kind)
     if kind == "engine" and text not in known:
         text = _profile_of(text, where) or text
     if text not in known:
         raise BadInput(f"unknown {kind}; {nearest(text, known)}", where=where or kind, got=text)
     return data_root() / FOLDERS[kind] / f"{text}.yaml"
+
+
+@cache
+def _published() -> dict[str, str]:
+    """Shipped models by the names that their publishers gave them."""
+    shipped = [load("model", data_root() / FOLDERS["model"] / f"{name}.yaml") for name in names("model")]
+    return {key: spec.name for spec in shipped for key in published_names(spec.name, spec.source)}
+
+
+def _is_file(text: str) -> bool:
+    """Whether a name is the path of a file: one that is there, or by its ending."""
+    return text.endswith((".yaml", ".yml")) or (os.sep in text and Path(text).exists())
 
 
 def _is_path(text: str) -> bool:

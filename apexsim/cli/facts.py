@@ -131,12 +131,14 @@ def model_table(model: ModelSpec) -> Table:
     """What follows from a model's spec."""
     from apexsim.units import format_bytes
 
-    expert_dtype = (model.moe.dtype if model.moe else None) or "bf16"
+    checkpoint, own = model.checkpoint, model.moe.dtype if model.moe else None
+    dtype = checkpoint.dtype if checkpoint else "bf16"
+    experts = own or (checkpoint.experts if checkpoint else None) or dtype
     kv_bytes = sum(group.bytes_per_token("bf16") for group in model.kv_groups)
     rows = [
         ("parameters", f"{model.params:,}"),
         ("active parameters", f"{model.active_params:,}"),
-        (f"weights, bf16 (experts {expert_dtype})", format_bytes(model.weight_bytes("bf16", expert_dtype))),
+        (f"weights, {dtype} (experts {experts})", format_bytes(model.weight_bytes(dtype, experts))),
         ("KV cache of a token, bf16", format_bytes(kv_bytes)),
         *(
             [("state of a sequence", format_bytes(model.state_bytes_of(range(model.layers))))]

@@ -43,7 +43,8 @@ class DeploymentFile(Spec):
     ``nodes`` and ``devices_per_node`` describe the cluster; devices that the replicas do not use stand idle, and their
     power and price count. With neither given the cluster is one node of exactly the devices used, or, above
     8 devices, as many whole nodes of 8 as hold them. ``engine`` is a profile, ``vllm@0.19.0``, or ``vllm`` for the
-    newest; ``engine_options`` are fields of the profile. Without ``kv_cache`` the engine's own default holds.
+    newest; ``engine_options`` are fields of the profile. Without ``weights`` they are as the model was published, and
+    without ``kv_cache`` the engine's own default holds.
     ``clock_mhz`` holds the multiprocessors at a lower clock than the highest, ``overhead`` is what servers and building
     draw beside the devices.
     """
@@ -60,7 +61,7 @@ class DeploymentFile(Spec):
     expert: int = Field(1, ge=1)
     replicas: int = Field(1, ge=1, le=MAX_DEVICES)
     router: str = "round_robin"
-    weights: str = "bf16"
+    weights: str | None = None
     moe_weights: str | None = None
     kv_cache: str | None = None
     sampling: TokenChoice = "greedy"
@@ -128,7 +129,7 @@ def resolve_deployment(file: DeploymentFile, where: object) -> Deployment:
         engine=with_engine_options(engine, file.engine_options, where),
         pools=(Pool(plan=file.plan, replicas=file.replicas),),
         router=file.router,
-        weights=file.weights,
+        weights=file.weights or _as_published(model, device, where),
         moe_weights=file.moe_weights,
         sampling=file.sampling,
         prompts=file.prompts,
@@ -136,6 +137,18 @@ def resolve_deployment(file: DeploymentFile, where: object) -> Deployment:
     weights = (deployment.weights, deployment.expert_dtype)
     kv_cache = file.kv_cache or engine.kv_dtype_for(weights, device.datasheet)
     return deployment.model_copy(update={"kv_cache": kv_cache})
+
+
+def _as_published(model: ModelSpec, device: DeviceProfile, where: object) -> str:
+    """Dtype that the model's checkpoint was published in; bf16 where it names none."""
+    if model.checkpoint is None:
+        return "bf16"
+    dtype, known = model.checkpoint.dtype, device.operators.get("gemm", {})
+    if known and dtype not in known:
+        have = f"{device.name} has no products in {dtype}; it has: {', '.join(sorted(known))}"
+        published = f"{model.name} was published in it: give weights of another dtype, or another device"
+        raise BadInput(f"{have}; {published}", where=where, key="weights")
+    return dtype
 
 
 def check_lawful(deployment: Deployment, where: object) -> None:

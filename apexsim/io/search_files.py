@@ -73,7 +73,7 @@ class SearchFile(Traffic):
     engine: str = DEFAULT_ENGINE
     engine_options: dict[str, EngineOption] = Field(default_factory=dict)
     router: str = "round_robin"
-    weights: str = "bf16"
+    weights: str | None = None
     moe_weights: str | None = None
     kv_cache: str | None = None
     sampling: TokenChoice = "greedy"

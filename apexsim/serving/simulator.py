@@ -63,7 +63,8 @@ def simulate(
         run.go()
     recorder, simulated_s = run.recorder, time.perf_counter()
     steps, chunks = recorder.steps(), recorder.chunks()
-    notes = (*requests.notes, *engine.notes, *_not_simulated(requests), *pool.plan.assumptions)
+    assumed = (*deployment.assumptions, *pool.plan.assumptions)
+    notes = (*requests.notes, *engine.notes, *_not_simulated(requests), *assumed)
     return SimulationResult.from_run(
         deployment=deployment,
         workload_name=requests.name,
