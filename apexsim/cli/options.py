@@ -191,14 +191,16 @@ def _plain(text: str) -> EngineOption:
 
 def check_targets(targets: Mapping[str, Path | str | None]) -> None:
     """Refuse an output file that could not be written before any work is done; keys are the flags."""
-    from apexsim.atomic import check_writable
+    from apexsim.atomic import check_writable, is_stream
 
     taken: dict[str, str] = {}
     for flag, target in targets.items():
         if target is None or (flag == "--json" and target == "-"):
             continue
         check_writable(target, where=flag)
-        first = taken.setdefault(os.path.abspath(target), flag)
+        if is_stream(target):
+            continue
+        first = taken.setdefault(os.path.realpath(target), flag)
         if first != flag:
             raise BadInput(f"is the file of {first} too; give each its own", where=flag, got=str(target))
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from apexsim.errors import BadInput, Unsupported
+from apexsim.reading import read_object
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,4 @@ class Config:
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object in a file; raises BadInput naming the file without one."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"cannot be read: {error.strerror}", where=os.fspath(path)) from None
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"not valid JSON: {error}", where=os.fspath(path)) from None
-    if not isinstance(data, dict):
-        raise BadInput("give a JSON object: the config.json of a model", where=os.fspath(path))
-    return data
+    return read_object(path, would_do="give a JSON object: the config.json of a model")

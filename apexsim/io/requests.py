@@ -30,8 +30,9 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from apexsim import catalog
+from apexsim.atomic import atomic_path
 from apexsim.errors import BadInput, nearest
-from apexsim.specs.laws import AllAtOnce, ClosedLoop, Floats, PoissonArrivals, RenewalArrivals
+from apexsim.specs.laws import MAX_CONCURRENCY, AllAtOnce, ClosedLoop, Floats, PoissonArrivals, RenewalArrivals
 from apexsim.specs.workload import (
     MAX_REQUESTS,
     Requests,
@@ -93,7 +94,7 @@ def _wanted_arrivals(rate_per_s: float | None, concurrency: int | None, all_at_o
         check_rate(rate_per_s, "--rate-per-s")
         return PoissonArrivals(rate_per_s=rate_per_s)
     if concurrency is not None:
-        check_count(concurrency, "--concurrency")
+        check_count(concurrency, "--concurrency", most=MAX_CONCURRENCY)
         return ClosedLoop(concurrency=concurrency)
     return AllAtOnce() if all_at_once else None
 
@@ -171,14 +172,8 @@ def write_requests(path: str | os.PathLike[str], requests: Requests) -> None:
         **{key: values.tolist() if values.dtype == object else values for key, values in requests.extra.items()},
     }
     table = pa.table(columns)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_path(path) as scratch:
         _WRITERS[path.suffix](table, scratch)
-        os.replace(scratch, path)
-    except OSError as error:
-        raise BadInput(f"cannot be written: {_reason(error)}", where=path) from None
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _write_csv(table: pa.Table, path: Path) -> None:

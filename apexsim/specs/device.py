@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, field_serializer, model_validator
 
 from apexsim.errors import Unsupported
-from apexsim.specs.base import Spec
+from apexsim.specs.base import Name, Spec
 from apexsim.specs.power import PowerModel
 
 Evidence = Literal["fitted", "estimated"]
@@ -64,7 +64,10 @@ class ResidualGrid(Spec):
         if not isinstance(data, dict) or not isinstance(data.get("percent"), str | int) or not data.get("axes"):
             return data
         width = max(1, len([*data["axes"].values()][-1]))
-        numbers = str(data["percent"]).split()
+        try:
+            numbers = [int(number) for number in str(data["percent"]).split()]
+        except ValueError as error:
+            raise ValueError(f"percent must be whole numbers: {error}") from None
         return {**data, "percent": [numbers[at : at + width] for at in range(0, len(numbers), width)]}
 
     @field_serializer("axes", when_used="json")
@@ -193,7 +196,7 @@ class DeviceProfile(Spec):
     clock at which all was measured.
     """
 
-    name: str
+    name: Name
     datasheet: Datasheet
     price: Price
     power: PowerModel

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from apexsim.specs.base import Spec
+from apexsim.specs.base import Name, Spec
 from apexsim.specs.device import Datasheet
 
 # A host that takes a minute over one thing is a unit mistake.
@@ -284,7 +284,7 @@ class EngineProfile(Spec):
     kernel before), and the rotary embedding (done by attention).
     """
 
-    name: str
+    name: Name
     engine: str
     versions: tuple[str, ...]
     host: HostTerms

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from apexsim.specs.base import Spec
+from apexsim.specs.base import Name, Spec
 from apexsim.specs.latent import LatentAttention
 from apexsim.specs.layers import KVGroup, LayerKind, Mixer
 from apexsim.specs.recurrent import Recurrent
@@ -87,7 +87,7 @@ class ModelSpec(Spec):
     ``source`` says where the shape and the published parameter counts come from.
     """
 
-    name: str
+    name: Name
     source: str
     layers: int = Field(gt=0, le=MAX_LAYERS)
     hidden: int = Field(gt=0)

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 
 from apexsim.errors import BadInput, nearest
 from apexsim.io.deployments import beside
-from apexsim.specs.base import Spec
+from apexsim.specs.base import Cells
 from apexsim.specs.deployment import Prompts, TokenChoice
 
 MEASURED = (
@@ -37,7 +37,7 @@ _NEEDED = {
 }
 
 
-class RunRow(Spec):
+class RunRow(Cells):
     """The columns of a run that mean something here; ``None`` = not known. ``run_id`` and what ran are required.
 
     ``engine``, ``model`` and ``device`` are names, or paths of YAML files, looked for beside the runs first. ``expert``
