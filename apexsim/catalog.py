@@ -64,7 +64,7 @@ def load(kind: Kind, name: str | os.PathLike[str]) -> Spec:
     Raises BadInput for an unknown name, with the nearest known ones, and for whatever is wrong in the file.
     """
     path = locate(kind, name)
-    return _parsed(_CLASSES[kind], path, path.stat().st_mtime_ns if path.is_file() else None)
+    return _parsed(_CLASSES[kind], path, path.stat().st_mtime_ns if os.path.isfile(path) else None)
 
 
 @cache

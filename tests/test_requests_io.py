@@ -241,7 +241,7 @@ def test_unreadable_files_are_refused(tmp_path: Path, form: str) -> None:
     assert refusal(lambda: read_requests(path)).startswith(f"{path}: ")
     absent = tmp_path / f"absent.{form}"
     line = refusal(lambda: read_requests(absent))
-    assert line == f"{absent}: cannot be read as {form}: No such file or directory"
+    assert line == f"{absent}: cannot be read: No such file or directory"
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])

@@ -11,6 +11,7 @@ engine_options: {max_num_seqs: 128}
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def read_deployment(path: Path | str) -> DeploymentFile:
 def beside(name: str, path: Path | str) -> str:
     """``name`` as the path of a file beside ``path`` where there is one; else unchanged."""
     near = Path(path).parent / name
-    return str(near.resolve()) if near.is_file() else name
+    return str(near.resolve()) if os.path.isfile(near) else name
 
 
 def write_deployment(path: Path | str, file: DeploymentFile) -> None:

@@ -146,10 +146,11 @@ def _check_size(text: str) -> None:
             size = known[anchors.pop()] = sizes.pop()
             sizes[-1] += size
         elif isinstance(event, yaml.NodeEvent):
-            sizes[-1] += known.get(event.anchor, 1) if isinstance(event, yaml.AliasEvent) else 1
+            sizes[-1] += known.get(event.anchor or "", 1) if isinstance(event, yaml.AliasEvent) else 1
         if len(sizes) > _MAX_DEPTH or sizes[-1] > _MAX_NODES:
             most = f"{_MAX_DEPTH} levels and {_MAX_NODES:,} values"
-            raise ValueError(f"line {event.start_mark.line + 1}: give at most {most}")
+            line = event.start_mark.line + 1 if event.start_mark else 1
+            raise ValueError(f"line {line}: give at most {most}")
 
 
 def _syntax_message(error: Exception) -> str:

@@ -30,7 +30,7 @@ def _strict(schema: Any) -> Any:
         return schema
     kind = schema.get("type")
     if kind == "int":
-        return core_schema.no_info_before_validator_function(_no_text_or_bool, schema)  # type: ignore[arg-type]
+        return core_schema.no_info_before_validator_function(_no_text_or_bool, schema)
     if kind in ("float", "bool"):
         return {**schema, "strict": True}
     if kind == "function-before" and schema["function"].get("function") is _no_text_or_bool:
