@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal, overload
 
+from apexsim.costs.profile_check import check_profile
 from apexsim.errors import BadInput, nearest
 from apexsim.io.yaml_files import load_spec
 from apexsim.specs.base import Spec
@@ -70,7 +71,10 @@ def load(kind: Kind, name: str | os.PathLike[str]) -> Spec:
 @cache
 def _parsed(cls: type[Spec], path: Path, modified_ns: int | None) -> Spec:
     """A file is parsed once while it stays as it is: a sweep asks for the same few again and again."""
-    return load_spec(cls, path)
+    spec = load_spec(cls, path)
+    if isinstance(spec, DeviceProfile):
+        check_profile(spec, path)
+    return spec
 
 
 def locate(kind: Kind, name: str | os.PathLike[str], where: object = None) -> Path:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from apexsim.cli.options import check_targets, progress_bar, with_flags
+from apexsim.cli.options import AllowPluginsFlag, check_targets, progress_bar, with_flags
 
 if TYPE_CHECKING:
     from apexsim.specs.engine import CalibrationReport
@@ -36,17 +36,22 @@ def calibrate(
         str | None, typer.Option(help="Terms to fit, as step_s,top_p_passes; default all that the rows can see.")
     ] = None,
     jobs: Annotated[int | None, typer.Option(help="Processes; default all cores.", min=1)] = None,
+    allow_plugins: AllowPluginsFlag = False,
 ) -> None:
     """Fit the few terms of an engine profile on measured runs, and say what leaving groups out shows."""
     from apexsim import catalog
     from apexsim.calibration import calibrate as run_calibration
     from apexsim.calibration import drawn_groups
+    from apexsim.io.deployments import check_engine
     from apexsim.io.yaml_files import write_yaml
     from apexsim.validation.runs import read_runs, selected
 
     check_targets({"--out": out})
+    check_engine(engine, allowed=allow_plugins)
     profile = catalog.load("engine", engine)
-    rows = [run for file in runs for run in selected(read_runs(file), draw.where or (), file)]
+    rows = [
+        run for file in runs for run in selected(read_runs(file, allow_plugins=allow_plugins), draw.where or (), file)
+    ]
     groups = drawn_groups(rows, profile, draw.rows_per_group, draw.seed)
     with progress_bar("Calibrating") as report:
         wanted = None if terms is None else terms.split(",")

@@ -126,6 +126,10 @@ JsonFlag = Annotated[
     str | None, typer.Option("--json", help="Write JSON to this file, or to stdout with -.", rich_help_panel=_OUTPUT)
 ]
 
+AllowPluginsFlag = Annotated[
+    bool, typer.Option("--allow-plugins", help="Import code that a file names, as module:Name.")
+]
+
 
 def with_flags(command: Command) -> Command:
     """Let ``command`` take groups of flags: a parameter whose type is a dataclass stands for all of its fields.
@@ -158,12 +162,13 @@ def _flags_of(kind: Any) -> list[inspect.Parameter]:
     return [p.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY) for name, p in parameters.items()]
 
 
-def deployment_from_flags(path: Path | None, flags: DeploymentFlags) -> Deployment:
+def deployment_from_flags(path: Path | None, flags: DeploymentFlags, *, allow_plugins: bool) -> Deployment:
     """The lawful deployment that a YAML file, flags, or both describe; a flag outweighs the file."""
     from apexsim.io.deployments import deployment_from
 
     choices = {key: value for key, value in vars(flags).items() if value is not None and key != "engine_option"}
-    return deployment_from(path, {**choices, "engine_options": parse_engine_options(flags.engine_option or ())})
+    options = parse_engine_options(flags.engine_option or ())
+    return deployment_from(path, {**choices, "engine_options": options}, allow_plugins=allow_plugins)
 
 
 def parse_engine_options(items: Iterable[str]) -> dict[str, EngineOption]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from apexsim.atomic import atomic_path
-from apexsim.errors import BadInput
+from apexsim.errors import BadInput, printable
 from apexsim.reading import read_text
 from apexsim.specs.base import SpecT, parse_spec
 
@@ -169,8 +169,11 @@ def format_yaml(data: Mapping[str, Any]) -> str:
     return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=LINE_WIDTH)
 
 
-def write_yaml(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
-    """Write ``format_yaml(data)``: the file appears whole or not at all. Raises BadInput where it cannot be written."""
-    text = format_yaml(data)
+def write_yaml(path: str | os.PathLike[str], data: Mapping[str, Any], *, head: str | None = None) -> None:
+    """Write ``format_yaml(data)``, under ``head`` as a comment: the file appears whole or not at all.
+
+    Raises BadInput where it cannot be written.
+    """
+    text = format_yaml(data) if head is None else f"# {printable(head)}\n{format_yaml(data)}"
     with atomic_path(Path(path)) as scratch:
         scratch.write_text(text, encoding="utf-8")
