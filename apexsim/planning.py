@@ -66,15 +66,15 @@ def search(
 
     ``choices`` are the keys of a search YAML (``SearchFile``): model, devices, workload, slo, objective, ...; they
     outweigh those of the file ``source``. ``out`` is a folder that gets ``study.json``, ``plans.parquet``,
-    ``best.yaml`` and the journal from which ``resume`` goes on. ``jobs`` and ``executor`` ("local" or "ray") change
-    nothing in the answer but its timing. ``allow_plugins=True`` lets a file name code to import (``module:Name``).
-    Raises ``BadInput`` naming the file or key at fault.
+    ``best.yaml`` and the journal from which ``resume`` goes on; one that has them already is refused without it.
+    ``jobs`` and ``executor`` ("local" or "ray") change nothing in the answer but its timing. ``allow_plugins=True``
+    lets a file name code to import (``module:Name``). Raises ``BadInput`` naming the file or key at fault.
     """
     from apexsim.atomic import make_folder
     from apexsim.io.search_files import STUDY_FILES, resolve_search, write_study
     from apexsim.search import study as studies
     from apexsim.search.executors import executor_named
-    from apexsim.search.journal import Journal
+    from apexsim.search.journal import journal_in
 
     if resume and out is None:
         raise BadInput("give --out, the folder of the search to go on with", where="--resume")
@@ -82,10 +82,11 @@ def search(
     file = _asked(source, choices, allow_plugins)
     question = resolve_search(file, source or "search", allow_plugins=allow_plugins)
     runner = executor_named(executor)
-    folder = None if out is None else make_folder(out, files=STUDY_FILES)
-    journal = None if folder is None else Journal(folder / "journal.jsonl", resume=resume)
-    study = studies.search(question, executor=runner, jobs=jobs, journal=journal, progress=progress)
-    if folder is not None:
+    if out is None:
+        return studies.search(question, executor=runner, jobs=jobs, progress=progress)
+    folder = make_folder(out, files=STUDY_FILES)
+    with journal_in(folder, resume=resume, results=STUDY_FILES) as journal:
+        study = studies.search(question, executor=runner, jobs=jobs, journal=journal, progress=progress)
         write_study(folder, study, file)
     return study
 

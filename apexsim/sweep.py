@@ -30,7 +30,7 @@ from apexsim.io.deployments import DeploymentFile, beside, check_lawful, check_n
 from apexsim.io.search_files import Traffic
 from apexsim.io.yaml_files import load_spec
 from apexsim.search.executors import choose_jobs, run_local
-from apexsim.search.journal import Journal, fingerprint, identity
+from apexsim.search.journal import fingerprint, identity, journal_in
 from apexsim.search.outcomes import Outcome, Progress, attempt, settle
 from apexsim.serving.simulator import simulate
 from apexsim.specs.base import Spec, parse_spec
@@ -99,19 +99,20 @@ def sweep(
     """Run every point of the grid in a sweep YAML; write ``sweep.parquet`` into the folder ``out`` and return it.
 
     A run that fails is a row with its error. Names and keys are all checked before the first run: ``BadInput`` names
-    the file and the key. ``resume`` goes on from the journal in ``out``; ``jobs`` changes nothing but the time. Code
-    that a file names (``module:Name``) is imported only if ``allow_plugins``.
+    the file and the key. ``resume`` goes on from the journal in ``out``, and a folder that has one is refused without
+    it; ``jobs`` changes nothing but the time. Code that a file names (``module:Name``) is imported only if
+    ``allow_plugins``.
     """
     runs = tuple(read_runs(path, allow_plugins=allow_plugins))
     tasks = {run.identity: run for run in runs}
     jobs = choose_jobs(jobs, sum(len(run.requests) for run in runs))
     folder = make_folder(out, files=[TABLE])
-    journal = Journal(folder / "journal.jsonl", resume=resume)
-    outcomes = settle(tasks, simulated, executor=run_local, jobs=jobs, journal=journal, progress=progress)
-    grid = pd.DataFrame({path: _column([run.point[path] for run in runs]) for path in runs[0].point})
-    table = grid.join(pd.DataFrame([_row(outcomes[run.identity]) for run in runs]), how="right")
-    with atomic_path(folder / TABLE) as scratch:
-        table.to_parquet(scratch, index=False)
+    with journal_in(folder, resume=resume, results=(TABLE,)) as journal:
+        outcomes = settle(tasks, simulated, executor=run_local, jobs=jobs, journal=journal, progress=progress)
+        grid = pd.DataFrame({path: _column([run.point[path] for run in runs]) for path in runs[0].point})
+        table = grid.join(pd.DataFrame([_row(outcomes[run.identity]) for run in runs]), how="right")
+        with atomic_path(folder / TABLE) as scratch:
+            table.to_parquet(scratch, index=False)
     return table
 
 

@@ -20,7 +20,8 @@ from apexsim.costs.steps import BatchStats
 from apexsim.serving.simulator import Run
 from apexsim.specs.cluster import Cluster
 from apexsim.specs.deployment import Deployment, Plan, Pool
-from apexsim.specs.engine import CommunicationDefaults, EngineProfile, HostTerms, MemoryDefaults, SchedulerDefaults
+from apexsim.specs.engine import CommunicationDefaults, EngineProfile, HostTerms, SchedulerDefaults
+from apexsim.specs.memory import MemoryDefaults
 from apexsim.specs.workload import Requests
 from apexsim.units import NS_PER_S
 

@@ -23,6 +23,7 @@ from apexsim.specs.deployment import Deployment, Plan, Pool
 from apexsim.specs.device import DeviceProfile
 from apexsim.specs.engine import EngineProfile
 from apexsim.specs.slo import SLO
+from apexsim.testing import made_up_memory
 
 NS = 1_000_000_000
 
@@ -115,7 +116,7 @@ def result(**changed: Any) -> SimulationResult:
         "steps": STEPS,
         "chunks": {},
         "accounting": ACCOUNTING,
-        "memory": SimpleNamespace(blocks=100),
+        "memory": made_up_memory(100),
         "timing": {"wall_s": 0.25},
         "notes": ("column x was left out",),
     }
@@ -134,6 +135,10 @@ SECTIONS = {
         *("idle_j", "range_j", "server", "facility"),
     },
     "cost": {"usd_per_hour", "usd_per_million_output_tokens"},
+    "memory": {
+        *("weights_bytes", "kv_bytes", "kv_tokens", "kv_tokens_range"),
+        *("max_model_len", "max_concurrency_at_context", "device"),
+    },
     "utilization": {"mfu", "mbu", "busy", "kv_cache_mean", "kv_cache_peak"},
     "preemptions": None,
     "prefix_hit_rate": None,

@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DrawFlags:
-    """Flags that say which rows are used."""
+    """Flags that say which rows are used, and what their files may do."""
 
     rows_per_group: Annotated[int, typer.Option(help="Most rows drawn of one model on one device.", min=1)] = 20
     seed: Annotated[int, typer.Option(help="Seed of the draw.", min=0)] = 0
     where: Annotated[
         list[str] | None, typer.Option(help="Only rows whose column has this value, as device=h100-sxm (repeatable).")
     ] = None
+
+    allow_plugins: AllowPluginsFlag = False
 
 
 @with_flags
@@ -36,7 +38,6 @@ def calibrate(
         str | None, typer.Option(help="Terms to fit, as step_s,top_p_passes; default all that the rows can see.")
     ] = None,
     jobs: Annotated[int | None, typer.Option(help="Processes; default all cores.", min=1)] = None,
-    allow_plugins: AllowPluginsFlag = False,
 ) -> None:
     """Fit the few terms of an engine profile on measured runs, and say what leaving groups out shows."""
     from apexsim import catalog
@@ -50,7 +51,9 @@ def calibrate(
     check_engine(engine, allowed=allow_plugins)
     profile = catalog.load("engine", engine)
     rows = [
-        run for file in runs for run in selected(read_runs(file, allow_plugins=allow_plugins), draw.where or (), file)
+        run
+        for file in runs
+        for run in selected(read_runs(file, allow_plugins=draw.allow_plugins), draw.where or (), file)
     ]
     groups = drawn_groups(rows, profile, draw.rows_per_group, draw.seed)
     with progress_bar("Calibrating") as report:

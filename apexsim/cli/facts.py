@@ -12,6 +12,7 @@ from apexsim.specs.base import Spec
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from apexsim.specs.deployment import Deployment
     from apexsim.specs.device import DeviceProfile
     from apexsim.specs.layers import LayerKind
     from apexsim.specs.model import ModelSpec
@@ -145,6 +146,31 @@ def model_table(model: ModelSpec) -> Table:
         ("FLOPs of a token at context 1", f"{model.flops_per_token(1):.4g}"),
     ]
     return table(("", model.name), rows)
+
+
+def memory_table(deployment: Deployment, figures: dict[str, Any]) -> Table:
+    """What a replica holds, and where the memory of a device goes."""
+    from apexsim.units import format_bytes
+
+    sheet, memory, device = deployment.cluster.device.datasheet, deployment.engine.memory, figures["device"]
+    possible = figures["kv_tokens_range"]
+    parts = {"a full step": "activation_bytes", "engine reserve": "reserve_bytes", "collectives": "communication_bytes"}
+    rows = [
+        ("weights of a replica", format_bytes(figures["weights_bytes"])),
+        ("KV cache of a replica", format_bytes(figures["kv_bytes"])),
+        ("KV tokens", f"{figures['kv_tokens']:,}"),
+        ("95 % interval", f"{possible[0]:,} to {possible[1]:,}" if possible else "-"),
+        ("context (max_model_len)", f"{figures['max_model_len']:,}"),
+        ("requests of that context at once", f"{figures['max_concurrency_at_context']:.3g}"),
+        ("memory that a process sees", format_bytes(sheet.memory_bytes)),
+        (f"share of it ({memory.share_of})", f"{memory.gpu_memory_utilization:g}"),
+        ("device: weights", format_bytes(device["weights_bytes"])),
+        *((f"device: {what}", format_bytes(device[name])) for what, name in parts.items()),
+        ("device: KV cache", format_bytes(device["kv_bytes"])),
+    ]
+    plan = deployment.pools[0].plan
+    title = f"{deployment.model.name} on {deployment.cluster.device.name}, {plan.name}, {deployment.engine.name}"
+    return table(("", title), rows)
 
 
 def device_tables(device: DeviceProfile) -> list[Table]:

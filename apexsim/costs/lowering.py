@@ -3,6 +3,7 @@
 Tensor parallelism follows Megatron-LM (arXiv 1909.08053): QKV and gate/up split by columns, output and down
 projections by rows, an all-reduce after each; embedding and LM head split by vocabulary. KV heads are repeated where
 there are more ranks than heads. A graph describes one block; a stage counts its blocks, so cost is flat in depth.
+On which nodes the groups of ranks lie says ``specs/placement.py``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from apexsim.costs.operators import (
     ACTIVATION_BYTES,
     Attention,
     Collective,
+    CollectiveKind,
     Elementwise,
     Experts,
     Gemm,
@@ -30,6 +32,7 @@ from apexsim.costs.operators import (
 from apexsim.costs.recurrent import StateUpdate
 from apexsim.errors import InfeasiblePlan
 from apexsim.specs.deployment import Deployment, Pool
+from apexsim.specs.placement import Spans, pool_spans
 
 if TYPE_CHECKING:
     from apexsim.specs.layers import LayerKind
@@ -112,12 +115,17 @@ def lower(deployment: Deployment, pool: Pool) -> Lowered:
         raise InfeasiblePlan(reasons)
     if pool.devices > cluster.devices:
         raise InfeasiblePlan([f"the replicas use {pool.devices} devices, the cluster has {cluster.devices}"])
+    spans = _spans(deployment, pool)
+    if spans.tensor > math.ceil(plan.tensor / cluster.devices_per_node):
+        free = f"{pool.replicas} replicas leave no node with room for {plan.tensor} tensor ranks"
+        raise InfeasiblePlan([f"{free}; give fewer replicas, or another tensor degree"])
     blocks = {kind.one: _block(deployment, pool, kind.one) for kind in model.layer_kinds}
     stages = []
     for index, layers in enumerate(split_layers(model.layers, plan.pipeline)):
         counted = tuple((blocks[kind.one], kind.count) for kind in model.kinds_of(layers))
         last = index == plan.pipeline - 1
-        once = (*(_entry(deployment, pool) if index == 0 else ()), *_exit(deployment, last))
+        end = (_last_norm(deployment),) if last else (_hand_over(deployment, across_nodes=spans.hand_overs[index]),)
+        once = (*(_entry(deployment, pool) if index == 0 else ()), *end)
         stages.append(StageLayers(layers, counted, once, _head(deployment, pool) if last else ()))
     return Lowered(plan.tensor, plan.attention_data, tuple(blocks.values()), tuple(stages))
 
@@ -135,12 +143,20 @@ def _entry(deployment: Deployment, pool: Pool) -> tuple[RowOperator, ...]:
     return (Elementwise("embedding", 2 * width), *_all_reduce(deployment, pool, "embedding_all_reduce"))
 
 
-def _exit(deployment: Deployment, last: bool) -> tuple[RowOperator, ...]:
-    """The last norm, or the hand-over to the next stage in the sender's time."""
-    width = ACTIVATION_BYTES * deployment.model.hidden
-    if last:
-        return (Elementwise("last_norm", 4 * width),)
-    return (Collective("send", "send_recv", 2, width),)
+def _spans(deployment: Deployment, pool: Pool) -> Spans:
+    """The nodes that the groups of the pool's worst-placed replica lie on."""
+    cluster = deployment.cluster
+    return pool_spans(pool, cluster.devices_per_node, cluster.nodes)
+
+
+def _last_norm(deployment: Deployment) -> Elementwise:
+    return Elementwise("last_norm", 4 * ACTIVATION_BYTES * deployment.model.hidden)
+
+
+def _hand_over(deployment: Deployment, *, across_nodes: bool) -> Collective:
+    """Activations to the next stage, in the sender's time."""
+    kind: CollectiveKind = "send_recv_across_nodes" if across_nodes else "send_recv"
+    return Collective("send", kind, 2, ACTIVATION_BYTES * deployment.model.hidden)
 
 
 def _head(deployment: Deployment, pool: Pool) -> tuple[RowOperator, ...]:
@@ -151,7 +167,8 @@ def _head(deployment: Deployment, pool: Pool) -> tuple[RowOperator, ...]:
     sampling = Sampling("sampling", model.vocab, passes)
     if tensor == 1:
         return (lm_head, sampling)
-    gathered = Collective("logits_all_gather", "all_gather", tensor, ACTIVATION_BYTES * model.vocab, rows="survivors")
+    width, nodes = ACTIVATION_BYTES * model.vocab, _spans(deployment, pool).tensor
+    gathered = Collective("logits_all_gather", "all_gather", tensor, width, rows="survivors", nodes=nodes)
     return (lm_head, gathered, sampling)
 
 
@@ -161,12 +178,22 @@ def _all_reduce(
     """The all-reduce that ends a row-split product, or of ``row_bytes`` a token; nothing on one rank."""
     if pool.plan.tensor == 1:
         return ()
-    communication = deployment.engine.communication
-    custom = communication.custom_all_reduce_max_bytes if communication.custom_all_reduce else 0
+    communication, nodes = deployment.engine.communication, _spans(deployment, pool).tensor
     width = row_bytes or ACTIVATION_BYTES * deployment.model.hidden
-    ranks = pool.plan.tensor
-    at_once = communication.one_shot_bytes(width)
-    return (Collective(name, "all_reduce", ranks, width, custom_max_bytes=custom, one_shot_max_bytes=at_once),)
+    plain = Collective(name, "all_reduce", pool.plan.tensor, width, nodes=nodes)
+    if not (communication.custom_all_reduce and _own_kernel(deployment, pool)):
+        return (plain,)
+    custom, at_once = communication.custom_all_reduce_max_bytes, communication.one_shot_bytes(width)
+    return (replace(plain, custom_max_bytes=custom, one_shot_max_bytes=at_once),)
+
+
+def _own_kernel(deployment: Deployment, pool: Pool) -> bool:
+    """Whether an engine's own all-reduce runs: in one node, on a device that has its times.
+
+    Such kernels read the memory of other devices, which those on consumer boards and on other nodes do not allow.
+    """
+    known = deployment.cluster.device.operators.get("all_reduce", {})
+    return f"custom_{pool.plan.tensor}" in known and _spans(deployment, pool).tensor == 1
 
 
 def _block(deployment: Deployment, pool: Pool, kind: LayerKind) -> Block:
@@ -205,7 +232,7 @@ def _norm(deployment: Deployment, pool: Pool, name: str) -> Elementwise:
     Some engines do it in the all-reduce that comes before it.
     """
     width = ACTIVATION_BYTES * deployment.model.hidden
-    fused_bytes = deployment.engine.communication.fused_norm_max_bytes if pool.plan.tensor > 1 else 0
+    fused_bytes = deployment.engine.communication.fused_norm_max_bytes if _own_kernel(deployment, pool) else 0
     return Elementwise(name, 4 * width, hidden_rows=fused_bytes / width)
 
 
@@ -339,5 +366,6 @@ def _closing(deployment: Deployment, pool: Pool, kind: LayerKind, branches: int)
     if kind.moe and dispatches(deployment, pool):
         if pool.plan.tensor == 1:
             return [*joined, *post]
-        return [*joined, Collective("ffn_all_gather", "all_gather", pool.plan.tensor, width), *post]
+        nodes = _spans(deployment, pool).tensor
+        return [*joined, Collective("ffn_all_gather", "all_gather", pool.plan.tensor, width, nodes=nodes), *post]
     return [*joined, *_all_reduce(deployment, pool, "ffn_all_reduce"), *post]

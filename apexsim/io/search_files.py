@@ -17,6 +17,7 @@ from pydantic import Field
 
 from apexsim import __version__
 from apexsim.atomic import atomic_path, write_json
+from apexsim.costs.starting import start
 from apexsim.errors import BadInput
 from apexsim.io.deployments import (
     DEFAULT_ENGINE,
@@ -39,9 +40,6 @@ from apexsim.specs.cluster import parse_devices
 from apexsim.specs.deployment import Prompts, TokenChoice
 from apexsim.specs.slo import SLO
 from apexsim.specs.workload import Requests
-
-# What a search writes into its folder, beside its journal.
-STUDY_FILES = ("study.json", "plans.parquet", "best.yaml")
 
 
 class Traffic(Spec):
@@ -107,6 +105,10 @@ def deployment_file(file: SearchFile, where: object) -> DeploymentFile:
     return DeploymentFile(**shared, device=device, nodes=count // per_node, devices_per_node=per_node)
 
 
+# What ``write_study`` writes.
+STUDY_FILES = ("study.json", "plans.parquet", "best.yaml")
+
+
 def write_study(out: Path, study: Study, file: SearchFile) -> None:
     """Write ``study.json``, ``plans.parquet`` and, when a plan won, ``best.yaml`` into the folder ``out``."""
     with atomic_path(out / "plans.parquet") as scratch:
@@ -117,7 +119,16 @@ def write_study(out: Path, study: Study, file: SearchFile) -> None:
     if study.winner:
         candidate = study.winner.candidate
         degrees = {**candidate.plan.model_dump(), "replicas": candidate.replicas}
-        write_deployment(best, deployment_file(file, out).model_copy(update=degrees))
+        options = {**file.engine_options, **_context_option(study)}
+        write_deployment(best, deployment_file(file, out).model_copy(update={**degrees, "engine_options": options}))
+
+
+def _context_option(study: Study) -> dict[str, EngineOption]:
+    """The ``max_model_len`` that the best plan's engine must be given to start; empty where it starts without."""
+    requests, best = study.question.requests, study.best
+    assert best is not None, "a study with a winner has a best deployment"
+    context = start(best.for_load(int(requests.prompt_tokens.max()), requests.concurrency)).reduced_context
+    return {} if context is None else {"max_model_len": context}
 
 
 def study_data(study: Study) -> dict[str, Any]:

@@ -80,8 +80,9 @@ class Plan(Spec):
             (self.devices <= cluster.devices, f"needs {self.devices} devices, the cluster has {cluster.devices}")
         )
         node = cluster.devices_per_node
-        checks.append((t <= node, f"tensor degree {t} crosses nodes of {node} devices"))
-        if t <= node and self.attention_data > 1:
+        part = f"tensor degree {t} takes a part of a node: give up to {node}, or a multiple of its {node} devices"
+        checks.append((t <= node or t % node == 0, part))
+        if self.attention_data > 1:
             cut = f"experts cut over ranks of {self.attention_data} x {t} devices cross nodes of {node} devices"
             checks.append((self.stage_devices <= node or self.moe_tensor == 1, cut))
         return tuple(reason for holds, reason in checks if not holds)
