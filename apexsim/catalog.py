@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal, overload
 
+from apexsim.costs.profile_check import check_profile
 from apexsim.errors import BadInput, nearest
 from apexsim.io.model_ids import published_names, shipped_name
 from apexsim.io.yaml_files import load_spec
@@ -66,7 +67,7 @@ def load(kind: Kind, name: str | os.PathLike[str]) -> Spec:
     Raises BadInput for an unknown name, with the nearest known ones, and for whatever is wrong in the file.
     """
     path = locate(kind, name)
-    spec = _parsed(_CLASSES[kind], path, path.stat().st_mtime_ns if path.is_file() else None)
+    spec = _parsed(_CLASSES[kind], path, path.stat().st_mtime_ns if os.path.isfile(path) else None)
     text = os.fspath(name)
     if not isinstance(spec, EngineProfile) or _is_path(text) or text == path.stem:
         return spec
@@ -78,7 +79,10 @@ def load(kind: Kind, name: str | os.PathLike[str]) -> Spec:
 @cache
 def _parsed(cls: type[Spec], path: Path, modified_ns: int | None) -> Spec:
     """A file is parsed once while it stays as it is: a sweep asks for the same few again and again."""
-    return load_spec(cls, path)
+    spec = load_spec(cls, path)
+    if isinstance(spec, DeviceProfile):
+        check_profile(spec, path)
+    return spec
 
 
 def locate(kind: Kind, name: str | os.PathLike[str], where: object = None) -> Path:

@@ -11,6 +11,7 @@ engine_options: {max_num_seqs: 128}
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from apexsim.units import DTYPE_BYTES
 
 DEFAULT_ENGINE = "vllm-v1-async"
 DEVICES_PER_NODE = 8
+ALLOW_PLUGINS = "--allow-plugins"
 
 EngineOption = bool | int | float | str | None
 
@@ -83,37 +85,86 @@ def read_deployment(path: Path | str) -> DeploymentFile:
 def beside(name: str, path: Path | str) -> str:
     """``name`` as the path of a file beside ``path`` where there is one; else unchanged."""
     near = Path(path).parent / name
-    return str(near.resolve()) if near.is_file() else name
+    return str(near.resolve()) if os.path.isfile(near) else name
 
 
 def write_deployment(path: Path | str, file: DeploymentFile) -> None:
-    """Write a deployment YAML atomically: the plan in full, other keys only where they differ from their default."""
+    """Write a deployment YAML atomically: the plan in full, other keys only where they differ from their default.
+
+    A comment at its head says so where it names code of the user's.
+    """
     always = {"model", "device", "engine", "tensor", "pipeline", "replicas"}
     given = file.model_dump(exclude_defaults=True).keys() | always
-    write_yaml(Path(path), {key: value for key, value in file.model_dump().items() if key in given})
+    named = plugins({"router": file.router, "engine_options": file.engine_options}) | engine_plugins(file.engine)
+    names = ", ".join(f"{key} {name}" for key, name in named.items())
+    head = f"It runs code of yours ({names}), which apexsim imports with {ALLOW_PLUGINS} only." if names else None
+    write_yaml(Path(path), {key: value for key, value in file.model_dump().items() if key in given}, head=head)
 
 
-def load_deployment(path: Path | str) -> Deployment:
+def load_deployment(path: Path | str, *, allow_plugins: bool = False) -> Deployment:
     """Read a deployment YAML into a ``Deployment`` whose plan is lawful."""
-    return deployment_from(path, {})
+    return deployment_from(path, {}, allow_plugins=allow_plugins)
 
 
-def deployment_from(path: Path | str | None, choices: Mapping[str, Any]) -> Deployment:
-    """The lawful deployment that a YAML file, ``choices`` of its keys, or both describe; choices outweigh the file."""
+def plugins(data: Mapping[str, Any]) -> dict[str, str]:
+    """Names of the user's own code (``module:Name``) in keys of a deployment or search: key -> name."""
+    options = data.get("engine_options")
+    policy = options.get("policy") if isinstance(options, Mapping) else None
+    named = {"router": data.get("router"), "engine_options.policy": policy}
+    return {key: name for key, name in named.items() if isinstance(name, str) and ":" in name}
+
+
+def engine_plugins(engine: str) -> dict[str, str]:
+    """The same for an engine profile by name or path."""
+    profile: EngineProfile = catalog.load("engine", engine)
+    named = {"scheduler.policy": profile.scheduler.policy}
+    named |= {f"changes.{at}.policy": change.policy or "" for at, change in enumerate(profile.changes)}
+    return {key: name for key, name in named.items() if ":" in name}
+
+
+def check_named_code(written: Mapping[str, Any], choices: Mapping[str, Any], where: object, *, allowed: bool) -> None:
+    """Raise BadInput for code named by the keys of a file, where nobody has said that it may be imported.
+
+    Keys that the user's own ``choices`` outweigh do not count.
+    """
+    replaced = {"router": "router" in choices, "engine_options.policy": "policy" in choices.get("engine_options", {})}
+    _check_allowed({key: name for key, name in plugins(written).items() if not replaced[key]}, where, allowed)
+
+
+def check_engine(engine: str, *, allowed: bool) -> None:
+    """The same for the profile of an engine, by name or path."""
+    _check_allowed(engine_plugins(engine), catalog.locate("engine", engine), allowed)
+
+
+def _check_allowed(named: Mapping[str, str], where: object, allowed: bool) -> None:
+    for key, name in ({} if allowed else named).items():
+        would_do = f"the file names code to import; {ALLOW_PLUGINS} lets it (allow_plugins=True in Python)"
+        raise BadInput(would_do, where=where, key=key, got=name)
+
+
+def deployment_from(path: Path | str | None, choices: Mapping[str, Any], *, allow_plugins: bool = False) -> Deployment:
+    """The lawful deployment that a YAML file, ``choices`` of its keys, or both describe; choices outweigh the file.
+
+    Code that a file names (``module:Name``) is imported only if ``allow_plugins``; what ``choices`` name, always.
+    """
     base = read_deployment(path).model_dump(exclude_unset=True) if path else {}
+    check_named_code(base, choices, path, allowed=allow_plugins)
     for key in ("model", "device"):
         if key not in {**base, **choices}:
             raise BadInput("give a deployment file, or a model and a device", where=f"--{key}")
     options = {**base.get("engine_options", {}), **choices.get("engine_options", {})}
     where = path or "deployment"
     file = parse_spec(DeploymentFile, {**base, **choices, "engine_options": options}, where)
-    deployment = resolve_deployment(file, where)
+    deployment = resolve_deployment(file, where, allow_plugins=allow_plugins)
     check_lawful(deployment, where)
     return deployment
 
 
-def resolve_deployment(file: DeploymentFile, where: object) -> Deployment:
-    """Look every name up; ``BadInput`` at ``where`` on the first that means nothing. Lawfulness is not checked."""
+def resolve_deployment(file: DeploymentFile, where: object, *, allow_plugins: bool = False) -> Deployment:
+    """Look every name up; ``BadInput`` at ``where`` on the first that means nothing. Lawfulness is not checked.
+
+    Code that the engine's file names is imported only if ``allow_plugins``; keys of ``file`` are the caller's affair.
+    """
     for key in ("weights", "moe_weights", "kv_cache"):
         _check_known(getattr(file, key), DTYPE_BYTES, where, key)
     _check_class(file.router, "router", where)
@@ -121,6 +172,8 @@ def resolve_deployment(file: DeploymentFile, where: object) -> Deployment:
     _check_catalog("device", file.device, where)
     _check_catalog("engine", file.engine, where)
     engine: EngineProfile = catalog.load("engine", file.engine)
+    if "policy" not in file.engine_options:
+        check_engine(file.engine, allowed=allow_plugins)
     model: ModelSpec = catalog.load("model", file.model)
     device = _clocked(catalog.load("device", file.device), file.clock_mhz, where)
     deployment = Deployment(

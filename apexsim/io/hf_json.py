@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from apexsim.errors import BadInput, Unsupported
-
-# A config of a model is a few KB; a list of all its modules makes some of them larger.
-MAX_BYTES = 16 << 20
+from apexsim.reading import read_object
 
 
 @dataclass(frozen=True)
@@ -64,18 +60,4 @@ class Config:
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object in a file; raises BadInput naming the file without one."""
-    try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise BadInput("give a file: the config.json of a model", where=os.fspath(path))
-        if (size := Path(path).stat().st_size) > MAX_BYTES:
-            raise BadInput(f"has {size:,} bytes; a config.json has at most {MAX_BYTES:,}", where=os.fspath(path))
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"cannot be read: {error.strerror}", where=os.fspath(path)) from None
-    except RecursionError:
-        raise BadInput("nested too deep for a config.json", where=os.fspath(path)) from None
-    except ValueError as error:
-        raise BadInput(f"not valid JSON: {error}", where=os.fspath(path)) from None
-    if not isinstance(data, dict):
-        raise BadInput("give a JSON object: the config.json of a model", where=os.fspath(path))
-    return data
+    return read_object(path, would_do="give a JSON object: the config.json of a model")

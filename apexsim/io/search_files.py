@@ -86,10 +86,10 @@ def read_search(path: Path | str) -> SearchFile:
     return file.model_copy(update={key: beside(getattr(file, key), path) for key in ("model", "engine", "workload")})
 
 
-def resolve_search(file: SearchFile, where: object) -> Question:
+def resolve_search(file: SearchFile, where: object, *, allow_plugins: bool = False) -> Question:
     """Look every name up; ``BadInput`` at ``where`` on the first that means nothing."""
     objective = objective_named(file.objective, f"{where}: objective")
-    base = resolve_deployment(deployment_file(file, where), where)
+    base = resolve_deployment(deployment_file(file, where), where, allow_plugins=allow_plugins)
     space = SearchSpace(base=base, allow_idle=file.allow_idle)
     return Question(space=space, requests=file.read(), objective=objective, slo=file.slo, seed=file.seed)
 

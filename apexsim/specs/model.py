@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from apexsim.specs.base import Spec
+from apexsim.specs.base import Name, Spec
 from apexsim.specs.checkpoint import Checkpoint, Part
 from apexsim.specs.experts import MoESpec
 from apexsim.specs.latent import LatentAttention
@@ -47,7 +47,7 @@ class ModelSpec(Spec):
     that is not bf16 throughout. ``source`` says where the shape and the published parameter counts come from.
     """
 
-    name: str
+    name: Name
     source: str
     layers: int = Field(gt=0, le=MAX_LAYERS)
     hidden: int = Field(gt=0)

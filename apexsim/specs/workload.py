@@ -12,10 +12,13 @@ import numpy.typing as npt
 from pydantic import Field
 
 from apexsim.errors import BadInput
-from apexsim.specs.base import Spec
+from apexsim.specs.base import Name, Spec
 from apexsim.specs.laws import (
+    MAX_CONCURRENCY,
+    MAX_RATE,
     MAX_TOKENS,
     MAX_TURNAROUND_S,
+    MIN_RATE,
     Arrivals,
     ClosedLoop,
     Floats,
@@ -27,8 +30,8 @@ from apexsim.specs.laws import (
 
 # The simulator's clock is a 64-bit count of nanoseconds; stamps in milliseconds or microseconds end here.
 MAX_ARRIVAL_S = 9e9
-# More than a run could hold in memory.
-MAX_REQUESTS = 10**8
+# A run holds about 3.5 kB a request: more than these take what a large server has.
+MAX_REQUESTS = 10**7
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -61,7 +64,7 @@ class Requests:
             "output_tokens": checked_counts(self.output_tokens, "output_tokens", self.name),
         }
         if self.arrival_s is None:
-            check_count(self.concurrency, "concurrency", self.name)
+            check_count(self.concurrency, "concurrency", self.name, most=MAX_CONCURRENCY)
             check_turnaround(self.turnaround_s, self.name)
         else:
             columns["arrival_s"] = checked_arrivals(self.arrival_s, self.name)
@@ -162,7 +165,7 @@ class Workload(Spec):
     (what it leaves out) are prose; ``requests`` is how many are drawn unless asked otherwise.
     """
 
-    name: str
+    name: Name
     summary: str | None = None
     source: str | None = None
     licence: str | None = None
@@ -216,9 +219,12 @@ def check_count(value: object, key: str, where: object = None, *, least: int = 1
 
 
 def check_rate(value: float, key: str = "rate_per_s", where: object = None) -> None:
-    """Refuse a rate that is not a finite number above 0."""
+    """Refuse a rate that is not a number from ``MIN_RATE`` to ``MAX_RATE``."""
     if not _is_number(value) or not 0 < value < math.inf:
         raise BadInput("give requests per second, a number above 0", where=where, key=key, got=value)
+    if not MIN_RATE <= value <= MAX_RATE:
+        would_do = f"give requests per second, from {MIN_RATE:g} to {MAX_RATE:g}"
+        raise BadInput(would_do, where=where, key=key, got=value)
 
 
 def check_turnaround(value: float, where: object) -> None:
