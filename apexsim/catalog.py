@@ -15,7 +15,7 @@ from apexsim.errors import BadInput, nearest
 from apexsim.io.yaml_files import load_spec
 from apexsim.specs.base import Spec
 from apexsim.specs.device import DeviceProfile
-from apexsim.specs.engine import EngineProfile
+from apexsim.specs.engine import EngineProfile, begins
 from apexsim.specs.model import ModelSpec
 from apexsim.specs.workload import Workload
 
@@ -60,11 +60,17 @@ def load(kind: Literal["workload"], name: str | os.PathLike[str]) -> Workload: .
 def load(kind: Kind, name: str | os.PathLike[str]) -> Spec:
     """A shipped spec by name, or the spec in a YAML file by path (with a separator, or ending in .yaml or .yml).
 
-    An engine may be named by its version (``vllm@0.11.1``), or alone (``vllm``): then its newest profile answers.
+    An engine may be named by its version (``vllm@0.11.1``), whose memory terms then hold, or alone (``vllm``): then its
+    newest profile answers.
     Raises BadInput for an unknown name, with the nearest known ones, and for whatever is wrong in the file.
     """
     path = locate(kind, name)
-    return _parsed(_CLASSES[kind], path, path.stat().st_mtime_ns if path.is_file() else None)
+    spec = _parsed(_CLASSES[kind], path, path.stat().st_mtime_ns if path.is_file() else None)
+    text = os.fspath(name)
+    if not isinstance(spec, EngineProfile) or _is_path(text) or text == path.stem:
+        return spec
+    engine, _, version = text.partition("@")
+    return spec.for_version(version or max(_listed(engine), key=_release))
 
 
 @cache
@@ -93,11 +99,15 @@ def _is_path(text: str) -> bool:
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """The profile that answers for an engine version. ``mapped`` is False where no profile names the version."""
+    """The profile that answers for an engine version. ``mapped`` is False where no profile names the version.
+
+    ``name`` is what ``load`` takes for it: with the version where that is listed (``vllm@0.8.5``).
+    """
 
     profile: str
     mapped: bool
     note: str
+    name: str
 
 
 def engine_for(engine: str, version: str = "") -> EngineChoice:
@@ -109,19 +119,19 @@ def engine_for(engine: str, version: str = "") -> EngineChoice:
     profile: ``mapped`` is then False and ``note`` says so. Raises BadInput for an unknown engine or an older version.
     """
     if _is_path(engine):
-        return EngineChoice(engine, True, f"{engine} is an engine profile")
+        return EngineChoice(engine, True, f"{engine} is an engine profile", engine)
     listed = _listed(engine)
     if not listed:
         known = {profile.engine for profile in _profiles()}
         raise BadInput(f"unknown engine; {nearest(engine, known)}", where="engine", got=engine)
-    matches = [prefix for prefix in listed if _begins(version, prefix)]
+    matches = [prefix for prefix in listed if begins(version, prefix)]
     if matches:
         best = max(matches, key=len)
-        return EngineChoice(listed[best], True, f"{engine} {version} is listed as {best}")
+        return EngineChoice(listed[best], True, f"{engine} {version} is listed as {best}", f"{engine}@{version}")
     newest = max(listed, key=_release)
     if not _release(version) or _release(version) > _release(newest):
         note = f"{engine} {version or 'of unknown version'} is not listed: its newest profile ({newest}) answers"
-        return EngineChoice(listed[newest], False, note)
+        return EngineChoice(listed[newest], False, note, engine)
     raise BadInput(f"no profile lists it; known: {_versions(listed)}", where=engine, got=version)
 
 
@@ -155,11 +165,6 @@ def _listed(engine: str) -> dict[str, str]:
 
 def _versions(listed: Iterable[str]) -> str:
     return ", ".join(sorted(listed, key=_release))
-
-
-def _begins(version: str, prefix: str) -> bool:
-    """Whether ``version`` is of the series ``prefix``: 0.1 begins 0.1.5 and 0.1rc2, not 0.11."""
-    return re.match(re.escape(prefix) + r"(?!\d)", version) is not None
 
 
 def _release(version: str) -> tuple[int, ...]:

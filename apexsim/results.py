@@ -105,8 +105,8 @@ class SimulationResult:
 
     ``request_columns``: one row a request (see ``requests``). ``step_columns``: one row a step, or a run of ``repeats``
     decode steps, with ``start_ns`` and ``end_ns``. ``gaps``: distinct times between two tokens of a request in
-    nanoseconds, and how many tokens had each. ``kv_blocks``: size of one replica's KV cache. ``timing``: wall-clock
-    figures, the only ones that differ between two equal runs.
+    nanoseconds, and how many tokens had each. ``kv_blocks``: size of one replica's KV cache. ``memory``: what a replica
+    holds (``MemoryPlan.figures``). ``timing``: wall-clock figures, the only ones that differ between two equal runs.
     """
 
     deployment: Deployment
@@ -116,6 +116,7 @@ class SimulationResult:
     step_columns: Columns
     gaps: Gaps
     kv_blocks: int
+    memory: dict[str, Any]
     usage: Usage
     timing: dict[str, float]
     notes: tuple[str, ...]
@@ -135,6 +136,7 @@ class SimulationResult:
             step_columns=run["steps"],
             gaps=run["itl"],
             kv_blocks=run["memory"].blocks,
+            memory=run["memory"].figures(deployment.context_limit),
             usage=Usage.of(accounting) if accounting else Usage(),
             timing=run["timing"],
             notes=(*run.get("notes", ()), *_deployment_notes(deployment)),
@@ -252,6 +254,7 @@ class SimulationResult:
             "workload_name": self.workload_name,
             "slo": self.slo.model_dump() if self.slo else None,
             "kv_blocks": self.kv_blocks,
+            "memory": self.memory,
             "usage": asdict(self.usage),
             "notes": self.notes,
             "summary": summary,
@@ -280,6 +283,7 @@ class SimulationResult:
             step_columns=_read_parquet(source / "steps.parquet"),
             gaps=(gaps["gap_ns"], gaps["tokens"]),
             kv_blocks=record["kv_blocks"],
+            memory=record["memory"],
             usage=Usage(**usage, energy_range_j=tuple(possible) if possible else None),
             timing=timing,
             notes=tuple(record["notes"]),

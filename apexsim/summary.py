@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 def summarise(result: SimulationResult) -> dict[str, Any]:
     """Every figure of a run as nested plain data, in a fixed order of keys.
 
+    ``memory`` is that of a replica (see ``MemoryPlan.figures``).
     ``itl_s`` counts every token once, whatever its request. Preemptions and cache hits are of the whole run;
     ``provenance`` says of each operator which share of the devices' working time rests on which evidence;
     ``uncertainty`` where the mean latencies, the rate of tokens and joules a token may lie (see ``uncertainty.py``).
@@ -42,6 +43,7 @@ def summarise(result: SimulationResult) -> dict[str, Any]:
         "slo": _slo(result),
         "energy": _energy(result, outputs),
         "cost": _cost(result, outputs),
+        "memory": result.memory,
         "utilization": _utilization(result),
         "preemptions": int(columns["preemptions"].sum()),
         "prefix_hit_rate": None,  # no prefix cache is simulated

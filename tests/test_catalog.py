@@ -128,7 +128,7 @@ def test_what_no_profile_answers_for_is_refused() -> None:
 
 
 def test_a_choice_is_a_value() -> None:
-    assert EngineChoice("a", True, "b") == EngineChoice("a", True, "b")
+    assert EngineChoice("a", True, "b", "c") == EngineChoice("a", True, "b", "c")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from simpy import Event
 
 from apexsim.costs.accounting import account
-from apexsim.costs.memory import MemoryPlan, plan_memory
+from apexsim.costs.memory import MemoryPlan
+from apexsim.costs.starting import start
 from apexsim.costs.steps import build_step_cost
 from apexsim.costs.timing import StepTimes
 from apexsim.errors import BadInput, nearest
@@ -48,13 +49,14 @@ def simulate(
 
     ``seed`` draws the requests of a ``Workload``; a run itself has no randomness. ``exact_steps`` simulates each step
     singly (the slow oracle: the same request records). ``progress`` is called with the share of requests done.
-    Raises ``InfeasiblePlan`` when the plan is not lawful or does not fit, ``Unsupported`` where no cost is known.
+    Raises ``InfeasiblePlan`` when the plan is not lawful or its engine would not start, ``Unsupported`` where no cost is
+    known.
     """
     started_s = time.perf_counter()
     requests = workload.sample(seed=seed) if isinstance(workload, Workload) else workload
-    deployment = deployment.for_load(int(requests.prompt_tokens.max()), requests.concurrency)
-    pool = deployment.pools[0]
-    memory = plan_memory(deployment, pool)
+    asked = deployment.for_load(int(requests.prompt_tokens.max()), requests.concurrency)
+    engine = start(asked)
+    deployment, memory, pool = engine.deployment, engine.memory, asked.pools[0]
     cost = build_step_cost(deployment, pool, prompts=requests.prompt_tokens)
     built_s = time.perf_counter()
     with no_cycle_collection():
@@ -72,7 +74,7 @@ def simulate(
         chunks=chunks,
         accounting=account(cost, steps, chunks),
         memory=memory,
-        notes=(*requests.notes, *_not_simulated(requests), *pool.plan.assumptions),
+        notes=(*requests.notes, *engine.notes, *_not_simulated(requests), *pool.plan.assumptions),
         timing=_timing(started_s, built_s, simulated_s),
     )
 

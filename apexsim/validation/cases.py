@@ -77,7 +77,7 @@ def case_of(row: RunRow, engine_options: Mapping[str, Any] = MappingProxyType({}
     choices: dict[str, Any] = {
         "model": row.model,
         "device": row.device,
-        "engine": choice.profile,
+        "engine": choice.name,
         "engine_options": {**engine_options, **options},
         **{degree: getattr(row, degree) or 1 for degree in _DEGREES},
         "weights": weights,
