@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -13,29 +13,48 @@ import pandas as pd
 
 from apexsim.search.executors import Executor, choose_jobs, run_local
 from apexsim.search.journal import Journal
-from apexsim.search.judging import Evaluate, Row, judge, run_deployment
-from apexsim.search.objective import FIGURES, Objective
-from apexsim.search.outcomes import Progress, settle
+from apexsim.search.judging import Evaluate, Row, judge, judge_at_low_load, run_deployment
+from apexsim.search.objective import FIGURES
+from apexsim.search.outcomes import Outcome, Progress, settle
 from apexsim.search.pareto import pareto_front
 from apexsim.search.question import Question
 from apexsim.search.space import Candidate
+from apexsim.search.ties import Decision, decide, leaders, rank
 from apexsim.specs.deployment import Deployment
 
-RANK_OF_VERDICT = {"ok": 0, "misses_slo": 1, "failed": 2, "infeasible": 3, "unlawful": 4}
-FRONT_AXES = ("e2e_p90_s", "usd_per_million_output_tokens", "energy_per_output_token_j")  # less is better
+FRONT_AXES = (  # less is better
+    "e2e_p90_s",
+    "steady_usd_per_million_output_tokens",
+    "steady_energy_per_output_token_j",
+)
+# As many requests a search draws by itself where windows are too short; more take minutes and are for people to ask for.
+MOST_DRAWN = 16_384
 
 
 @dataclass(frozen=True)
 class Study:
     """The answer to a question: every candidate a row, best first.
 
-    Plans that keep the SLO come first, by the objective; then those that miss it, by attainment; then those that did
-    not run. Ties go to fewer devices, then to the name. Only ``timing`` may differ between two equal searches.
+    Plans that keep the SLO (and keep up, where the objective asks it) come first, by the objective; those that tie with
+    the best lead, in the order of what breaks ties (see ``ties.py``). Then come those that miss it, by attainment; then
+    those that did not run. Only ``timing`` may differ between two equal searches. ``asked``: how many requests there
+    were before the search drew more, so that windows became long enough.
     """
 
     question: Question
     rows: tuple[Row, ...]
+    asked: int
     timing: Mapping[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def leaders(self) -> tuple[Row, ...]:
+        """The best plan and those that tie with it."""
+        return leaders(self.rows, self.question.objective)
+
+    @cached_property
+    def decision(self) -> Decision:
+        """What may be said of the first row."""
+        return decide(self.rows, self.question.objective)
 
     @property
     def winner(self) -> Row | None:
@@ -87,7 +106,13 @@ class Study:
 
     def _result(self, row: Row) -> dict[str, Any]:
         value = self.question.objective.value(row.outcome.figures)
-        return {"verdict": row.outcome.verdict, "reason": row.outcome.reason, "objective_value": value}
+        return {
+            "verdict": row.outcome.verdict,
+            "reason": row.outcome.reason,
+            "window": row.outcome.window or None,
+            "objective_value": value,
+            "leads": any(row is leader for leader in self.leaders),
+        }
 
 
 def search(
@@ -102,30 +127,48 @@ def search(
     """Judge every candidate and rank them all; an infeasible plan or one that fails never stops the search.
 
     ``jobs`` defaults to the cores at hand, and to one where there is little to simulate. Outcomes that ``journal``
-    holds are not worked out again; new ones are added to it.
+    holds are not worked out again; new ones are added to it. Where a contender's steady window is too short to rank it,
+    and requests are drawn and their number was not asked for, all plans are judged again on more of them.
     """
     started_s = time.perf_counter()
-    candidates = {question.key(candidate): candidate for candidate in question.space.candidates()}
+    candidates = question.space.candidates()
     jobs = choose_jobs(jobs, len(candidates) * len(question.requests) * question.objective.runs)
-    work = partial(judge, question=question, evaluate=evaluate)
-    outcomes = settle(candidates, work, executor=executor, jobs=jobs, journal=journal, progress=progress)
-    rows = [Row(candidate, outcomes[key]) for key, candidate in candidates.items()]
+    settled = partial(settle, executor=executor, jobs=jobs, journal=journal, progress=progress)
+    asked, least = len(question.requests), 0
+    while True:
+        rows = _judged(question, candidates, evaluate, settled)
+        least = wanted_requests(rows, question)
+        if least <= len(question.requests):
+            break
+        question = question.on(least)
     timing = {"wall_s": time.perf_counter() - started_s, "jobs": jobs}
-    return Study(question, rank(rows, question.objective), timing)
+    return Study(question, rows, asked, timing)
 
 
-def rank(rows: Iterable[Row], objective: Objective) -> tuple[Row, ...]:
-    """Rows in the order that ``Study`` promises."""
+def wanted_requests(rows: Iterable[Row], question: Question) -> int:
+    """How many requests would make the windows of all contenders long enough, as far as a search draws by itself."""
+    now = len(question.requests)
+    short = [row.outcome for row in rows if row.outcome.verdict == "ok" and row.outcome.window == "short"]
+    if not (short and question.objective.window and question.supply.grows):
+        return now
+    wanted = [outcome.figures.get("steady_wanted_requests") or 0 for outcome in short]
+    return max(now, min(MOST_DRAWN, max(2 * now, *map(math.ceil, wanted))))
 
-    def key(row: Row) -> tuple[int, float, int, str]:
-        verdict, figures = row.outcome.verdict, row.outcome.figures
-        missed = verdict == "misses_slo"
-        value = figures.get("attainment") if missed else objective.value(figures)
-        sign = -1 if missed or objective.highest else 1
-        score = math.inf if value is None else sign * value
-        return RANK_OF_VERDICT[verdict], score, row.candidate.devices, row.candidate.name
 
-    return tuple(sorted(rows, key=key))
+def _judged(
+    question: Question, candidates: Iterable[Candidate], evaluate: Evaluate, settled: Callable[..., dict[str, Outcome]]
+) -> tuple[Row, ...]:
+    """Every candidate and its outcome, ranked."""
+    judged: dict[str, Any] = {"question": question, "evaluate": evaluate}
+    more: dict[str, float | None] = {}
+    if question.objective.low_load:
+        able = {question.key(each, run="low load"): each for each in candidates if not each.reasons}
+        outcomes = settled(able, partial(judge_at_low_load, **judged)).values()
+        times_s = [outcome.figures.get("low_load_e2e_s") for outcome in outcomes]
+        more = {"low_load_e2e_s": max((time_s for time_s in times_s if time_s is not None), default=None)}
+    tasks = {question.key(candidate, **more): candidate for candidate in candidates}
+    found = settled(tasks, partial(judge, **judged, **more))
+    return rank((Row(candidate, found[key]) for key, candidate in tasks.items()), question.objective)
 
 
 def _on_front(rows: tuple[Row, ...]) -> frozenset[int]:

@@ -104,6 +104,26 @@ class Requests:
             extra={key: values[:count] for key, values in self.extra.items()},
         )
 
+    def repeated(self, count: int) -> Requests:
+        """The same requests over and over until there are at least ``count``, each time whole.
+
+        The next time begins one mean gap after the last arrival of the time before.
+        """
+        times = -(-count // len(self))
+        if times <= 1:
+            return self
+        arrival_s = self.arrival_s
+        if arrival_s is not None:
+            period_s = self.span_s + (1 / self.rate_per_s if self.span_s else 0.0)
+            arrival_s = (np.arange(times)[:, None] * period_s + arrival_s).ravel()
+        return replace(
+            self,
+            prompt_tokens=np.tile(self.prompt_tokens, times),
+            output_tokens=np.tile(self.output_tokens, times),
+            arrival_s=arrival_s,
+            extra={key: np.tile(values, times) for key, values in self.extra.items()},
+        )._noting(f"{self.name} repeated {times} times")
+
     def at_rate(self, rate_per_s: float) -> Requests:
         """The same requests, time stretched about the first arrival until the mean rate is ``rate_per_s``."""
         check_rate(rate_per_s, where=self.name)
