@@ -64,7 +64,7 @@ def simulate(
     steps, chunks = recorder.steps(), recorder.chunks()
     return SimulationResult.from_run(
         deployment=deployment,
-        workload_name=requests.name,
+        workload=requests,
         slo=slo,
         requests=recorder.requests(run.requests, to_ns(deployment.engine.host.response_s)),
         itl=recorder.inter_token_gaps(),

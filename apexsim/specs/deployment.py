@@ -14,6 +14,7 @@ from apexsim.specs.model import ModelSpec
 Stage = Literal["encode", "prefill", "decode"]
 TokenChoice = Literal["greedy", "top_p"]
 Prompts = Literal["text", "random_tokens"]
+Bill = Literal["used", "node", "fleet"]
 
 
 class Plan(Spec):
@@ -118,6 +119,7 @@ class Deployment(Spec):
     ``sampling`` is how its requests ask for tokens: ``greedy`` for the most likely one, or any one at random;
     ``top_p`` for one of the most likely (top-p, top-k), which the engine must find first. ``prompts`` is what they are
     made of: ``text`` as users send, or ``random_tokens`` as benchmarks do, for which routers choose fewer experts.
+    ``bill`` says which devices are paid for and drawn power for: see ``billed_devices``.
     """
 
     model: ModelSpec
@@ -130,6 +132,7 @@ class Deployment(Spec):
     kv_cache: str = "bf16"
     sampling: TokenChoice = "greedy"
     prompts: Prompts = "text"
+    bill: Bill = "used"
 
     @property
     def expert_dtype(self) -> str:
@@ -174,5 +177,16 @@ class Deployment(Spec):
 
     @property
     def devices_used(self) -> int:
-        """Devices that work; the cluster may hold more (idle ones cost and draw power too)."""
+        """Devices that work; the cluster may hold more."""
         return sum(pool.devices for pool in self.pools)
+
+    @property
+    def billed_devices(self) -> int:
+        """Devices that are paid for; their idle power counts, and utilization is of them.
+
+        ``used``: those that work. ``node``: all of the nodes that hold them. ``fleet``: all of the cluster.
+        """
+        if self.bill == "fleet":
+            return self.cluster.devices
+        per_node = self.cluster.devices_per_node
+        return self.devices_used if self.bill == "used" else per_node * -(-self.devices_used // per_node)
