@@ -38,10 +38,13 @@ class SearchFlags:
         None
     )
     objective: Annotated[
-        str | None, typer.Option(help="latency, throughput, goodput, energy, cost or devices.", rich_help_panel=_QUESTION)
+        str | None,
+        typer.Option(help="latency, throughput, goodput, energy, cost or devices.", rich_help_panel=_QUESTION),
     ] = None
     slo: Annotated[str | None, typer.Option(help="As ttft_s=0.5,tpot_s=0.05.", rich_help_panel=_QUESTION)] = None
-    requests: Annotated[int | None, typer.Option(help="So many; else as many as it takes.", rich_help_panel=_QUESTION)] = None
+    requests: Annotated[
+        int | None, typer.Option(help="So many; else as many as it takes.", rich_help_panel=_QUESTION)
+    ] = None
     rate_per_s: Annotated[
         float | None, typer.Option(help="Rescale arrivals to this mean rate.", rich_help_panel=_QUESTION)
     ] = None
@@ -67,6 +70,10 @@ class SearchFlags:
     ] = None
     prompts: Annotated[
         str | None, typer.Option(help="text, or random_tokens (MoE: fewer experts).", rich_help_panel=_QUESTION)
+    ] = None
+
+    bill: Annotated[
+        str | None, typer.Option(help="Devices paid for: used, node or fleet.", rich_help_panel=_QUESTION)
     ] = None
 
     def choices(self) -> dict[str, Any]:
@@ -168,7 +175,10 @@ def _ranking(objective: Objective, records: Sequence[dict[str, Any]]) -> Table:
         marks = "=" * (tied and record["leads"]) + "*" * record["front"]
         figures = [_format(record[figure], form) for figure, form in columns.values()]
         table.add_row(record["plan"], marks, *figures, style=None if record["verdict"] == "ok" else "dim")
-    legend = {"= ties with the best": tied, "* on the Pareto front of latency, cost and energy": any(r["front"] for r in records)}
+    legend = {
+        "= ties with the best": tied,
+        "* on the Pareto front of latency, cost and energy": any(r["front"] for r in records),
+    }
     table.caption = "; ".join(said for said, holds in legend.items() if holds) or None
     return table
 

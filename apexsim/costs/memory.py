@@ -79,7 +79,6 @@ class MemoryPlan:
         most = self.rank_blocks
         return size * (bisect_right(range(most + 1), most, key=lambda n: self.blocks_for(n * size)) - 1)
 
-
     def holds(self, tokens: int) -> bool:
         """Whether a sequence of so many tokens fits alone."""
         return self.max_tokens is None or tokens <= self.max_tokens

@@ -133,7 +133,8 @@ def _find(text: str, *, lengths_will_do: bool) -> Workload | Requests:
 
 def _drawn(workload: Workload, wanted: _Wanted | None, requests: int | None, seed: int) -> Supply:
     """Requests drawn by a generator; a rate keeps its law of arrivals where it has one."""
-    own, notes = workload.arrivals, ()
+    own = workload.arrivals
+    notes: tuple[str, ...] = ()
     if isinstance(wanted, PoissonArrivals) and isinstance(own, RenewalArrivals):
         workload = workload.model_copy(update={"arrivals": own.model_copy(update={"rate_per_s": wanted.rate_per_s})})
     elif wanted is not None:

@@ -36,7 +36,7 @@ from apexsim.search.space import SearchSpace
 from apexsim.search.study import Study
 from apexsim.specs.base import Spec
 from apexsim.specs.cluster import parse_devices
-from apexsim.specs.deployment import Prompts, TokenChoice
+from apexsim.specs.deployment import Bill, Prompts, TokenChoice
 from apexsim.specs.slo import SLO
 from apexsim.specs.supply import Supply
 from apexsim.specs.workload import Requests
@@ -82,6 +82,7 @@ class SearchFile(Traffic):
     kv_cache: str | None = None
     sampling: TokenChoice = "greedy"
     prompts: Prompts = "text"
+    bill: Bill = "used"
 
 
 def read_search(path: Path | str) -> SearchFile:

@@ -20,15 +20,21 @@ def headline(study: Study) -> str:
     best, objective = study.winner, study.question.objective
     parts = [f"{_opening(study)}, {_figure(best, objective)}"]
     parts += _fewer(study) if objective.any_devices else _margins(study)
-    billed = study.question.space.base.cluster.devices
-    if idle := billed - best.candidate.devices:
-        parts.append(f"{idle} devices stand idle")
+    parts += _idle(study)
     if best.outcome.reason:
         parts.append(best.outcome.reason)
     if len(study.question.requests) > study.asked:
         parts.append(f"{len(study.question.requests)} requests drawn in place of {study.asked}: windows were too short")
     parts += best.candidate.plan.assumptions
     return "; ".join(parts)
+
+
+def _idle(study: Study) -> list[str]:
+    """How many devices stand idle, and whether they are paid for all the same."""
+    assert study.best is not None
+    idle = study.best.cluster.devices - study.best.devices_used
+    paid = study.best.billed_devices - study.best.devices_used
+    return [f"{idle} devices stand idle" + (f", {paid} of them paid for" if paid else "")] if idle else []
 
 
 def _opening(study: Study) -> str:
@@ -47,7 +53,8 @@ def _opening(study: Study) -> str:
 
 def _would_do(study: Study) -> str:
     """What would make windows long enough."""
-    wanted = [row.outcome.figures.get("steady_wanted_requests") for row in study.rows if row.outcome.window == "short"]
+    near = [row.outcome for row in study.rows[: len(study.leaders) + 1] if row.outcome.window == "short"]
+    wanted = [outcome.figures.get("steady_wanted_requests") for outcome in near]
     most = max((count for count in wanted if count is not None), default=None)
     said = "" if most is None else f", wanted about {most:.0f} requests"
     supply = study.question.supply
@@ -116,7 +123,9 @@ def margin(objective: Objective, best: Row, other: Row) -> float | None:
 def _no_winner(study: Study) -> str:
     first = study.rows[0]
     if first.outcome.verdict == "misses_slo":
-        fails = "keeps up" if first.outcome.window == "growing" and study.question.objective.lasting else "keeps the SLO"
+        fails = (
+            "keeps up" if first.outcome.window == "growing" and study.question.objective.lasting else "keeps the SLO"
+        )
         return f"no plan {fails}; the nearest is {first.candidate.name}: {first.outcome.reason}"
     return f"no plan could run; {first.candidate.name}: {first.outcome.reason}"
 

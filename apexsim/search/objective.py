@@ -34,6 +34,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "mbu": ("utilization", "mbu"),
     "kv_cache_peak": ("utilization", "kv_cache_peak"),
     "preemptions": ("preemptions",),
+    "requests": ("requests", "total"),
     "requests_finished": ("requests", "finished"),
     "requests_rejected": ("requests", "rejected"),
     "requests_unfinished": ("requests", "unfinished"),

@@ -78,6 +78,7 @@ class Question:
             "devices": f"{base.cluster.devices}x{base.cluster.device.name}",
             "devices_per_node": base.cluster.devices_per_node,
             "allow_idle": self.space.allow_idle,
+            "bill": base.bill,
             "engine": base.engine.name,
             "router": base.router,
             "weights": base.weights,

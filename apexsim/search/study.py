@@ -21,14 +21,22 @@ from apexsim.search.question import Question
 from apexsim.search.space import Candidate
 from apexsim.search.ties import Decision, decide, leaders, rank
 from apexsim.specs.deployment import Deployment
+from apexsim.specs.slo import SLO
 
 FRONT_AXES = (  # less is better
     "e2e_p90_s",
     "steady_usd_per_million_output_tokens",
     "steady_energy_per_output_token_j",
 )
-# As many requests a search draws by itself where windows are too short; more take minutes and are for people to ask for.
+# As many requests a search draws by itself where windows are too short. More take minutes: people may ask for them.
 MOST_DRAWN = 16_384
+# A backlog that grows over so many requests is taken at its word.
+SURE_TO_GROW = 4_096
+# An attainment that is lower than the target by more is not looked at again on more requests.
+BY_FAR = 0.1
+
+Work = Callable[[Candidate], Outcome]
+Settled = Callable[[Work, Mapping[str, Candidate]], dict[str, Outcome]]
 
 
 @dataclass(frozen=True)
@@ -128,47 +136,67 @@ def search(
 
     ``jobs`` defaults to the cores at hand, and to one where there is little to simulate. Outcomes that ``journal``
     holds are not worked out again; new ones are added to it. Where a contender's steady window is too short to rank it,
-    and requests are drawn and their number was not asked for, all plans are judged again on more of them.
+    and requests are drawn and their number was not asked for, all plans that may win are judged again on more of them.
     """
-    started_s = time.perf_counter()
-    candidates = question.space.candidates()
-    jobs = choose_jobs(jobs, len(candidates) * len(question.requests) * question.objective.runs)
-    settled = partial(settle, executor=executor, jobs=jobs, journal=journal, progress=progress)
-    asked, least = len(question.requests), 0
-    while True:
-        rows = _judged(question, candidates, evaluate, settled)
-        least = wanted_requests(rows, question)
-        if least <= len(question.requests):
-            break
+    started_s, asked = time.perf_counter(), len(question.requests)
+
+    def settled(work: Work, tasks: Mapping[str, Candidate]) -> dict[str, Outcome]:
+        runs = choose_jobs(jobs, len(tasks) * len(question.requests) * question.objective.runs)
+        return settle(tasks, work, executor=executor, jobs=runs, journal=journal, progress=progress)
+
+    rows = _judged(question, question.space.candidates(), evaluate, settled)
+    while (least := wanted_requests(rows, question)) > len(question.requests):
         question = question.on(least)
-    timing = {"wall_s": time.perf_counter() - started_s, "jobs": jobs}
-    return Study(question, rows, asked, timing)
+        near = [row.candidate for row in rows if within_reach(row, question.slo)]
+        again = {row.candidate: row for row in _judged(question, near, evaluate, settled)}
+        rows = [again.get(row.candidate, row) for row in rows]
+    timing = {"wall_s": time.perf_counter() - started_s}
+    return Study(question, rank(rows, question.objective), asked, timing)
 
 
 def wanted_requests(rows: Iterable[Row], question: Question) -> int:
-    """How many requests would make the windows of all contenders long enough, as far as a search draws by itself."""
+    """How many requests would make the windows of all contenders long enough, as far as a search draws by itself.
+
+    A backlog that grows may do so by chance while the run is short: that is looked at again, too.
+    """
     now = len(question.requests)
-    short = [row.outcome for row in rows if row.outcome.verdict == "ok" and row.outcome.window == "short"]
-    if not (short and question.objective.window and question.supply.grows):
+    unsure = [row.outcome for row in rows if _unsure(row, question)]
+    if not (unsure and question.objective.window and question.supply.grows):
         return now
-    wanted = [outcome.figures.get("steady_wanted_requests") or 0 for outcome in short]
+    wanted = [outcome.figures.get("steady_wanted_requests") or 0 for outcome in unsure]
     return max(now, min(MOST_DRAWN, max(2 * now, *map(math.ceil, wanted))))
 
 
-def _judged(
-    question: Question, candidates: Iterable[Candidate], evaluate: Evaluate, settled: Callable[..., dict[str, Outcome]]
-) -> tuple[Row, ...]:
-    """Every candidate and its outcome, ranked."""
-    judged: dict[str, Any] = {"question": question, "evaluate": evaluate}
-    more: dict[str, float | None] = {}
-    if question.objective.low_load:
-        able = {question.key(each, run="low load"): each for each in candidates if not each.reasons}
-        outcomes = settled(able, partial(judge_at_low_load, **judged)).values()
-        times_s = [outcome.figures.get("low_load_e2e_s") for outcome in outcomes]
-        more = {"low_load_e2e_s": max((time_s for time_s in times_s if time_s is not None), default=None)}
-    tasks = {question.key(candidate, **more): candidate for candidate in candidates}
-    found = settled(tasks, partial(judge, **judged, **more))
-    return rank((Row(candidate, found[key]) for key, candidate in tasks.items()), question.objective)
+def _unsure(row: Row, question: Question) -> bool:
+    attainment = row.outcome.figures.get("attainment")
+    if attainment is None or attainment < question.slo.target:
+        return False
+    growing = row.outcome.window == "growing" and len(question.requests) < SURE_TO_GROW
+    return growing or row.outcome.window == "short"
+
+
+def within_reach(row: Row, slo: SLO) -> bool:
+    """Whether more requests may yet show that a plan keeps the SLO: one that missed it by far is not run again."""
+    attainment = row.outcome.figures.get("attainment")
+    return attainment is not None and attainment >= slo.target - BY_FAR
+
+
+def _judged(question: Question, candidates: Iterable[Candidate], evaluate: Evaluate, settled: Settled) -> list[Row]:
+    """Every candidate and its outcome."""
+    e2e_s = _low_load_e2e_s(question, candidates, evaluate, settled) if question.objective.low_load else None
+    tasks = {question.key(candidate, low_load_e2e_s=e2e_s): candidate for candidate in candidates}
+    found = settled(partial(judge, question=question, evaluate=evaluate, low_load_e2e_s=e2e_s), tasks)
+    return [Row(candidate, found[key]) for key, candidate in tasks.items()]
+
+
+def _low_load_e2e_s(
+    question: Question, candidates: Iterable[Candidate], evaluate: Evaluate, settled: Settled
+) -> float | None:
+    """The largest median end-to-end time of the candidates at low load; None where none of them runs."""
+    able = {question.key(each, run="low load"): each for each in candidates if not each.reasons}
+    outcomes = settled(partial(judge_at_low_load, question=question, evaluate=evaluate), able).values()
+    times_s = [outcome.figures.get("low_load_e2e_s") for outcome in outcomes]
+    return max((time_s for time_s in times_s if time_s is not None), default=None)
 
 
 def _on_front(rows: tuple[Row, ...]) -> frozenset[int]:

@@ -6,8 +6,10 @@ Two plans tie where their figures differ by no more than
 
 with d the differences of the n parts that both runs know (``batches.py``: same requests, so what they share cancels)
 and t Student's quantile at 95 %. Runs that share no parts (a closed loop: the plan sets the pace) have the half-widths
-of their steady figures, as of independent runs, in place of the second term. The leaders are the best plan by its figure and all that tie with it. They are put in
-order by the objective's ``breaks``; those behind them stay in order of their figures.
+of their steady figures, as of independent runs, in place of the second term.
+
+The leaders are the best plan by its figure and all that tie with it. They are put in order by the objective's
+``breaks``; those behind them stay in order of their figures.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from apexsim.batch_means import student
 from apexsim.search.judging import Row
 from apexsim.search.objective import Break, Objective
 
@@ -72,9 +75,7 @@ def sampling_error(one: Row, other: Row, objective: Objective) -> float:
 
 def half_width(values: NDArray[np.float64]) -> float:
     """Half-width of the 95 % interval of a mean of two or more independent values."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / math.sqrt(len(values)))
+    return student(len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
 def broken_by(ahead: Sequence[Row], breaks: Sequence[Break]) -> Break | None:

@@ -26,7 +26,7 @@ class Supply:
         return self.law is not None and not self.fixed
 
     def at_least(self, count: int) -> Requests:
-        """``count`` requests, or all there are where those are more: more drawn, or the recorded ones repeated whole."""
+        """``count`` requests, or all there are if those are more: others drawn, or the recorded ones repeated whole."""
         if count <= len(self.requests):
             return self.requests
         if self.law is None:
