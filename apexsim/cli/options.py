@@ -75,6 +75,9 @@ class DeploymentFlags:
     ] = None
     nodes: Annotated[int | None, typer.Option(help="Nodes of the cluster.", rich_help_panel=_DEPLOYMENT)] = None
     devices_per_node: Annotated[int | None, typer.Option(help="Devices a node.", rich_help_panel=_DEPLOYMENT)] = None
+    bill: Annotated[
+        str | None, typer.Option(help="Devices paid for: used, node or fleet.", rich_help_panel=_DEPLOYMENT)
+    ] = None
     clock_mhz: Annotated[
         float | None, typer.Option(help="Hold devices at a lower clock (extrapolated).", rich_help_panel=_DEPLOYMENT)
     ] = None

@@ -100,7 +100,7 @@ class Lowered:
     @property
     def attentions(self) -> tuple[Mixing, ...]:
         """Kinds of attention of the model, recurrent states among them: full first, then by window."""
-        found = {block.attention for block in self.blocks if block.attention is not None}
+        found = dict.fromkeys(block.attention for block in self.blocks if block.attention is not None)
         return tuple(sorted(found, key=lambda attention: attention.window or 0))
 
     def layers_of(self, attention: Mixing) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from apexsim.errors import BadInput, nearest
 from apexsim.io.yaml_files import load_spec, write_yaml
 from apexsim.specs.base import Spec, parse_spec
 from apexsim.specs.cluster import MAX_DEVICES, Cluster, Overhead
-from apexsim.specs.deployment import Deployment, Plan, Pool, Prompts, TokenChoice
+from apexsim.specs.deployment import Bill, Deployment, Plan, Pool, Prompts, TokenChoice
 from apexsim.specs.device import DeviceProfile
 from apexsim.specs.engine import EngineProfile
 from apexsim.specs.model import ModelSpec
@@ -42,11 +42,12 @@ _OPTION_SECTIONS = ("scheduler", "memory", "communication", "host", "sampler", "
 class DeploymentFile(Spec):
     """A deployment by names: what a person writes. ``resolve_deployment`` turns it into whole specs.
 
-    ``nodes`` and ``devices_per_node`` describe the cluster; devices that the replicas do not use stand idle, and their
-    power and price count. With neither given the cluster is one node of exactly the devices used, or, above
-    8 devices, as many whole nodes of 8 as hold them. ``engine`` is a profile, ``vllm@0.19.0``, or ``vllm`` for the
-    newest; ``engine_options`` are fields of the profile. Without ``weights`` they are as the model was published, and
-    without ``kv_cache`` the engine's own default holds.
+    ``nodes`` and ``devices_per_node`` describe the cluster. With neither given the cluster is one node of exactly the
+    devices used, or, above 8 devices, as many whole nodes of 8 as hold them. ``bill`` says whose price and power count:
+    of the devices ``used``, of every ``node`` that holds them (of 8 devices unless said), or of the whole ``fleet``
+    (which must be given). ``engine`` is a profile, ``vllm@0.19.0``, or ``vllm`` for the newest; ``engine_options`` are
+    fields of the profile. Without ``weights`` they are as the model was published, and without ``kv_cache`` the
+    engine's own default holds.
     ``clock_mhz`` holds the multiprocessors at a lower clock than the highest, ``overhead`` is what servers and building
     draw beside the devices.
     """
@@ -68,6 +69,7 @@ class DeploymentFile(Spec):
     kv_cache: str | None = None
     sampling: TokenChoice = "greedy"
     prompts: Prompts = "text"
+    bill: Bill = "used"
     clock_mhz: float | None = Field(None, gt=0)
     overhead: Overhead = Overhead()
 
@@ -186,6 +188,7 @@ def resolve_deployment(file: DeploymentFile, where: object, *, allow_plugins: bo
         moe_weights=file.moe_weights,
         sampling=file.sampling,
         prompts=file.prompts,
+        bill=file.bill,
     )
     weights = (deployment.weights, deployment.expert_dtype)
     kv_cache = file.kv_cache or engine.kv_dtype_for(weights, device.datasheet)
@@ -269,7 +272,11 @@ def _cluster(file: DeploymentFile, device: DeviceProfile, where: object) -> Clus
     if used > MAX_DEVICES:
         degrees = "tensor x attention_data x pipeline x replicas"
         raise BadInput(f"{degrees} may use up to {MAX_DEVICES} devices", where=where, got=used)
-    per_node = file.devices_per_node or (used if used <= DEVICES_PER_NODE and not file.nodes else DEVICES_PER_NODE)
+    if file.bill == "fleet" and not (file.nodes or file.devices_per_node):
+        would_do = "give nodes and devices_per_node (a search: devices), or bill used or node"
+        raise BadInput(would_do, where=where, key="bill", got=file.bill)
+    exact = used <= DEVICES_PER_NODE and not file.nodes and file.bill == "used"
+    per_node = file.devices_per_node or (used if exact else DEVICES_PER_NODE)
     nodes = file.nodes or -(-used // per_node)
     if nodes * per_node < used:
         have = f"{nodes} x {per_node}"

@@ -34,6 +34,7 @@ from apexsim.errors import BadInput, nearest
 from apexsim.io.bounds import check_csv, check_ids, check_jsonl, check_parquet
 from apexsim.reading import check_regular
 from apexsim.specs.laws import MAX_CONCURRENCY, AllAtOnce, ClosedLoop, Floats, PoissonArrivals, RenewalArrivals
+from apexsim.specs.supply import Supply
 from apexsim.specs.workload import (
     MAX_REQUESTS,
     Requests,
@@ -64,6 +65,27 @@ def resolve_workload(
     seed: int = 0,
     all_at_once: bool = False,
 ) -> Requests:
+    """The requests of ``resolve_supply``, for whoever needs no more of them."""
+    supply = resolve_supply(
+        name_or_path,
+        rate_per_s=rate_per_s,
+        concurrency=concurrency,
+        requests=requests,
+        seed=seed,
+        all_at_once=all_at_once,
+    )
+    return supply.requests
+
+
+def resolve_supply(
+    name_or_path: str | os.PathLike[str],
+    *,
+    rate_per_s: float | None = None,
+    concurrency: int | None = None,
+    requests: int | None = None,
+    seed: int = 0,
+    all_at_once: bool = False,
+) -> Supply:
     """Requests of a shipped workload (by name), a workload YAML or a request file (by path).
 
     At most one of ``rate_per_s``, ``concurrency`` and ``all_at_once`` replaces the workload's own arrivals. A rate
@@ -77,8 +99,8 @@ def resolve_workload(
     wanted = _wanted_arrivals(rate_per_s, concurrency, all_at_once)
     found = _find(os.fspath(name_or_path), lengths_will_do=wanted is not None)
     if isinstance(found, Workload):
-        return _draw(found, wanted, requests, seed)
-    return _replay(found, wanted, requests, seed)
+        return _drawn(found, wanted, requests, seed)
+    return Supply(requests=_replay(found, wanted, requests, seed))
 
 
 def _wanted_arrivals(rate_per_s: float | None, concurrency: int | None, all_at_once: bool) -> _Wanted | None:
@@ -107,17 +129,17 @@ def _find(text: str, *, lengths_will_do: bool) -> Workload | Requests:
     raise BadInput(would_do, where="--workload", got=text)
 
 
-def _draw(workload: Workload, wanted: _Wanted | None, requests: int | None, seed: int) -> Requests:
-    """Sample a generator; a rate keeps its law of arrivals where it has one."""
-    if wanted is None:
-        return workload.sample(requests, seed=seed)
+def _drawn(workload: Workload, wanted: _Wanted | None, requests: int | None, seed: int) -> Supply:
+    """Requests drawn by a generator; a rate keeps its law of arrivals where it has one."""
     own = workload.arrivals
+    notes: tuple[str, ...] = ()
     if isinstance(wanted, PoissonArrivals) and isinstance(own, RenewalArrivals):
-        arrivals = own.model_copy(update={"rate_per_s": wanted.rate_per_s})
-        return workload.model_copy(update={"arrivals": arrivals}).sample(requests, seed=seed)
-    rows = workload.model_copy(update={"arrivals": wanted}).sample(requests, seed=seed)
-    note = f"arrivals of {workload.name} ({own.kind}) replaced: {wanted!r}"
-    return replace(rows, notes=(*rows.notes, note))
+        workload = workload.model_copy(update={"arrivals": own.model_copy(update={"rate_per_s": wanted.rate_per_s})})
+    elif wanted is not None:
+        workload = workload.model_copy(update={"arrivals": wanted})
+        notes = (f"arrivals of {workload.name} ({own.kind}) replaced: {wanted!r}",)
+    rows = replace(workload.sample(requests, seed=seed), notes=notes)
+    return Supply(requests=rows, law=workload, seed=seed, fixed=requests is not None)
 
 
 def _replay(rows: Requests, wanted: _Wanted | None, requests: int | None, seed: int) -> Requests:

@@ -14,6 +14,7 @@ from apexsim.specs.model import ModelSpec
 Stage = Literal["encode", "prefill", "decode"]
 TokenChoice = Literal["greedy", "top_p"]
 Prompts = Literal["text", "random_tokens"]
+Bill = Literal["used", "node", "fleet"]
 
 
 class Plan(Spec):
@@ -120,6 +121,7 @@ class Deployment(Spec):
     ``top_p`` for one of the most likely (top-p, top-k), which the engine must find first. ``prompts`` is what they are
     made of: ``text`` as users send, or ``random_tokens`` as benchmarks do, for which routers choose fewer experts.
     ``weights`` not given (or None) is the dtype that the model's checkpoint was published in, bf16 where it names none.
+    ``bill`` says which devices are paid for and drawn power for: see ``billed_devices``.
     """
 
     model: ModelSpec
@@ -132,6 +134,7 @@ class Deployment(Spec):
     kv_cache: str = "bf16"
     sampling: TokenChoice = "greedy"
     prompts: Prompts = "text"
+    bill: Bill = "used"
 
     @model_validator(mode="before")
     @classmethod
@@ -204,5 +207,16 @@ class Deployment(Spec):
 
     @property
     def devices_used(self) -> int:
-        """Devices that work; the cluster may hold more (idle ones cost and draw power too)."""
+        """Devices that work; the cluster may hold more."""
         return sum(pool.devices for pool in self.pools)
+
+    @property
+    def billed_devices(self) -> int:
+        """Devices that are paid for; their idle power counts, and utilization is of them.
+
+        ``used``: those that work. ``node``: all of the nodes that hold them. ``fleet``: all of the cluster.
+        """
+        if self.bill == "fleet":
+            return self.cluster.devices
+        per_node = self.cluster.devices_per_node
+        return self.devices_used if self.bill == "used" else per_node * -(-self.devices_used // per_node)

@@ -41,6 +41,13 @@ class LengthLaw(Spec, ABC):
         """Token counts, one for each standard normal ``score``."""
         return np.clip(np.rint(self._quantile(score)), 1, self.max_tokens).astype(np.int64)
 
+    @property
+    def mean(self) -> float:
+        """Mean token count of what ``draw`` gives, by integration over the score."""
+        score = np.linspace(-9.0, 9.0, 18_001)
+        weight = np.exp(-(score**2) / 2)
+        return float(np.average(self.draw(score), weights=weight))
+
     @abstractmethod
     def _quantile(self, score: Floats) -> Floats: ...
 
