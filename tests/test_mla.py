@@ -124,6 +124,39 @@ def test_a_spec_that_contradicts_itself_is_refused() -> None:
 # Lowering
 
 
+def test_queries_may_be_projected_at_once() -> None:
+    """Moonlight: no rank between hidden state and queries."""
+    assert DEEPSEEK.mla is not None
+    sizes = DEEPSEEK.mla.model_copy(update={"q_lora_rank": None})
+    before, _ = projections(sizes, (2048, 16), "bf16", indexed=False)
+    found = {op.name: (op.n, op.k) for op in before if isinstance(op, Gemm)}
+    assert (found["q"], found["kv_a"]) == ((16 * 192, 2048), (576, 2048))
+    assert "q_norm" not in {op.name for op in before}
+    assert sizes.params(2048, 16, indexed=False) == 2048 * (16 * 192 + 576) + 16 * 512 * 256 + 16 * 128 * 2048
+
+
+def test_layers_that_share_an_indexer_neither_score_nor_cache() -> None:
+    assert GLM.mla is not None
+    assert GLM.mla.indexer is not None
+    owners = tuple(range(0, 78, 4))
+    indexer = GLM.mla.indexer.model_copy(update={"layers": owners})
+    shared = GLM.model_copy(update={"mla": GLM.mla.model_copy(update={"indexer": indexer})})
+    share = len(owners) / 78
+    (group,) = shared.kv_groups
+    assert group.bytes_per_token("bf16") == 2 * (78 * 576 + len(owners) * 128)
+    assert [group.index_keys for group in shared.kv_groups_of(range(1, 4))] == [0]
+    deployment = deployed(shared)
+    low = lower(deployment, deployment.pools[0])
+    scored = {block.kind.indexed: "indexer_q" in {op.name for op in block.rows} for block in low.blocks}
+    assert scored == {True: True, False: False}
+    (mixed,) = low.attentions
+    assert isinstance(mixed, LatentMixing)
+    assert mixed.indexed == share
+    pairs = np.array([8192.0])
+    whole, part = mixing(GLM, 8).indexer_s(COSTS, pairs, pairs), mixed.indexer_s(COSTS, pairs, pairs)
+    assert part == pytest.approx(share * whole)
+
+
 def test_heads_are_split_and_down_projections_repeated() -> None:
     deployment = deployed()
     low = lower(deployment, deployment.pools[0])

@@ -19,6 +19,7 @@ from apexsim.costs.memory import weights_bytes
 from apexsim.errors import ApexsimError, BadInput, Unsupported
 from apexsim.io.hf_config import import_model
 from apexsim.specs.checkpoint import Checkpoint
+from apexsim.specs.cluster import Cluster
 from apexsim.specs.deployment import Deployment
 from apexsim.specs.model import ModelSpec
 
@@ -82,6 +83,15 @@ def test_parameters_and_flops_are_those_of_transformers(tmp_path: Path, name: st
     assert spec.params == params
     if flops is not None:
         assert spec.flops_per_token(1) == pytest.approx(flops, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", hf_configs.CONFIGS)
+def test_every_family_is_lowered_to_its_weights(tmp_path: Path, name: str) -> None:
+    """All of them but the bias of a head."""
+    spec = imported(tmp_path, name)
+    cluster = Cluster(device=catalog.load("device", "h100-sxm"), devices_per_node=1)
+    served = Deployment(model=spec, cluster=cluster, engine=catalog.load("engine", "vllm-v1-async"))
+    assert weights_of(served) == pytest.approx(2 * (spec.params - spec.vocab * spec.head_bias))
 
 
 @pytest.mark.parametrize("name", hf_configs.CONFIGS)
@@ -156,6 +166,7 @@ def test_glm_4_by_its_authors_names_is_glm_4(tmp_path: Path) -> None:
         **{"num_layers": 8, "ffn_hidden_size": 96, "kv_channels": 24, "padded_vocab_size": 120, "seq_length": 512},
         **{"multi_query_attention": True, "multi_query_group_num": 2, "add_qkv_bias": True, "rmsnorm": True},
         **{"hidden_size": 64, "num_attention_heads": 4, "model_type": "chatglm", "post_layer_norm": True},
+        **{"num_hidden_layers": 8, "vocab_size": 117, "bias_dropout_fusion": True, "original_rope": True},
         **{"add_bias_linear": False, "apply_query_key_layer_scaling": True, "attention_softmax_in_fp32": True},
     }
     spec = import_model(write(tmp_path, theirs))
@@ -483,7 +494,7 @@ def test_import_says_what_it_noted(tmp_path: Path, capsys: pytest.CaptureFixture
     config = LLAMA | {"zest": 1, "quantization_config": {"quant_method": "awq", "bits": 4}}
     out = tmp_path / "model.yaml"
     assert main(["import-model", str(write(tmp_path, config)), "--out", str(out), "--name", "small"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().err.split())
     assert "no account: zest; weights int4_wo (awq)" in said
     assert catalog.load("model", out).checkpoint == Checkpoint(dtype="int4_wo", method="awq")
 

@@ -138,6 +138,7 @@ def import_model(
     data = spec.model_dump(mode="json", exclude_defaults=True)
     if out:
         write_yaml(out, data)
-        typer.echo(f"{out}: {spec.source}" + (f"; weights {spec.checkpoint.described}" if spec.checkpoint else ""))
+        weights = f"; weights {spec.checkpoint.described}" if spec.checkpoint else ""
+        typer.echo(f"{spec.name}: written to {out}: {spec.source}{weights}", err=True)
     else:
         typer.echo(format_yaml(data), nl=False)

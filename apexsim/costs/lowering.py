@@ -201,19 +201,24 @@ def _block(deployment: Deployment, pool: Pool, kind: LayerKind) -> Block:
     import networkx as nx
 
     attention, before, after = _mixer_part(deployment, pool, kind)
-    norm = [_entry_of(deployment, pool, "ffn")] if kind.ffn else []
+    beside = deployment.model.parallel and bool(before)
+    norm = [_entry_of(deployment, pool, "ffn")] if kind.ffn and not beside else []
     flat: list[Operator] = [*before, *([attention] if attention else []), *after, *norm]
     graph = nx.DiGraph(window=kind.window, moe=kind.moe)
     _chain(graph, flat)
     ffn = _ffn_part(deployment, pool, kind)
     for branch in ffn:
-        _chain(graph, [flat[-1], *branch])
+        _chain(graph, [before[0] if beside else flat[-1], *branch])
     ends = [branch[-1].name for branch in ffn]
     closing = _closing(deployment, pool, kind, len(ffn))
     for operator in closing:
         graph.add_node(operator.name, operator=operator)
         graph.add_edges_from((end, operator.name) for end in ends)
         ends = [operator.name]
+    if beside:
+        closing.append(_sum("add_parallel", deployment))
+        graph.add_node("add_parallel", operator=closing[-1])
+        graph.add_edges_from((end, "add_parallel") for end in (*ends, flat[-1].name))
     if before and norm:
         graph.add_edge(before[0].name, norm[0].name, residual=True)
     rows = [*before, *after, *norm, *(op for branch in ffn for op in branch), *closing]
@@ -227,15 +232,15 @@ def _chain(graph: Any, operators: list[Operator]) -> None:
 
 
 def _entry_of(deployment: Deployment, pool: Pool, part: str) -> Elementwise:
-    """What comes before attention or FFN: the residual stream takes up what was computed, and is normed.
+    """What comes before attention or FFN: the residual stream takes up what was computed, and is normed if at all."""
+    if deployment.model.pre_norms:
+        return _norm(deployment, pool, f"{part}_norm")
+    return _sum(f"{part}_residual", deployment)
 
-    Without a norm there, or where the FFN reads the norm of attention (``parallel``), it is a sum alone: two read, one
-    written.
-    """
-    model = deployment.model
-    if not model.pre_norms or (model.parallel and part == "ffn"):
-        return Elementwise(f"{part}_residual", 3 * ACTIVATION_BYTES * model.hidden)
-    return _norm(deployment, pool, f"{part}_norm")
+
+def _sum(name: str, deployment: Deployment) -> Elementwise:
+    """A sum of two hidden states: two read, one written."""
+    return Elementwise(name, 3 * ACTIVATION_BYTES * deployment.model.hidden)
 
 
 def _norm(deployment: Deployment, pool: Pool, name: str) -> Elementwise:

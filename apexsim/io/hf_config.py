@@ -67,8 +67,7 @@ def _completed(config: Config, family: Family) -> Config:
     """The config with what its family's class leaves out, by the names that readers ask for."""
     data = dict(config.data)
     for key, other in family.renamed.items():
-        if data.get(key) is None and config.get(other) is not None:
-            data[key] = config.get(other)
+        data[key] = config.get(other, data.get(key))
     if family.counted and data.get("num_hidden_layers") is None and isinstance(data.get(family.counted), list):
         data["num_hidden_layers"] = len(data[family.counted])
     given = {key: value for key, value in data.items() if value is not None}
