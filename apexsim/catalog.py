@@ -11,11 +11,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal, overload
 
+from apexsim.costs.profile_check import check_profile
 from apexsim.errors import BadInput, nearest
+from apexsim.io.model_ids import published_names, shipped_name
 from apexsim.io.yaml_files import load_spec
 from apexsim.specs.base import Spec
 from apexsim.specs.device import DeviceProfile
-from apexsim.specs.engine import EngineProfile
+from apexsim.specs.engine import EngineProfile, begins
 from apexsim.specs.model import ModelSpec
 from apexsim.specs.workload import Workload
 
@@ -60,30 +62,53 @@ def load(kind: Literal["workload"], name: str | os.PathLike[str]) -> Workload: .
 def load(kind: Kind, name: str | os.PathLike[str]) -> Spec:
     """A shipped spec by name, or the spec in a YAML file by path (with a separator, or ending in .yaml or .yml).
 
-    An engine may be named by its version (``vllm@0.11.1``), or alone (``vllm``): then its newest profile answers.
+    A model may be named as its publisher does (``meta-llama/Llama-3.1-70B-Instruct``). An engine may be named by its
+    version (``vllm@0.11.1``), whose memory terms then hold, or alone (``vllm``): then its newest profile answers.
     Raises BadInput for an unknown name, with the nearest known ones, and for whatever is wrong in the file.
     """
     path = locate(kind, name)
-    return _parsed(_CLASSES[kind], path, path.stat().st_mtime_ns if path.is_file() else None)
+    spec = _parsed(_CLASSES[kind], path, path.stat().st_mtime_ns if os.path.isfile(path) else None)
+    text = os.fspath(name)
+    if not isinstance(spec, EngineProfile) or _is_path(text) or text == path.stem:
+        return spec
+    engine, _, version = text.partition("@")
+    listed = _listed(engine)
+    return spec.for_version(version if any(begins(version, each) for each in listed) else max(listed, key=_release))
 
 
 @cache
 def _parsed(cls: type[Spec], path: Path, modified_ns: int | None) -> Spec:
     """A file is parsed once while it stays as it is: a sweep asks for the same few again and again."""
-    return load_spec(cls, path)
+    spec = load_spec(cls, path)
+    if isinstance(spec, DeviceProfile):
+        check_profile(spec, path)
+    return spec
 
 
 def locate(kind: Kind, name: str | os.PathLike[str], where: object = None) -> Path:
     """The file behind a name or path; BadInput at ``where`` with the nearest names where a name is unknown."""
-    text = os.fspath(name)
+    text, known = os.fspath(name), names(kind)
+    if kind == "model" and text not in known and not _is_file(text):
+        text = shipped_name(text, _published()) or text
     if _is_path(text):
         return Path(text)
-    known = names(kind)
     if kind == "engine" and text not in known:
         text = _profile_of(text, where) or text
     if text not in known:
         raise BadInput(f"unknown {kind}; {nearest(text, known)}", where=where or kind, got=text)
     return data_root() / FOLDERS[kind] / f"{text}.yaml"
+
+
+@cache
+def _published() -> dict[str, str]:
+    """Shipped models by the names that their publishers gave them."""
+    shipped = [load("model", data_root() / FOLDERS["model"] / f"{name}.yaml") for name in names("model")]
+    return {key: spec.name for spec in shipped for key in published_names(spec.name, spec.source)}
+
+
+def _is_file(text: str) -> bool:
+    """Whether a name is the path of a file: one that is there, or by its ending."""
+    return text.endswith((".yaml", ".yml")) or (os.sep in text and Path(text).exists())
 
 
 def _is_path(text: str) -> bool:
@@ -93,11 +118,15 @@ def _is_path(text: str) -> bool:
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """The profile that answers for an engine version. ``mapped`` is False where no profile names the version."""
+    """The profile that answers for an engine version. ``mapped`` is False where no profile names the version.
+
+    ``name`` is what ``load`` takes for it: with the version where that is listed (``vllm@0.8.5``).
+    """
 
     profile: str
     mapped: bool
     note: str
+    name: str
 
 
 def engine_for(engine: str, version: str = "") -> EngineChoice:
@@ -109,19 +138,19 @@ def engine_for(engine: str, version: str = "") -> EngineChoice:
     profile: ``mapped`` is then False and ``note`` says so. Raises BadInput for an unknown engine or an older version.
     """
     if _is_path(engine):
-        return EngineChoice(engine, True, f"{engine} is an engine profile")
+        return EngineChoice(engine, True, f"{engine} is an engine profile", engine)
     listed = _listed(engine)
     if not listed:
         known = {profile.engine for profile in _profiles()}
         raise BadInput(f"unknown engine; {nearest(engine, known)}", where="engine", got=engine)
-    matches = [prefix for prefix in listed if _begins(version, prefix)]
+    matches = [prefix for prefix in listed if begins(version, prefix)]
     if matches:
         best = max(matches, key=len)
-        return EngineChoice(listed[best], True, f"{engine} {version} is listed as {best}")
+        return EngineChoice(listed[best], True, f"{engine} {version} is listed as {best}", f"{engine}@{version}")
     newest = max(listed, key=_release)
     if not _release(version) or _release(version) > _release(newest):
         note = f"{engine} {version or 'of unknown version'} is not listed: its newest profile ({newest}) answers"
-        return EngineChoice(listed[newest], False, note)
+        return EngineChoice(listed[newest], False, note, engine)
     raise BadInput(f"no profile lists it; known: {_versions(listed)}", where=engine, got=version)
 
 
@@ -155,11 +184,6 @@ def _listed(engine: str) -> dict[str, str]:
 
 def _versions(listed: Iterable[str]) -> str:
     return ", ".join(sorted(listed, key=_release))
-
-
-def _begins(version: str, prefix: str) -> bool:
-    """Whether ``version`` is of the series ``prefix``: 0.1 begins 0.1.5 and 0.1rc2, not 0.11."""
-    return re.match(re.escape(prefix) + r"(?!\d)", version) is not None
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -25,7 +25,8 @@ from apexsim.serving.simulator import How, Run, make_policy
 from apexsim.serving.unfinished import why_unfinished
 from apexsim.specs.cluster import Cluster
 from apexsim.specs.deployment import Deployment, Plan, Pool
-from apexsim.specs.engine import CommunicationDefaults, EngineProfile, HostTerms, MemoryDefaults, SchedulerDefaults
+from apexsim.specs.engine import CommunicationDefaults, EngineProfile, HostTerms, SchedulerDefaults
+from apexsim.specs.memory import MemoryDefaults
 from apexsim.specs.workload import DEADLINE, Requests
 from apexsim.units import NS_PER_S
 
@@ -299,8 +300,9 @@ def _simpler(case: Case) -> Iterator[Case]:
         size //= 2
     for setting in fields(case):
         written = setting.name in ("policy", "arrivals_ns", "lengths", "patience_ns")
-        if not written and getattr(case, setting.name) != setting.default:
-            yield replace(case, **{setting.name: setting.default})
+        usual: Any = setting.default
+        if not written and getattr(case, setting.name) != usual:
+            yield replace(case, **{setting.name: usual})
     for position, (prompt, output) in enumerate(case.lengths):
         for fewer in ((1, output), (prompt // 2, output), (prompt, 1), (prompt, output // 2)):
             if min(fewer) and fewer != (prompt, output):

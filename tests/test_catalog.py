@@ -40,7 +40,7 @@ def test_a_wheel_carries_its_data_inside_the_package(tmp_path: Path, monkeypatch
     ("name", "said"),
     [
         ("llama-3.1-80b", "did you mean llama-3.1-8b or llama-3.1-70b"),
-        ("Llama-3.1-70B", "did you mean llama-3.1-70b"),
+        ("lama-3.1-70B", "did you mean llama-3.1-70b"),
         ("zzz", "known: codellama-34b, "),
         ("", "known: codellama-34b, "),
     ],
@@ -128,7 +128,7 @@ def test_what_no_profile_answers_for_is_refused() -> None:
 
 
 def test_a_choice_is_a_value() -> None:
-    assert EngineChoice("a", True, "b") == EngineChoice("a", True, "b")
+    assert EngineChoice("a", True, "b", "c") == EngineChoice("a", True, "b", "c")
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from apexsim.planning import search as plan
 from apexsim.search import journal, judging
 from apexsim.search.executors import choose_jobs, executor_named, run_local
 from apexsim.search.headline import headline, usual_choice
-from apexsim.search.journal import Journal, fingerprint, identity
+from apexsim.search.journal import fingerprint, identity
 from apexsim.search.objective import FIGURES, MAX_DOUBLINGS, OBJECTIVES, RATE_TOLERANCE, highest_passing
 from apexsim.search.outcomes import Outcome
 from apexsim.search.pareto import pareto_front
@@ -130,10 +130,16 @@ def test_unlawful_plans_stay_with_their_reasons() -> None:
     assert any("64 attention heads" in reason for reason in by_name["tp3-pp1-dp2"].reasons)
 
 
-def test_tensor_parallelism_does_not_cross_nodes() -> None:
+def test_tensor_degrees_go_to_a_node_and_by_whole_nodes_beyond() -> None:
     by_name = {c.name: c for c in space(nodes=2).candidates()}
-    assert by_name["tp8-pp2-dp1"].reasons == ()
-    assert any("crosses nodes" in reason for reason in by_name["tp16-pp1-dp1"].reasons)
+    assert by_name["tp8-pp2-dp1"].reasons == by_name["tp16-pp1-dp1"].reasons == ()
+    cut = {c.name: c for c in space(devices=4, nodes=6, allow_idle=True).candidates()}
+    assert not cut["tp4-pp6-dp1"].reasons
+    assert not cut["tp8-pp3-dp1"].reasons
+    uneven = {c.name: c for c in space(devices=6, nodes=4).candidates()}
+    assert uneven["tp8-pp3-dp1"].reasons == (
+        "tensor degree 8 takes a part of a node: give up to 6, or a multiple of its 6 devices",
+    )
 
 
 def test_divisors() -> None:
@@ -275,6 +281,9 @@ def test_headline_says_what_is_taken_for_granted_of_the_best_plan() -> None:
     assert line.startswith("best by latency: tp1-adp4-pp1")
     assert "estimated: 4 attention-data ranks are taken to be evenly loaded" in line
     assert "estimated" not in headline(search(question(), evaluate=toy))
+    wide = headline(search(question(space=space(nodes=2)), evaluate=toy))
+    assert wide.startswith("best by latency: tp16-pp1-dp1")
+    assert wide.endswith("estimated: collectives of tensor ranks on several nodes")
 
 
 def test_headline_gives_the_margin_over_the_second_and_the_usual_choice() -> None:
@@ -332,7 +341,7 @@ def test_workers_end_with_a_killed_search(tmp_path: Path) -> None:
     assert until(lambda: not any(alive(int(pid)) for pid in os.listdir(folder)))
 
 
-def until(holds: Callable[[], bool], patience_s: float = 15.0) -> bool:
+def until(holds: Callable[[], bool], patience_s: float = 300.0) -> bool:
     """Whether something comes to hold before patience ends."""
     end_s = time.monotonic() + patience_s
     while not holds() and time.monotonic() < end_s:
@@ -346,27 +355,6 @@ def alive(pid: int) -> bool:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
         return False
-
-
-def test_a_journal_spares_what_was_done_and_tries_again_what_failed(tmp_path: Path) -> None:
-    ran: list[str] = []
-
-    def counted(deployment: Deployment, requests: Requests, slo: SLO, seed: int) -> Mapping[str, Any]:
-        ran.append("tp{}-pp{}-dp{}".format(*layout(deployment)))
-        return toy(deployment, requests, slo, seed)
-
-    path = tmp_path / "journal.jsonl"
-    first = search(question(), evaluate=counted, journal=Journal(path))
-    assert len(ran) == 10
-    with path.open("a") as file:
-        file.write('\n{"identity": "cut sho')
-    ran.clear()
-    again = search(question(), evaluate=counted, journal=Journal(path, resume=True))
-    assert ran == ["tp1-pp8-dp1"]
-    assert comparable(again) == comparable(first)
-    ran.clear()
-    search(question("energy"), evaluate=counted, journal=Journal(path, resume=True))
-    assert len(ran) == 10
 
 
 def test_identity_forgets_defaults_and_file_names_but_no_figure() -> None:
@@ -397,19 +385,6 @@ def test_small_searches_start_no_processes() -> None:
     assert choose_jobs(None, 10**9) >= 1
     with pytest.raises(BadInput, match="at least 1"):
         choose_jobs(0, 100)
-
-
-def test_a_journal_passes_over_what_is_none_of_its_outcomes(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
-    first = search(question(), evaluate=toy, journal=Journal(path))
-    whole = path.read_text()
-    known = json.loads(whole.splitlines()[1])["identity"]
-    outcomes = ["5", "{}", '{"verdict": "fine"}', '{"verdict": "ok", "since": "version 9"}']
-    lines = ["null", "[]", "5", '{"identity": 1}', *(f'{{"identity": "{known}", "outcome": {o}}}' for o in outcomes)]
-    for line in lines:
-        path.write_text(f"{whole}\n{line}")
-        again = search(question(), evaluate=toy, journal=Journal(path, resume=True))
-        assert comparable(again) == comparable(first)
 
 
 def test_local_executor_yields_every_task_once() -> None:
@@ -466,22 +441,24 @@ def test_a_plan_that_does_not_fit_says_which_bytes() -> None:
     row = next(row for row in study.rows if row.candidate.name == "tp1-pp1-dp2")
     assert row.outcome.verdict == "infeasible"
     assert "GiB" in row.outcome.reason
+    assert "starts with tensor degree 2" in row.outcome.reason
     assert study.best is not None
 
 
-def test_idle_devices_cost_money_and_energy() -> None:
+def test_devices_that_a_plan_leaves_idle_are_not_billed() -> None:
     table = plan(model="llama-3.1-8b", devices="2xh100-sxm", workload="chat", requests=30, allow_idle=True).table
     one = table.set_index("plan").loc["tp1-pp1-dp1"]
     alone = plan(model="llama-3.1-8b", devices="1xh100-sxm", workload="chat", requests=30).table.iloc[0]
     assert (one["devices_used"], one["devices_idle"]) == (1, 1)
-    assert one["usd_per_hour"] == 2 * alone["usd_per_hour"]
-    assert one["energy_per_output_token_j"] > alone["energy_per_output_token_j"]
+    assert one["usd_per_hour"] == alone["usd_per_hour"]
+    assert one["energy_per_output_token_j"] == alone["energy_per_output_token_j"]
     assert one["e2e_p90_s"] == alone["e2e_p90_s"]
 
 
 def test_nothing_feasible_is_exit_status_1_and_no_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "best.yaml").write_text("of another search")
-    assert main(["search", *SMALL, "--slo", "ttft_s=0.0001", "--out", str(tmp_path), "--json", "-"]) == 1
+    asked = [*SMALL, "--slo", "ttft_s=0.0001", "--out", str(tmp_path), "--resume", "--json", "-"]
+    assert main(["search", *asked]) == 1
     data = json.loads(capsys.readouterr().out)
     assert (data["feasible"], data["best"], len(data["plans"])) == (False, None, 3)
     assert not (tmp_path / "best.yaml").exists()

@@ -73,15 +73,23 @@ def test_a_run_that_fails_is_a_row_with_its_error(file: Path, tmp_path: Path, si
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out" / TABLE), table)
 
 
-def test_resuming_runs_only_what_is_new_or_failed(file: Path, tmp_path: Path, simulated: list[Any]) -> None:
+def test_resuming_runs_only_what_is_new(file: Path, tmp_path: Path, simulated: list[Any]) -> None:
     first = sweep(file, out=tmp_path / "out", jobs=1)
     simulated.clear()
     file.write_text(SWEEP.replace("[0.5, 1.0]", "[0.5, 1.0, 2.0]"))
     again = sweep(file, out=tmp_path / "out", jobs=1, resume=True)
-    assert simulated == [(1, 2.0), (2, 0.5), (2, 2.0)]
+    assert simulated == [(1, 2.0), (2, 2.0)]
     assert len(again) == 9
     old = again[again["slo.ttft_s"] < 2].reset_index(drop=True)
     pd.testing.assert_frame_equal(old, first)
+
+
+def test_a_folder_with_a_sweep_is_not_written_over(file: Path, tmp_path: Path, simulated: list[Any]) -> None:
+    sweep(file, out=tmp_path / "out", jobs=1)
+    before = (tmp_path / "out" / TABLE).read_bytes()
+    with pytest.raises(BadInput, match=r"out: got 'sweep.parquet'; give --resume to go on with it, or another --out"):
+        sweep(file, out=tmp_path / "out", jobs=1)
+    assert (tmp_path / "out" / TABLE).read_bytes() == before
 
 
 def test_equal_points_are_run_once_and_are_rows_each(file: Path, tmp_path: Path, simulated: list[Any]) -> None:

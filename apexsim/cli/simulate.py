@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from apexsim.cli.options import (
+    AllowPluginsFlag,
     DeploymentFlags,
     JsonFlag,
     WorkloadFlags,
@@ -88,11 +89,12 @@ def simulate(
         Path | None, typer.Argument(help="Deployment YAML; flags outweigh it.", metavar="[DEPLOYMENT.yaml]")
     ] = None,
     exact_steps: Annotated[bool, typer.Option("--exact-steps", help="Simulate every step singly (slow).")] = False,
+    allow_plugins: AllowPluginsFlag = False,
 ) -> None:
     """Serve a workload with one deployment: latencies, throughput, SLO, energy, cost and utilization."""
     output_flags.check()
     slo = workload_flags.read_slo()
-    served = deployment_from_flags(deployment, deployment_flags)
+    served = deployment_from_flags(deployment, deployment_flags, allow_plugins=allow_plugins)
     requests = workload_flags.read()
 
     from rich.text import Text
@@ -167,10 +169,22 @@ def _figures(summary: dict[str, Any], result: SimulationResult) -> list[tuple[st
             f"{_figure(cost['usd_per_million_output_tokens'])} USD/million output tokens "
             f"at {_figure(cost['usd_per_hour'])} USD/hour",
         ),
+        ("memory", memory_line(summary["memory"])),
         ("utilization", ", ".join(f"{name} {_percent(used[key])}" for key, name in _UTILIZATION.items())),
         ("preemptions", f"{summary['preemptions']:,}"),
         ("device time", _evidence_line(summary["provenance"])),
     ]
+
+
+def memory_line(memory: dict[str, Any]) -> str:
+    """Memory of a replica for a person."""
+    from apexsim.units import format_bytes
+
+    possible = memory["kv_tokens_range"]
+    tokens = f"{memory['kv_tokens']:,} tokens" + (f" ({possible[0]:,} to {possible[1]:,})" if possible else "")
+    most = f"{_figure(memory['max_concurrency_at_context'])} requests of {memory['max_model_len']:,} tokens"
+    bytes_of = {name: format_bytes(memory[f"{name}_bytes"]) for name in ("weights", "kv")}
+    return f"{bytes_of['weights']} of weights a replica, {bytes_of['kv']} of KV cache: {tokens}, {most}"
 
 
 def _slo_line(result: SimulationResult, slo: dict[str, float | None]) -> str:

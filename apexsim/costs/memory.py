@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from apexsim.costs.lowering import Block, Lowered, lower
-from apexsim.costs.operators import ACTIVATION_BYTES, LOGIT_BYTES, Elementwise, Experts
+from apexsim.costs.operators import ACTIVATION_BYTES, LOGIT_BYTES, Elementwise, Experts, RowOperator
 from apexsim.errors import InfeasiblePlan
 from apexsim.specs.deployment import Deployment, Pool
+from apexsim.specs.engine import EngineProfile
+from apexsim.specs.memory import ShareOf
 from apexsim.units import format_bytes
+
+# Standard errors to either side that hold 95 % of a normal distribution.
+TWO_SIDED_95 = 1.96
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +28,8 @@ class MemoryPlan:
     hold the window and one block more (the one being filled while the oldest still counts). With one kind of layers
     there is one unit, and a block is a block. ``fixed_blocks`` is what the recurrent layers' state of a sequence takes,
     however long it is. With ``ranks`` attention-data ranks a sequence lies on one of them, whole; ``blocks`` are those
-    of all.
+    of all. ``kv_error_bytes`` is the standard error of ``kv_bytes``: 0 where a server told its blocks, None where
+    nothing says how sure the engine's terms are. ``replica_weights_bytes`` and ``replica_kv_bytes`` are of all devices.
     """
 
     weights_bytes: float
@@ -35,6 +42,9 @@ class MemoryPlan:
     groups: tuple[tuple[int, int | None], ...] = ((1, None),)
     fixed_blocks: int = 0
     ranks: int = 1
+    kv_error_bytes: float | None = None
+    replica_weights_bytes: float = 0.0
+    replica_kv_bytes: float = 0.0
 
     @property
     def rank_blocks(self) -> int:
@@ -69,54 +79,162 @@ class MemoryPlan:
         most = self.rank_blocks
         return size * (bisect_right(range(most + 1), most, key=lambda n: self.blocks_for(n * size)) - 1)
 
+    def holds(self, tokens: int) -> bool:
+        """Whether a sequence of so many tokens fits alone."""
+        return self.max_tokens is None or tokens <= self.max_tokens
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the cache of a replica holds, of sequences as long as they can be.
+
+        Where all layers are windowed, those of sequences that hold nothing but their windows.
+        """
+        longest = self.max_tokens
+        if longest is not None:
+            return self.ranks * longest
+        return self.blocks // sum(units for units, _ in self.groups) * self.block_size
+
+    def concurrency_at(self, tokens: int) -> float:
+        """Requests of so many tokens that a replica holds at once."""
+        return self.ranks * self.rank_blocks / self.blocks_for(tokens)
+
+    def figures(self, max_model_len: int) -> dict[str, Any]:
+        """What a summary says of a replica under this context limit, and of a device of its fullest stage.
+
+        ``kv_tokens_range``: where the tokens lie at 95 %; None where that is not known.
+        """
+        per_device = ("weights_bytes", "activation_bytes", "reserve_bytes", "communication_bytes", "kv_bytes")
+        return {
+            "weights_bytes": self.replica_weights_bytes,
+            "kv_bytes": self.replica_kv_bytes,
+            "kv_tokens": self.kv_tokens,
+            "kv_tokens_range": self._range(),
+            "max_model_len": max_model_len,
+            "max_concurrency_at_context": self.concurrency_at(max_model_len),
+            "device": {name: getattr(self, name) for name in per_device},
+        }
+
+    def _range(self) -> list[int] | None:
+        if self.kv_error_bytes is None or not self.kv_bytes:
+            return None
+        share = TWO_SIDED_95 * self.kv_error_bytes / self.kv_bytes
+        return [round(self.kv_tokens * max(0.0, 1 - share)), round(self.kv_tokens * (1 + share))]
+
 
 def plan_memory(deployment: Deployment, pool: Pool) -> MemoryPlan:
     """Divide device memory for a pool's replica; raises InfeasiblePlan saying which bytes do not fit.
 
-    KV cache = memory x gpu_memory_utilization - weights - activations - engine reserve - buffers of the collectives,
-    stage by stage; the stage with the fewest blocks decides, as in vLLM.
+    What is left for the KV cache follows the engine (see ``MemoryDefaults``), stage by stage; the stage with the fewest
+    blocks decides, as in vLLM.
     """
     lowered = lower(deployment, pool)
-    plans = [_stage_plan(deployment, pool, lowered, stage) for stage in range(len(lowered.stages))]
-    return min(plans, key=lambda plan: plan.blocks)
-
-
-def _stage_plan(deployment: Deployment, pool: Pool, lowered: Lowered, stage: int) -> MemoryPlan:
-    sheet, memory = deployment.cluster.device.datasheet, deployment.engine.memory
-    weights = weights_bytes(deployment, pool, lowered, stage)
-    activations = activation_bytes(deployment, lowered, stage)
-    reserve, nccl = float(memory.reserve_bytes), float(_nccl_bytes(sheet.nccl_bytes, pool.plan.devices))
-    offered = sheet.memory_bytes * memory.gpu_memory_utilization
-    offer = f"{format_bytes(sheet.memory_bytes)} x {memory.gpu_memory_utilization:g}"
-    where = f" (pipeline stage {stage + 1} of {pool.plan.pipeline})" if pool.plan.pipeline > 1 else ""
-    kv_bytes = offered - weights - activations - reserve - nccl
-    if kv_bytes <= 0:
-        parts = {"weights": weights, "activations": activations, "engine reserve": reserve, "collective buffers": nccl}
-        raise InfeasiblePlan([_shortage(parts, offered, offer) + where])
     layout = _kv_blocks(deployment, pool, lowered)
-    block_bytes = layout.block_bytes[stage]
+    plans = [_stage_plan(deployment, pool, lowered, stage, layout) for stage in range(len(lowered.stages))]
+    tightest = min(plans, key=lambda plan: plan.blocks)
+    devices = pool.plan.stage_devices
+    return replace(
+        tightest,
+        replica_weights_bytes=devices * sum(plan.weights_bytes for plan in plans),
+        replica_kv_bytes=devices * tightest.rank_blocks * sum(layout.block_bytes),
+    )
+
+
+def _stage_plan(deployment: Deployment, pool: Pool, lowered: Lowered, stage: int, layout: _Layout) -> MemoryPlan:
+    budget = _budget(deployment, pool, lowered, stage)
+    memory, block_bytes = deployment.engine.memory, layout.block_bytes[stage]
     size, ranks = deployment.scheduler.block_size, pool.plan.attention_data
-    blocks = memory.kv_blocks or ranks * int(kv_bytes // block_bytes)
-    plan = MemoryPlan(weights, activations, reserve, nccl, kv_bytes, size, blocks, layout.groups, layout.fixed, ranks)
+    where = f" (pipeline stage {stage + 1} of {pool.plan.pipeline})" if pool.plan.pipeline > 1 else ""
+    kv_bytes, error_bytes = budget.kv_bytes, budget.kv_error_bytes(deployment.engine)
+    blocks = memory.kv_blocks
+    if blocks is not None:
+        kv_bytes, error_bytes = blocks // ranks * block_bytes, 0.0
+    elif kv_bytes <= 0:
+        raise InfeasiblePlan([budget.shortage() + where])
+    blocks = blocks or ranks * int(kv_bytes // block_bytes)
+    parts = (budget.weights, budget.activations, budget.reserve, budget.collectives, kv_bytes)
+    plan = MemoryPlan(*parts, size, blocks, layout.groups, layout.fixed, ranks, error_bytes)
     if plan.rank_blocks < plan.blocks_for(size):
-        left = f"{format_bytes(kv_bytes)} left of the {format_bytes(offered)} a device offers ({offer})"
+        left = f"{format_bytes(kv_bytes)} left of the {format_bytes(budget.offered)} a device offers ({budget.offer})"
         raise InfeasiblePlan(
             [f"{left} hold {plan.rank_blocks} KV blocks of {format_bytes(block_bytes)}: too few{where}"]
         )
     return plan
 
 
-def _shortage(parts: dict[str, float], offered: float, offer: str) -> str:
-    """Which bytes do not fit: the weights alone, or all that must be there before any KV cache."""
-    room = f"exceed the {format_bytes(offered)} a device offers ({offer})"
-    if parts["weights"] > offered:
-        return f"weights of {format_bytes(parts['weights'])} {room}"
-    named = [f"{what} of {format_bytes(size)}" for what, size in parts.items() if size]
-    return f"{', '.join(named)} {room} and leave nothing for the KV cache"
+@dataclass(frozen=True, slots=True)
+class _Budget:
+    """Bytes of a device and of what an engine puts on it: see ``MemoryDefaults``."""
+
+    memory_bytes: int
+    share: float
+    share_of: ShareOf
+    weights: float
+    activations: float
+    reserve: float
+    collectives: float
+
+    @property
+    def offered(self) -> float:
+        """Bytes that the parts and the KV cache come out of."""
+        if self.share_of == "started":
+            return self.share * (self.memory_bytes - self.reserve - self.collectives)
+        return self.memory_bytes * (self.share if self.share_of == "total" else 1.0)
+
+    @property
+    def offer(self) -> str:
+        """How ``offered`` comes about, in words."""
+        if self.share_of == "started":
+            free = self.memory_bytes - self.reserve - self.collectives
+            return f"{format_bytes(free)} free before weights are loaded x {self.share:.3g}"
+        share = f" x {self.share:.3g}" if self.share_of == "total" else ""
+        return f"{format_bytes(self.memory_bytes)}{share}"
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """What comes out of ``offered`` before the KV cache."""
+        if self.share_of == "started":
+            return {"weights": self.weights}
+        named = {"weights": self.weights, "activations": self.activations, "engine reserve": self.reserve}
+        return {**named, "collective buffers": self.collectives}
+
+    @property
+    def kv_bytes(self) -> float:
+        """What is left for the KV cache; negative where the parts alone are too much."""
+        return (self.share if self.share_of == "loaded" else 1.0) * (self.offered - sum(self.parts.values()))
+
+    def kv_error_bytes(self, engine: EngineProfile) -> float | None:
+        """Standard error of ``kv_bytes``: that of the bytes kept, as far as they take from it."""
+        if engine.memory_evidence is None:
+            return None
+        outside = self.reserve + self.collectives
+        kept = outside if self.share_of == "started" else outside + self.activations
+        return engine.memory_evidence.kept_error * kept * (1.0 if self.share_of == "total" else self.share)
+
+    def shortage(self) -> str:
+        """Which bytes do not fit: the weights alone, or all that must be there before any KV cache."""
+        room = f"exceed the {format_bytes(self.offered)} a device offers ({self.offer})"
+        if self.weights > self.offered:
+            return f"weights of {format_bytes(self.weights)} {room}"
+        named = [f"{what} of {format_bytes(size)}" for what, size in self.parts.items() if size]
+        return f"{', '.join(named)} {room} and leave nothing for the KV cache"
+
+
+def _budget(deployment: Deployment, pool: Pool, lowered: Lowered, stage: int) -> _Budget:
+    sheet, engine = deployment.cluster.device.datasheet, deployment.engine
+    memory = engine.memory
+    return _Budget(
+        memory_bytes=sheet.memory_bytes,
+        share=memory.share_on(sheet.memory_bytes),
+        share_of=memory.share_of,
+        weights=weights_bytes(deployment, pool, lowered, stage),
+        activations=activation_bytes(deployment, lowered, stage),
+        reserve=float(memory.reserve_bytes + (memory.graph_bytes if engine.host.cuda_graphs else 0)),
+        collectives=float(memory.communicators * _nccl_bytes(sheet.nccl_bytes, pool.plan.devices)),
+    )
 
 
 def weights_bytes(deployment: Deployment, pool: Pool, lowered: Lowered, stage: int) -> float:
-    """Weights on one device of a stage.
+    """Weights on one device of a stage, as the engine loads them.
 
     Embeddings on the first stage and the LM head on the last, split by vocabulary; tied ones are one matrix where both
     are the same stage. Norms, biases and routers are counted whole on every rank.
@@ -136,22 +254,35 @@ def weights_bytes(deployment: Deployment, pool: Pool, lowered: Lowered, stage: i
 def _block_bytes(deployment: Deployment, block: Block) -> float:
     model = deployment.model
     small = model.small_params(block.kind) - (model.router_params if block.kind.moe else 0)
-    return sum(op.weight_bytes for op in block.rows) + small * ACTIVATION_BYTES
+    return sum(_loaded_bytes(deployment, op) for op in block.rows) + small * ACTIVATION_BYTES
+
+
+def _loaded_bytes(deployment: Deployment, op: RowOperator) -> float:
+    """Weights of an operator, with what the engine rounds the sizes of its experts up to."""
+    if not isinstance(op, Experts):
+        return op.weight_bytes
+    sheet, layer = deployment.cluster.device.datasheet, op.layer
+    return op.weight_bytes * deployment.engine.padding_factor(
+        layer.dtype, sheet, hidden=layer.hidden, inter=layer.inter
+    )
 
 
 def activation_bytes(deployment: Deployment, lowered: Lowered, stage: int) -> float:
     """Peak of a full step, which an engine finds by running one before it sizes its cache.
 
-    Every token holds its hidden state and residual, and the widest pair of tensors alive together inside a block: QKV
-    and the attention output, gate/up and its activation, or the expert buffers (one row per visited expert; gate/up
-    and output share one buffer, as in vLLM's fused experts). The last stage adds fp32 logits of every sequence. Tokens
-    and sequences are those of an attention-data rank; its experts meet the tokens of all ranks.
+    It is the larger of two moments. In the layers every token holds its hidden state and residual, and the widest pair
+    of tensors alive together inside a block: QKV and the attention output, gate/up and its activation, or the expert
+    buffers (one row per visited expert; gate/up and output share one buffer, as in vLLM's fused experts). When the last
+    stage samples, every token still holds its hidden state, and every sequence the copies of its logits that the engine
+    makes. Tokens and sequences are those of an attention-data rank; its experts meet the tokens of all ranks.
     """
     model, scheduler, ranks = deployment.model, deployment.scheduler, lowered.attention_data
     budget, seats = scheduler.token_budget // ranks, scheduler.max_num_seqs // ranks
-    width = 2 * model.hidden + max(_widest(block, ranks) for block, _ in lowered.stages[stage].blocks)
-    logits = min(seats, budget) * model.vocab * LOGIT_BYTES if lowered.stages[stage].head else 0.0
-    return ACTIVATION_BYTES * budget * width + logits
+    here = lowered.stages[stage]
+    width = 2 * model.hidden + max(_widest(block, ranks) for block, _ in here.blocks)
+    copies = deployment.engine.memory.sampler_logit_copies if here.head else 0.0
+    sampling = copies * min(seats, budget) * model.vocab * LOGIT_BYTES
+    return max(ACTIVATION_BYTES * budget * width, ACTIVATION_BYTES * budget * model.hidden + sampling)
 
 
 def _widest(block: Block, ranks: int) -> int:

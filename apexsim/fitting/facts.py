@@ -15,7 +15,11 @@ from apexsim.specs.device import Datasheet, Evidence, Price
 from apexsim.specs.power import PowerModel
 
 MIB = 1 << 20
+GIB = 1 << 30
 _NCCL_BYTES = {1: 0, 2: 358612992, 4: 411041792, 8: 411041792}
+# NCCL opens a channel or two over PCIe where it opens tens over NVLink, each with its buffers. In logs of servers on
+# such boards all that lies outside PyTorch's tensors is 0.2 GiB on 16 ranks, of which some 0.15 GiB is there on one.
+_PCIE_NCCL_BYTES = {1: 0, 2: 16 * MIB}
 _SHEET_SOURCE = "vendor datasheet and whitepaper; system files of NVIDIA aiconfigurator 095f58a"
 
 
@@ -29,9 +33,9 @@ class Facts(NamedTuple):
 
 
 class _Chip(NamedTuple):
-    """A device in the units of datasheets: bytes, TB/s, dense TFLOP/s by dtype, MiB, W."""
+    """A device in the units of datasheets: TB/s, dense TFLOP/s by dtype, MiB, W; and GiB that a process sees."""
 
-    memory_bytes: int
+    memory_gib: float
     tb_per_s: float
     tflops: dict[str, float]
     l2_mib: int
@@ -47,18 +51,21 @@ class _Links(NamedTuple):
     host: float
 
 
+# Memory is what CUDA tells a process, as in PyTorch's and vLLM's messages: 0.4 to 0.7 GiB less than nvidia-smi shows
+# (H100 79.65, H200 140.4, B200 179.06), and less than is on the board. B300, GB200 and GB300: nvidia-smi's less 0.7.
 _CHIPS = {
-    "a100-sxm": _Chip(85899345920, 2.039, {"bf16": 312}, 40, 108, 400),
-    "h100-sxm": _Chip(85899345920, 3.35, {"bf16": 989, "fp8": 1978}, 50, 132, 700),
-    "h200-sxm": _Chip(151397597184, 4.8, {"bf16": 989, "fp8": 1978}, 50, 132, 700),
-    "b200-sxm": _Chip(193273528320, 7.7, {"bf16": 2250, "fp8": 4500, "nvfp4": 9000}, 126, 148, 1000),
-    "b300-sxm": _Chip(288400343040, 7.75, {"bf16": 2250, "fp8": 4500, "nvfp4": 14000}, 126, 148, 1100),
-    "gb200": _Chip(198674743296, 8.0, {"bf16": 2500, "fp8": 5000, "nvfp4": 10000}, 126, 148, 1200),
-    "gb300": _Chip(298013687808, 8.0, {"bf16": 2500, "fp8": 5000, "nvfp4": 15000}, 126, 148, 1400),
-    "l40s": _Chip(48305799168, 0.864, {"bf16": 362.05, "fp8": 733}, 96, 142, 350),
-    "rtx-pro-6000": _Chip(102641958912, 1.792, {"bf16": 467.8, "fp8": 935.6, "nvfp4": 1871.2}, 128, 188, 600),
-    "rtx-4090": _Chip(25769803776, 1.008, {"bf16": 165, "fp8": 330}, 72, 128, 450),
+    "a100-sxm": _Chip(79.1, 2.039, {"bf16": 312}, 40, 108, 400),
+    "h100-sxm": _Chip(79.1, 3.35, {"bf16": 989, "fp8": 1978}, 50, 132, 700),
+    "h200-sxm": _Chip(139.8, 4.8, {"bf16": 989, "fp8": 1978}, 50, 132, 700),
+    "b200-sxm": _Chip(178.35, 7.7, {"bf16": 2250, "fp8": 4500, "nvfp4": 9000}, 126, 148, 1000),
+    "b300-sxm": _Chip(267.9, 7.75, {"bf16": 2250, "fp8": 4500, "nvfp4": 14000}, 126, 148, 1100),
+    "gb200": _Chip(184.3, 8.0, {"bf16": 2500, "fp8": 5000, "nvfp4": 10000}, 126, 148, 1200),
+    "gb300": _Chip(276.8, 8.0, {"bf16": 2500, "fp8": 5000, "nvfp4": 15000}, 126, 148, 1400),
+    "l40s": _Chip(44.4, 0.864, {"bf16": 362.05, "fp8": 733}, 96, 142, 350),
+    "rtx-pro-6000": _Chip(94.97, 1.792, {"bf16": 467.8, "fp8": 935.6, "nvfp4": 1871.2}, 128, 188, 600),
+    "rtx-4090": _Chip(23.55, 1.008, {"bf16": 165, "fp8": 330}, 72, 128, 450),
 }
+_PCIE_ONLY = ("l40s", "rtx-pro-6000", "rtx-4090")
 # Trays of GB200 and GB300 reach the other nodes of their rack over NVLink. Consumer boards: a 400 Gb/s card assumed.
 _LINKS = {
     "a100-sxm": _Links(300, 25, 32),
@@ -140,7 +147,7 @@ def _folder(name: str) -> str:
 def _datasheet(name: str) -> Datasheet:
     chip, links = _CHIPS[name], _LINKS[name]
     return Datasheet(
-        memory_bytes=chip.memory_bytes,
+        memory_bytes=round(chip.memory_gib * GIB),
         memory_bytes_per_s=_si(chip.tb_per_s, 1e12),
         flops_per_s={dtype: _si(tflops, 1e12) for dtype, tflops in chip.tflops.items()},
         l2_bytes=chip.l2_mib * MIB,
@@ -149,7 +156,7 @@ def _datasheet(name: str) -> Datasheet:
         intra_node_bytes_per_s=_si(links.node, 1e9),
         inter_node_bytes_per_s=_si(links.network, 1e9),
         pcie_bytes_per_s=_si(links.host, 1e9),
-        nccl_bytes=_NCCL_BYTES,
+        nccl_bytes=_PCIE_NCCL_BYTES if name in _PCIE_ONLY else _NCCL_BYTES,
         source=_SHEET_SOURCE,
     )
 

@@ -10,6 +10,7 @@ objective: latency
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pydantic import Field
 
 from apexsim import __version__
 from apexsim.atomic import atomic_path, write_json
+from apexsim.costs.starting import start
 from apexsim.errors import BadInput
 from apexsim.io.deployments import (
     DEFAULT_ENGINE,
@@ -27,7 +29,7 @@ from apexsim.io.deployments import (
     resolve_deployment,
     write_deployment,
 )
-from apexsim.io.requests import resolve_workload
+from apexsim.io.requests import resolve_supply
 from apexsim.io.yaml_files import load_spec
 from apexsim.search.headline import headline
 from apexsim.search.objective import objective_named
@@ -36,8 +38,9 @@ from apexsim.search.space import SearchSpace
 from apexsim.search.study import Study
 from apexsim.specs.base import Spec
 from apexsim.specs.cluster import parse_devices
-from apexsim.specs.deployment import Prompts, TokenChoice
+from apexsim.specs.deployment import Bill, Prompts, TokenChoice
 from apexsim.specs.slo import SLO
+from apexsim.specs.supply import Supply
 from apexsim.specs.workload import Requests
 
 
@@ -53,7 +56,11 @@ class Traffic(Spec):
 
     def read(self) -> Requests:
         """The requests that these keys describe."""
-        return resolve_workload(
+        return self.supply().requests
+
+    def supply(self) -> Supply:
+        """The same, and how to have more of them."""
+        return resolve_supply(
             self.workload,
             rate_per_s=self.rate_per_s,
             concurrency=self.concurrency,
@@ -72,11 +79,12 @@ class SearchFile(Traffic):
     engine: str = DEFAULT_ENGINE
     engine_options: dict[str, EngineOption] = Field(default_factory=dict)
     router: str = "round_robin"
-    weights: str = "bf16"
+    weights: str | None = None
     moe_weights: str | None = None
     kv_cache: str | None = None
     sampling: TokenChoice = "greedy"
     prompts: Prompts = "text"
+    bill: Bill = "used"
 
 
 def read_search(path: Path | str) -> SearchFile:
@@ -85,12 +93,12 @@ def read_search(path: Path | str) -> SearchFile:
     return file.model_copy(update={key: beside(getattr(file, key), path) for key in ("model", "engine", "workload")})
 
 
-def resolve_search(file: SearchFile, where: object) -> Question:
+def resolve_search(file: SearchFile, where: object, *, allow_plugins: bool = False) -> Question:
     """Look every name up; ``BadInput`` at ``where`` on the first that means nothing."""
     objective = objective_named(file.objective, f"{where}: objective")
-    base = resolve_deployment(deployment_file(file, where), where)
+    base = resolve_deployment(deployment_file(file, where), where, allow_plugins=allow_plugins)
     space = SearchSpace(base=base, allow_idle=file.allow_idle)
-    return Question(space=space, requests=file.read(), objective=objective, slo=file.slo, seed=file.seed)
+    return Question(space=space, supply=file.supply(), objective=objective, slo=file.slo, seed=file.seed)
 
 
 def deployment_file(file: SearchFile, where: object) -> DeploymentFile:
@@ -104,6 +112,10 @@ def deployment_file(file: SearchFile, where: object) -> DeploymentFile:
     return DeploymentFile(**shared, device=device, nodes=count // per_node, devices_per_node=per_node)
 
 
+# What ``write_study`` writes.
+STUDY_FILES = ("study.json", "plans.parquet", "best.yaml")
+
+
 def write_study(out: Path, study: Study, file: SearchFile) -> None:
     """Write ``study.json``, ``plans.parquet`` and, when a plan won, ``best.yaml`` into the folder ``out``."""
     with atomic_path(out / "plans.parquet") as scratch:
@@ -114,7 +126,15 @@ def write_study(out: Path, study: Study, file: SearchFile) -> None:
     if study.winner:
         candidate = study.winner.candidate
         degrees = {**candidate.plan.model_dump(), "replicas": candidate.replicas}
-        write_deployment(best, deployment_file(file, out).model_copy(update=degrees))
+        options = {**file.engine_options, **_starting_options(study)}
+        write_deployment(best, deployment_file(file, out).model_copy(update={**degrees, "engine_options": options}))
+
+
+def _starting_options(study: Study) -> Mapping[str, EngineOption]:
+    """What the best plan's engine must be given to start, as ``max_model_len``; empty where it starts without."""
+    requests, best = study.question.requests, study.best
+    assert best is not None, "a study with a winner has a best deployment"
+    return start(best.for_load(int(requests.prompt_tokens.max()), requests.concurrency)).options
 
 
 def study_data(study: Study) -> dict[str, Any]:
@@ -124,6 +144,8 @@ def study_data(study: Study) -> dict[str, Any]:
         "question": study.question.describe(),
         "feasible": study.winner is not None,
         "best": study.winner.candidate.name if study.winner else None,
+        "decision": study.decision,
+        "leaders": [row.candidate.name for row in study.leaders],
         "headline": headline(study),
         "front": [record["plan"] for record in study.records if record["front"]],
         "plans": study.records,

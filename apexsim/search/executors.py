@@ -1,7 +1,8 @@
 """Where the simulations of a search run: in this process, over local processes, or on a Ray cluster.
 
 An executor takes a function that never raises and its tasks, and yields ``(number of the task, result)`` as they end;
-the result is None where the process that ran the task died. Order is the caller's affair: it knows the numbers.
+the result is None where the process that ran the task died, in a second try too. Order is the caller's affair: it
+knows the numbers.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import BaseContext
 from typing import Any, Protocol, TypeVar
@@ -23,7 +25,12 @@ Results = Iterator[tuple[int, R | None]]
 
 # Below this many requests to simulate, starting processes (each imports numpy and pandas) takes longer than it saves.
 REQUESTS_WORTH_A_POOL = 20_000
-LOST = "the process that ran it died, out of memory perhaps; a script that starts jobs needs if __name__ == '__main__'"
+# How often a task is tried whose process dies.
+ATTEMPTS = 2
+LOST = (
+    "the process that ran it died, twice, out of memory perhaps; a script that starts jobs needs "
+    "if __name__ == '__main__'"
+)
 
 
 class Executor(Protocol):
@@ -64,15 +71,9 @@ def run_local(function: Callable[[T], R], tasks: Sequence[T], jobs: int) -> Resu
     if min(jobs, len(tasks)) <= 1:
         yield from enumerate(map(function, tasks))
         return
-    lost = []
-    for number, result in _run_pool(function, list(enumerate(tasks)), jobs):
-        if result is None:
-            lost.append(number)
-        else:
-            yield number, result
-    # A dying worker takes down its whole pool: each task gets a process of its own, and only the culprit is lost.
-    for number in lost:
-        yield from _run_pool(function, [(number, tasks[number])], 1)
+    with _Crew(function, tasks, jobs) as crew:
+        while ended := crew.ended():
+            yield from ended
 
 
 def run_on_ray(function: Callable[[T], R], tasks: Sequence[T], jobs: int) -> Results[R]:
@@ -85,7 +86,7 @@ def run_on_ray(function: Callable[[T], R], tasks: Sequence[T], jobs: int) -> Res
     def run(task: T) -> R:  # ray takes plain functions only, not partial ones
         return function(task)
 
-    remote = ray.remote(max_retries=0)(run)
+    remote = ray.remote(max_retries=ATTEMPTS - 1)(run)
     pending = {remote.remote(task): number for number, task in enumerate(tasks)}
     while pending:
         (done, *_), _ = ray.wait(list(pending))
@@ -99,21 +100,68 @@ def run_on_ray(function: Callable[[T], R], tasks: Sequence[T], jobs: int) -> Res
 EXECUTORS: dict[str, Executor] = {"local": run_local, "ray": run_on_ray}
 
 
-def _run_pool(function: Callable[[T], R], tasks: Sequence[tuple[int, T]], jobs: int) -> Results[R]:
-    pool = ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=_process_context(), initializer=_leave_with_parent)
-    try:
-        numbers = {pool.submit(function, task): number for number, task in tasks}
-        for future in as_completed(numbers):
-            yield numbers[future], _result(future)
-    finally:
-        pool.shutdown(cancel_futures=True)
+class _Crew:
+    """Workers, each a process of its own: one that dies costs the task it was at, and another takes its place.
+
+    A task whose worker dies goes to the end of the queue; at its last attempt its result is None.
+    """
+
+    def __init__(self, function: Callable[[T], R], tasks: Sequence[T], jobs: int) -> None:
+        self._function, self._tasks = function, tasks
+        self._waiting = deque(range(len(tasks)))
+        self._deaths: Counter[int] = Counter()
+        self._idle = [_worker() for _ in range(min(jobs, len(tasks)))]
+        self._busy: dict[Future[Any], tuple[int, ProcessPoolExecutor]] = {}
+        self._fill()
+
+    def __enter__(self) -> _Crew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in (*self._idle, *(worker for _, worker in self._busy.values())):
+            worker.shutdown(cancel_futures=True)
+
+    def ended(self) -> list[tuple[int, Any]]:
+        """Tasks that have ended since, with their results, as soon as there is one; none when all are done."""
+        found: list[tuple[int, Any]] = []
+        while self._busy and not found:
+            done, _ = wait(self._busy, return_when=FIRST_COMPLETED)
+            for future in done:
+                found += self._end(future)
+            self._fill()  # before anyone looks at the results: no worker waits for that
+        return found
+
+    def _fill(self) -> None:
+        while self._idle and self._waiting:
+            worker, number = self._idle.pop(), self._waiting.popleft()
+            try:
+                future = worker.submit(self._function, self._tasks[number])
+            except BrokenProcessPool:  # it died while it had no task: none is to blame
+                worker = _renewed(worker)
+                future = worker.submit(self._function, self._tasks[number])
+            self._busy[future] = number, worker
+
+    def _end(self, future: Future[Any]) -> list[tuple[int, Any]]:
+        number, worker = self._busy.pop(future)
+        died = isinstance(future.exception(), BrokenProcessPool)
+        self._idle.append(_renewed(worker) if died else worker)
+        if not died:
+            return [(number, future.result())]
+        self._deaths[number] += 1
+        if self._deaths[number] == ATTEMPTS:
+            return [(number, None)]
+        self._waiting.append(number)
+        return []
 
 
-def _result(future: Future[R]) -> R | None:
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        return None
+def _renewed(worker: ProcessPoolExecutor) -> ProcessPoolExecutor:
+    worker.shutdown()
+    return _worker()
+
+
+def _worker() -> ProcessPoolExecutor:
+    """One process, started when it gets its first task."""
+    return ProcessPoolExecutor(1, mp_context=_process_context(), initializer=_leave_with_parent)
 
 
 def _leave_with_parent() -> None:

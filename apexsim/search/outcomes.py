@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeVar, get_args
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar, get_args
 
 from apexsim.errors import InfeasiblePlan
 from apexsim.search.executors import LOST, Executor
-from apexsim.search.journal import Journal
+from apexsim.search.journal import Journal, warn
 
 T = TypeVar("T")
 
 Verdict = Literal["ok", "misses_slo", "failed", "infeasible", "unlawful"]
 Figures = dict[str, float | None]
+# What a journal holds of an outcome.
+RECORDED = {"verdict", "reason", "figures", "window", "batches"}
 Progress = Callable[[int, int], None]  # (runs settled, all runs)
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A verdict, the reason for it in words, and the figures of the run; they are empty where there was none."""
+    """A verdict, the reason for it in words, and the figures of the run; they are empty where there was none.
+
+    ``window``: the kind of the run's steady part (see ``Steady``); empty where there is none.
+    ``batches``: figures over parts of the run, for ties (see ``batches.py``).
+    ``passing``: what it failed of may be gone next time (a lost process, memory, a disk), so it is never remembered.
+    """
 
     verdict: Verdict
     reason: str = ""
     figures: Figures = field(default_factory=dict)
+    window: str = ""
+    batches: dict[str, list[float | None]] = field(default_factory=dict)
+    passing: bool = False
 
 
 def attempt(work: Callable[[], Outcome]) -> Outcome:
@@ -33,7 +43,8 @@ def attempt(work: Callable[[], Outcome]) -> Outcome:
     except InfeasiblePlan as error:
         return Outcome("infeasible", str(error))
     except Exception as error:
-        return Outcome("failed", " ".join(f"{type(error).__name__}: {error}".split()))
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return Outcome("failed", reason, passing=isinstance(error, MemoryError | OSError))
 
 
 def settle(
@@ -47,23 +58,28 @@ def settle(
 ) -> dict[str, Outcome]:
     """The outcome of every task, by its identity: from the journal where it is there, else worked out and added.
 
-    What failed before is tried again.
+    Failures too: the same task fails again in the same way. Those that are ``passing`` are not added, so that they are
+    tried again.
     """
-    known = journal.known if journal else {}
-    recalled = {key: _recalled(known[key]) for key in tasks if key in known}
-    outcomes = {key: outcome for key, outcome in recalled.items() if outcome and outcome.verdict != "failed"}
+    outcomes = _recalled(journal, tasks) if journal else {}
     todo = [key for key in tasks if key not in outcomes]
     for number, result in executor(work, [tasks[key] for key in todo], jobs):
-        outcomes[todo[number]] = outcome = result or Outcome("failed", LOST)
-        if journal:
-            journal.append(todo[number], asdict(outcome))
+        outcomes[todo[number]] = outcome = result or Outcome("failed", LOST, passing=True)
+        if journal and not outcome.passing:
+            journal.append(todo[number], {name: getattr(outcome, name) for name in RECORDED})
         if progress:
             progress(len(outcomes), len(tasks))
     return outcomes
 
 
-def _recalled(entry: Mapping[str, Any]) -> Outcome | None:
-    """The outcome that an entry of a journal holds; None where it holds none that this version knows."""
-    if entry.get("verdict") not in get_args(Verdict) or entry.keys() - Outcome.__dataclass_fields__.keys():
-        return None
-    return Outcome(**entry)
+def _recalled(journal: Journal, tasks: Iterable[str]) -> dict[str, Outcome]:
+    """The outcomes of tasks that a journal knows; a warning names those that this version does not understand."""
+    found, faults = {}, []
+    for key in tasks:
+        if known := journal.known.get(key):
+            if known.outcome.keys() == RECORDED and known.outcome["verdict"] in get_args(Verdict):
+                found[key] = Outcome(**known.outcome)
+            else:
+                faults.append(f"line {known.line} does not count: its outcome is none of this version's")
+    warn(journal.path, faults)
+    return found

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from simpy import Event
 
 from apexsim.costs.accounting import account
-from apexsim.costs.memory import MemoryPlan, plan_memory
-from apexsim.costs.steps import build_step_cost
+from apexsim.costs.memory import MemoryPlan
+from apexsim.costs.notes import cost_notes
+from apexsim.costs.starting import Started, start
+from apexsim.costs.steps import StepCost, build_step_cost
 from apexsim.costs.timing import StepTimes
 from apexsim.errors import BadInput, nearest
 from apexsim.results import SimulationResult
@@ -51,34 +53,41 @@ def simulate(
 
     ``seed`` draws the requests of a ``Workload``; a run itself has no randomness. ``exact_steps`` simulates each step
     singly (the slow oracle: the same request records). ``progress`` is called with the share of requests done.
-    Raises ``InfeasiblePlan`` when the plan is not lawful or does not fit, ``Unsupported`` where no cost is known.
+    Raises ``InfeasiblePlan`` when the plan is not lawful or does not start, ``Unsupported`` where no cost is known.
     """
     started_s = time.perf_counter()
     requests = workload.sample(seed=seed) if isinstance(workload, Workload) else workload
-    deployment = deployment.for_load(int(requests.prompt_tokens.max()), requests.concurrency)
-    pool = deployment.pools[0]
-    memory = plan_memory(deployment, pool)
-    cost = build_step_cost(deployment, pool, prompts=requests.prompt_tokens)
+    engine, cost = set_up(deployment, requests)
+    deployment, pool = engine.deployment, engine.deployment.pools[0]
     built_s = time.perf_counter()
     with no_cycle_collection():
         how = How(slo=slo, exact_steps=exact_steps, progress=progress)
-        run = Run(deployment, requests, cost=cost, memory=memory, how=how)
+        run = Run(deployment, requests, cost=cost, memory=engine.memory, how=how)
         run.go()
     recorder, simulated_s = run.recorder, time.perf_counter()
     steps, chunks = recorder.steps(), recorder.chunks()
+    assumed = (*deployment.assumptions, *pool.plan.assumptions)
+    notes = (*requests.notes, *engine.notes, *run.notes(), *assumed)
     return SimulationResult.from_run(
         deployment=deployment,
-        workload_name=requests.name,
+        workload=requests,
         slo=slo,
         requests=recorder.requests(run.requests, to_ns(deployment.engine.host.response_s)),
         itl=recorder.inter_token_gaps(),
         steps=steps,
         chunks=chunks,
         accounting=account(cost, steps, chunks),
-        memory=memory,
-        notes=(*requests.notes, *run.notes(), *pool.plan.assumptions),
+        memory=engine.memory,
+        notes=(*notes, *cost_notes(cost)),
         timing=_timing(started_s, built_s, simulated_s),
     )
+
+
+def set_up(deployment: Deployment, requests: Requests) -> tuple[Started, StepCost]:
+    """The engine as it starts for these requests, and what its steps cost."""
+    engine = start(deployment.for_load(int(requests.prompt_tokens.max()), requests.concurrency))
+    pool = engine.deployment.pools[0]
+    return engine, build_step_cost(engine.deployment, pool, prompts=requests.prompt_tokens)
 
 
 def _timing(started_s: float, built_s: float, simulated_s: float) -> dict[str, float]:
@@ -113,7 +122,8 @@ class Run:
     """The clock, the replicas and the requests of one simulation.
 
     ``request_ns`` is the number of requests in the system integrated over time (L x T of Little's law), kept as each
-    leaves by the clock.
+    leaves by the clock. ``watch``, where given, sees every request that leaves or is refused, and ends the run by
+    returning True.
     """
 
     def __init__(
@@ -148,6 +158,7 @@ class Run:
         self.request_ns = 0
         self._next = 0
         self._done = 0
+        self.watch: Callable[[Request], bool] | None = None
         self._progress = how.progress
         self._stride = max(1, len(self.requests) // 100)
         self._coming = [] if requests.arrival_s is None else self._open_loop(requests.arrival_s)
@@ -269,7 +280,7 @@ class Run:
         reason = self._door.refuses(request)
         if reason:
             self.recorder.reject(request, reason)
-            self._count()
+            self._count(request)
         return bool(reason)
 
     def _route(self, request: Request) -> None:
@@ -278,15 +289,17 @@ class Run:
 
     def _finished(self, request: Request) -> None:
         self.request_ns += self.clock.now_ns - request.arrival_ns
-        self._count()
+        self._count(request)
         self._out -= 1
         if self._turnaround_ns is None or self._next == len(self.requests) or (self._waves and self._out):
             return
         send = self._start_clients if self._waves else lambda _: self._send()
         self.clock.at(self.clock.now_ns + self._response_ns + self._turnaround_ns, ARRIVAL, send)
 
-    def _count(self) -> None:
+    def _count(self, request: Request) -> None:
         self._done += 1
+        if self.watch and self.watch(request):
+            self.clock.stop()
         if self._progress and self._done % self._stride == 0:
             self._progress(self._done / len(self.requests))
 

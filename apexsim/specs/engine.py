@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from apexsim.specs.base import Spec
+from apexsim.specs.base import Name, Spec
 from apexsim.specs.device import Datasheet
+from apexsim.specs.memory import ExpertPadding, MemoryChange, MemoryDefaults, MemoryEvidence
 
 # A host that takes a minute over one thing is a unit mistake.
 MAX_HOST_S = 60.0
@@ -179,17 +181,6 @@ class KvCacheRule(Spec):
     device_computes: str | None = None
 
 
-class MemoryDefaults(Spec):
-    """Share of device memory the engine takes, and the bytes of it that are neither weights nor KV cache.
-
-    ``kv_blocks``: the KV blocks of a replica where a server told how many it has; None = worked out from the rest.
-    """
-
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
-    reserve_bytes: int = Field(0, ge=0)
-    kv_blocks: int | None = Field(None, gt=0, le=2**40)
-
-
 class CommunicationDefaults(Spec):
     """Which collective kernels an engine uses: its own all-reduce up to ``custom_all_reduce_max_bytes``, else NCCL.
 
@@ -285,21 +276,31 @@ class CalibrationReport(Spec):
 Fusion = Literal["quantise", "rope"]
 
 
+def begins(version: str, prefix: str) -> bool:
+    """Whether ``version`` is of the series ``prefix``: 0.1 begins 0.1.5 and 0.1rc2, not 0.11."""
+    return re.match(re.escape(prefix) + r"(?!\d)", version) is not None
+
+
 class EngineProfile(Spec):
     """One engine family. ``versions`` are the prefixes it answers for; ``evidence`` says where its terms come from.
 
-    Of ``changes``, later ones outweigh earlier ones; of ``kv_cache``, the first rule that holds counts. ``fusions`` are
-    small kernels that the engine has no launch of its own for: those that quantise activations to fp8 (done by the
-    kernel before), and the rotary embedding (done by attention).
+    Of ``changes``, later ones outweigh earlier ones; of ``kv_cache`` and ``expert_padding``, the first rule that holds
+    counts. ``memory_changes`` are memory terms of some of the versions (see ``for_version``). ``fusions`` are small
+    kernels that the engine has no launch of its own for: those that quantise activations to fp8 (done by the kernel
+    before), and the rotary embedding (done by attention). ``given`` are the options that a person gave.
     """
 
-    name: str
+    name: Name
     engine: str
     versions: tuple[str, ...]
     host: HostTerms
     scheduler: SchedulerDefaults
     changes: tuple[SchedulerChange, ...] = ()
+    given: tuple[str, ...] = ()
     memory: MemoryDefaults
+    memory_changes: tuple[MemoryChange, ...] = ()
+    memory_evidence: MemoryEvidence | None = None
+    expert_padding: tuple[ExpertPadding, ...] = ()
     kv_cache: tuple[KvCacheRule, ...] = ()
     communication: CommunicationDefaults
     fusions: tuple[Fusion, ...] = ()
@@ -318,6 +319,19 @@ class EngineProfile(Spec):
         settled = self.scheduler.model_copy(update=changed)
         budget = settled.max_num_batched_tokens or context_limit
         return settled.model_copy(update={"max_num_batched_tokens": budget})
+
+    def for_version(self, version: str) -> EngineProfile:
+        """The profile with the memory terms of a version that it answers for."""
+        found = [change for change in self.memory_changes if any(begins(version, each) for each in change.versions)]
+        terms = {key: value for change in found for key, value in change.terms.items()}
+        return self.model_copy(update={"memory": self.memory.model_copy(update=terms)}) if terms else self
+
+    def padding_factor(self, dtype: str, sheet: Datasheet, *, hidden: int, inter: int) -> float:
+        """Bytes of experts as loaded over bytes as published, for a hidden size and the width of one on a rank."""
+        for rule in self.expert_padding:
+            if rule.dtype == dtype and (rule.device_computes is None or rule.device_computes in sheet.flops_per_s):
+                return rule.factor(hidden, inter)
+        return 1.0
 
     def with_token_budget(self, tokens: int) -> EngineProfile:
         """The same engine with this token budget, whatever the circumstances."""

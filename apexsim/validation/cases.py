@@ -77,7 +77,7 @@ def case_of(row: RunRow, engine_options: Mapping[str, Any] = MappingProxyType({}
     choices: dict[str, Any] = {
         "model": row.model,
         "device": row.device,
-        "engine": choice.profile,
+        "engine": choice.name,
         "engine_options": {**engine_options, **options},
         **{degree: getattr(row, degree) or 1 for degree in _DEGREES},
         "weights": weights,
@@ -89,7 +89,8 @@ def case_of(row: RunRow, engine_options: Mapping[str, Any] = MappingProxyType({}
         notes.append("sampling not known: top_p, as the client of its benchmark asks for")
     if row.kv_dtype or launch.kv_dtype:
         choices["kv_cache"] = row.kv_dtype or launch.kv_dtype
-    deployment = resolve_deployment(parse_spec(DeploymentFile, choices, "run"), "run")
+    # Whether the files behind rows may name code was asked when they were read.
+    deployment = resolve_deployment(parse_spec(DeploymentFile, choices, "run"), "run", allow_plugins=True)
     if not row.kv_dtype:
         chosen = "as its benchmark launches it" if launch.kv_dtype else "the engine default"
         notes.append(f"kv_dtype not known: {chosen}, {deployment.kv_cache}")
@@ -118,6 +119,9 @@ def _check_plan(row: RunRow, deployment: Deployment) -> None:
     """Refuse what a plan cannot say, and degrees that cannot be laid out or contradict each other."""
     plan = deployment.pools[0].plan
     reasons = list(plan.lawful(deployment.model, deployment.cluster))
+    if plan.tensor > (node := deployment.cluster.devices_per_node):
+        # Rows that say 16 and 64 multiplied their degrees: no measured run has tensor ranks on several nodes.
+        reasons.append(f"tensor degree {plan.tensor} crosses nodes of {node} devices, which no measured run did")
     if deployment.model.moe and row.moe_tensor not in (None, plan.moe_tensor):
         ranks = f" x attention_data {plan.attention_data}" * (plan.attention_data > 1)
         degrees = f"tensor {plan.tensor}{ranks} and expert {plan.expert} give {plan.moe_tensor}"

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from apexsim.costs.accounting import account
-from apexsim.costs.memory import plan_memory
+from apexsim.costs.starting import start
 from apexsim.costs.steps import build_step_cost
 from apexsim.errors import Unsupported
 from apexsim.metrics import weighted_distribution
@@ -27,9 +27,10 @@ def steady_figures(
     With ``measured_itl_s`` every step takes as much longer as makes the mean inter-token latency the measured one.
     Raises ``Unsupported`` where requests are refused or nothing is steady.
     """
-    pool = deployment.pools[0]
-    cost = build_step_cost(deployment, pool)
-    run = Run(deployment, requests, cost=cost, memory=plan_memory(deployment, pool))
+    engine = start(deployment)
+    deployment = engine.deployment
+    cost = build_step_cost(deployment, deployment.pools[0])
+    run = Run(deployment, requests, cost=cost, memory=engine.memory)
     run.go()
     if run.recorder.rejected:
         reason = next(iter(run.recorder.rejected.values()))

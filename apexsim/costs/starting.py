@@ -1,0 +1,164 @@
+"""Whether an engine would start: the context it serves with, seats with room for their states, or what would do."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from apexsim.costs.memory import MemoryPlan, plan_memory
+from apexsim.errors import InfeasiblePlan
+from apexsim.specs.deployment import Deployment, Pool
+
+_WHY = {
+    "max_model_len": "max_model_len {:,}: a longer context does not fit in the KV cache; longer requests are rejected",
+    "max_num_seqs": "max_num_seqs {:,}: states of recurrent layers for more sequences do not fit",
+}
+# Tensor degrees that a hint tries: the devices of a node, of 8 unless the cluster's are larger.
+NODE_DEVICES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A deployment as its engine serves it, the memory of its replicas, and what differs from what was asked for."""
+
+    deployment: Deployment
+    memory: MemoryPlan
+    options: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the engine must be told to start, in words; empty where it starts as it was asked to."""
+        return tuple(_WHY[option].format(value) for option, value in self.options.items())
+
+
+def start(deployment: Deployment) -> Started:
+    """Start a deployment's engine, if it would: one sequence as long as the context must fit in the KV cache.
+
+    Where no ``max_model_len`` is given and the model's own context does not fit, the longest that does is taken, with a
+    note; so is it where the engine starts with any. Seats that no option gives yield to the states of recurrent layers
+    in the same way. Raises ``InfeasiblePlan`` with what would do: a ``max_model_len`` in place of one that does not
+    start, fewer seats, the smallest tensor degree that would start.
+    """
+    wanted, asked = deployment.context_limit, deployment.engine.scheduler.max_model_len
+    explicit = asked is not None and deployment.engine.memory.context_must_fit
+    shortage: tuple[str, ...] = ()
+    try:
+        memory = plan_memory(deployment, deployment.pools[0])
+    except InfeasiblePlan as error:
+        shortage = error.reasons
+    else:
+        if memory.holds(wanted):
+            return _seated(deployment, memory, {})
+    longest = _longest_below(deployment, wanted)
+    if explicit or not longest:
+        raise InfeasiblePlan([_refusal(deployment, shortage, longest)])
+    reduced = _with_context(deployment, longest)
+    return _seated(reduced, plan_memory(reduced, reduced.pools[0]), {"max_model_len": longest})
+
+
+def _refusal(deployment: Deployment, shortage: tuple[str, ...], longest: int) -> str:
+    """Why the engine does not start, and what would do."""
+    would_do = []
+    if longest:
+        would_do.append(f"needs max_model_len <= {longest:,}")
+    elif seats := _most_seats(deployment):
+        would_do.append(f"starts with max_num_seqs <= {seats:,}")
+    if degree := _smallest_tensor(deployment):
+        would_do.append(f"starts with tensor degree {degree}")
+    why = "; ".join(shortage) or f"a context of {deployment.context_limit:,} tokens does not fit in the KV cache"
+    return "; ".join([why, *would_do])
+
+
+def _seated(deployment: Deployment, memory: MemoryPlan, options: Mapping[str, int]) -> Started:
+    """The started engine, with no more seats than states of recurrent layers fit, where it refuses more.
+
+    Seats given as an option stand: with too many of them the engine does not start.
+    """
+    needed = memory.fixed_blocks if deployment.engine.memory.seats_need_states else 0
+    seats, room = deployment.rank_scheduler.max_num_seqs, memory.rank_blocks // max(1, needed)
+    if not needed or seats <= room:
+        return Started(deployment, memory, options)
+    if "max_num_seqs" in deployment.engine.given or not room:
+        states = f"states of recurrent layers for {room:,} sequences fit, not for max_num_seqs {seats:,}"
+        raise InfeasiblePlan([f"{states}; needs max_num_seqs <= {room:,}"])
+    # Fewer seats leave more memory, never less: what is planned for them holds at least as many states.
+    fewer = _with_seats(deployment, room)
+    return Started(fewer, plan_memory(fewer, fewer.pools[0]), {**options, "max_num_seqs": room})
+
+
+def _longest_below(deployment: Deployment, wanted: int) -> int:
+    """Longest context in whole blocks, shorter than ``wanted``, that starts; 0 where none does.
+
+    Scheduler settings may follow from the context, and what is left for the cache from them: so contexts are tried. The
+    first guess is what the cache holds under the context that is wanted, which is the answer where nothing follows.
+    """
+    size = deployment.scheduler.block_size
+    most = (wanted - 1) // size
+    guess = min(most, _capacity(deployment, wanted) // size)
+    if guess and _starts(deployment, guess * size) and (guess == most or not _starts(deployment, (guess + 1) * size)):
+        return guess * size
+    return size * bisect_right(range(1, most + 1), False, key=lambda blocks: not _starts(deployment, blocks * size))
+
+
+def _capacity(deployment: Deployment, context: int) -> int:
+    """Longest sequence that the cache holds when the engine is asked for a context; 0 where nothing fits."""
+    settled = _with_context(deployment, context)
+    try:
+        longest = plan_memory(settled, settled.pools[0]).max_tokens
+    except InfeasiblePlan:
+        return 0
+    return context if longest is None else longest
+
+
+def _starts(deployment: Deployment, context: int) -> bool:
+    return _capacity(deployment, context) >= context
+
+
+def _with_context(deployment: Deployment, context: int) -> Deployment:
+    engine = deployment.engine
+    scheduler = engine.scheduler.model_copy(update={"max_model_len": context})
+    return deployment.model_copy(update={"engine": engine.model_copy(update={"scheduler": scheduler})})
+
+
+def _smallest_tensor(deployment: Deployment) -> int | None:
+    """Smallest higher tensor degree under which one replica starts as it was asked for, or at all where it may choose.
+
+    Its cluster has as many nodes of the same devices as it takes.
+    """
+    pool, cluster = deployment.pools[0], deployment.cluster
+    per_node = max(NODE_DEVICES, cluster.devices_per_node)
+    for tensor in range(pool.plan.tensor + 1, per_node + 1):
+        plan = pool.plan.model_copy(update={"tensor": tensor})
+        room = cluster.model_copy(update={"devices_per_node": per_node, "nodes": -(-plan.devices // per_node)})
+        tried = deployment.model_copy(update={"cluster": room, "pools": (Pool(plan=plan),)})
+        if not plan.lawful(tried.model, room) and _fits(tried):
+            return tensor
+    return None
+
+
+def _most_seats(deployment: Deployment) -> int:
+    """Most seats, fewer than it has, with which a replica has room for a cache; 0 where none leave any.
+
+    An engine that samples for all its seats before it sizes its cache keeps that memory.
+    """
+    seats = deployment.rank_scheduler.max_num_seqs
+    return bisect_right(range(1, seats), False, key=lambda fewer: not _fits(_with_seats(deployment, fewer)))
+
+
+def _with_seats(deployment: Deployment, seats: int) -> Deployment:
+    engine = deployment.engine
+    scheduler = engine.scheduler.model_copy(update={"max_num_seqs": seats})
+    changes = tuple(change.model_copy(update={"max_num_seqs": None}) for change in engine.changes)
+    return deployment.model_copy(
+        update={"engine": engine.model_copy(update={"scheduler": scheduler, "changes": changes})}
+    )
+
+
+def _fits(deployment: Deployment) -> bool:
+    if deployment.engine.scheduler.max_model_len is not None:
+        return _starts(deployment, deployment.context_limit)
+    try:
+        return plan_memory(deployment, deployment.pools[0]).blocks > 0
+    except InfeasiblePlan:
+        return False
