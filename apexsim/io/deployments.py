@@ -19,6 +19,7 @@ from pydantic import Field
 
 from apexsim import catalog
 from apexsim.errors import BadInput, nearest
+from apexsim.io.words import Dtype, engine_options
 from apexsim.io.yaml_files import load_spec, write_yaml
 from apexsim.specs.base import Spec, parse_spec
 from apexsim.specs.cluster import MAX_DEVICES, Cluster, Overhead
@@ -60,9 +61,9 @@ class DeploymentFile(Spec):
     expert: int = Field(1, ge=1)
     replicas: int = Field(1, ge=1, le=MAX_DEVICES)
     router: str = "round_robin"
-    weights: str = "bf16"
-    moe_weights: str | None = None
-    kv_cache: str | None = None
+    weights: Dtype = None
+    moe_weights: Dtype = None
+    kv_cache: Dtype = None
     sampling: TokenChoice = "greedy"
     prompts: Prompts = "text"
     clock_mhz: float | None = Field(None, gt=0)
@@ -128,7 +129,7 @@ def resolve_deployment(file: DeploymentFile, where: object) -> Deployment:
         engine=with_engine_options(engine, file.engine_options, where),
         pools=(Pool(plan=file.plan, replicas=file.replicas),),
         router=file.router,
-        weights=file.weights,
+        weights=file.weights or "bf16",
         moe_weights=file.moe_weights,
         sampling=file.sampling,
         prompts=file.prompts,
@@ -156,11 +157,12 @@ def check_lawful(deployment: Deployment, where: object) -> None:
 def with_engine_options(engine: EngineProfile, options: Mapping[str, EngineOption], where: object) -> EngineProfile:
     """The profile with fields of its sections (host, scheduler, memory, communication, ...) replaced by name.
 
-    An option given by hand also holds where the engine would change it by itself.
+    Options may have the names of engines' own flags. One given by hand also holds where the engine would change it by
+    itself.
     """
     data = engine.model_dump()
     sections = {key: section for section in _OPTION_SECTIONS for key in data[section]}
-    for key, value in options.items():
+    for key, value in engine_options(options, where).items():
         if key not in sections:
             raise BadInput(f"unknown engine option; {nearest(key, sections)}", where=where, got=key)
         data[sections[key]][key] = value

@@ -29,6 +29,7 @@ from apexsim.io.deployments import (
     write_deployment,
 )
 from apexsim.io.requests import resolve_workload
+from apexsim.io.words import Dtype
 from apexsim.io.yaml_files import load_spec
 from apexsim.search.headline import headline
 from apexsim.search.objective import objective_named
@@ -73,9 +74,9 @@ class SearchFile(Traffic):
     engine: str = DEFAULT_ENGINE
     engine_options: dict[str, EngineOption] = Field(default_factory=dict)
     router: str = "round_robin"
-    weights: str = "bf16"
-    moe_weights: str | None = None
-    kv_cache: str | None = None
+    weights: Dtype = None
+    moe_weights: Dtype = None
+    kv_cache: Dtype = None
     sampling: TokenChoice = "greedy"
     prompts: Prompts = "text"
 
