@@ -117,8 +117,7 @@ def engine_options(options: Mapping[str, Any], where: object) -> dict[str, Any]:
             raise BadInput(f"say {FLAGS[name]}", where=where, key="engine_options", got=word)
         if name in _SWITCHES and not isinstance(value, bool):
             raise BadInput("give true or false", where=where, key=word, got=value)
-        alike, opposite = _SWITCHES.get(name, ((_SAME_OPTION.get(name, name),), ()))
-        given = {**dict.fromkeys(alike, value), **dict.fromkeys(opposite, not value)}
+        given = _SWITCHES[name][not value] if name in _SWITCHES else {_SAME_OPTION.get(name, name): value}
         if twice := found.keys() & given.keys():
             raise BadInput(f"says {min(twice)} a second time; give it once", where=where, got=word)
         found |= given
