@@ -14,7 +14,9 @@ from typing import Literal, overload
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from apexsim.costs.profile_check import check_profile
 from apexsim.errors import BadInput, nearest
+from apexsim.io.model_ids import published_names, shipped_name
 from apexsim.io.yaml_files import load_spec
 from apexsim.specs.base import Spec
 from apexsim.specs.device import DeviceProfile
@@ -64,12 +66,13 @@ def load(kind: Literal["workload"], name: str | os.PathLike[str]) -> Workload: .
 def load(kind: Kind, name: str | os.PathLike[str]) -> Spec:
     """A shipped spec by name, or the spec in a YAML file by path (with a separator, or ending in .yaml or .yml).
 
-    An engine may be named by its version (``vllm@0.11.1``, as pip does ``vllm==0.11.1``, or ``vllm-0.11.1``), whose
-    memory terms then hold, or alone (``vllm``): then its newest profile answers.
+    A model may be named as its publisher does (``meta-llama/Llama-3.1-70B-Instruct``). An engine may be named by its
+    version (``vllm@0.11.1``, as pip does ``vllm==0.11.1``, or ``vllm-0.11.1``), whose memory terms then hold, or alone
+    (``vllm``): then its newest profile answers.
     Raises BadInput for an unknown name, with the nearest known ones, and for whatever is wrong in the file.
     """
     path = locate(kind, name)
-    spec = _parsed(_CLASSES[kind], path, path.stat().st_mtime_ns if path.is_file() else None)
+    spec = _parsed(_CLASSES[kind], path, path.stat().st_mtime_ns if os.path.isfile(path) else None)
     text = os.fspath(name)
     if not isinstance(spec, EngineProfile) or _is_path(text) or text == path.stem:
         return spec
@@ -81,20 +84,36 @@ def load(kind: Kind, name: str | os.PathLike[str]) -> Spec:
 @cache
 def _parsed(cls: type[Spec], path: Path, modified_ns: int | None) -> Spec:
     """A file is parsed once while it stays as it is: a sweep asks for the same few again and again."""
-    return load_spec(cls, path)
+    spec = load_spec(cls, path)
+    if isinstance(spec, DeviceProfile):
+        check_profile(spec, path)
+    return spec
 
 
 def locate(kind: Kind, name: str | os.PathLike[str], where: object = None) -> Path:
     """The file behind a name or path; BadInput at ``where`` with the nearest names where a name is unknown."""
-    text = os.fspath(name)
+    text, known = os.fspath(name), names(kind)
+    if kind == "model" and text not in known and not _is_file(text):
+        text = shipped_name(text, _published()) or text
     if _is_path(text):
         return Path(text)
-    known = names(kind)
     if kind == "engine" and text not in known:
         text = _profile_of(text, where) or text
     if text not in known:
         raise BadInput(f"unknown {kind}; {nearest(text, known)}", where=where or kind, got=text)
     return data_root() / FOLDERS[kind] / f"{text}.yaml"
+
+
+@cache
+def _published() -> dict[str, str]:
+    """Shipped models by the names that their publishers gave them."""
+    shipped = [load("model", data_root() / FOLDERS["model"] / f"{name}.yaml") for name in names("model")]
+    return {key: spec.name for spec in shipped for key in published_names(spec.name, spec.source)}
+
+
+def _is_file(text: str) -> bool:
+    """Whether a name is the path of a file: one that is there, or by its ending."""
+    return text.endswith((".yaml", ".yml")) or (os.sep in text and Path(text).exists())
 
 
 def _is_path(text: str) -> bool:

@@ -78,6 +78,21 @@ def binned_level(times: tuple[Integers, Integers], level: npt.NDArray[Any], edge
     return means
 
 
+def spread_until(times: tuple[npt.NDArray[Any], npt.NDArray[Any]], amounts: npt.NDArray[Any], edges: Floats) -> Floats:
+    """How much of ``amounts`` has come by each of ``edges``, each spread evenly from its start to its end.
+
+    One whose start is its end comes in one piece, at that moment.
+    """
+    start, end = times
+    until = np.empty(len(edges))
+    for place, edge in enumerate(edges.tolist()):
+        under_way = (start < edge) & (edge < end)
+        begun = start[under_way]
+        part = amounts[under_way] * ((edge - begun) / (end[under_way] - begun))
+        until[place] = amounts[end <= edge].sum() + part.sum()
+    return until
+
+
 def ratio(part: float, whole: float) -> float:
     """``part / whole``, NaN when there is no whole."""
     return part / whole if whole else math.nan

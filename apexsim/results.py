@@ -22,6 +22,8 @@ from apexsim.errors import BadInput
 from apexsim.metrics import held_ns, ratio
 from apexsim.specs.deployment import Deployment
 from apexsim.specs.slo import SLO
+from apexsim.specs.workload import Offered, Requests
+from apexsim.steady import Steady, steady_part
 from apexsim.summary import summarise
 from apexsim.uncertainty import LEVEL, Interval, interval, predictions
 from apexsim.units import NS_PER_S
@@ -40,7 +42,7 @@ class Run(TypedDict, total=False):
     """What ``serving`` hands over after a run; see ``SimulationResult.from_run``."""
 
     deployment: Deployment
-    workload_name: str
+    workload: Requests
     slo: SLO | None
     requests: Columns
     itl: Gaps
@@ -101,7 +103,8 @@ class Usage:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SimulationResult:
-    """One run of one deployment on one workload.
+    """One run of one deployment on one workload, which offers ``offered`` in the long run; ``concurrency`` is the
+    number of clients of a closed loop.
 
     ``request_columns``: one row a request (see ``requests``). ``step_columns``: one row a step, or a run of ``repeats``
     decode steps, with ``start_ns`` and ``end_ns``. ``gaps``: distinct times between two tokens of a request in
@@ -111,6 +114,8 @@ class SimulationResult:
 
     deployment: Deployment
     workload_name: str
+    offered: Offered
+    concurrency: int | None
     slo: SLO | None
     request_columns: Columns
     step_columns: Columns
@@ -127,13 +132,16 @@ class SimulationResult:
 
         ``chunks`` have served their purpose once the accounting is done and are not kept.
         """
-        deployment, slo, accounting = run["deployment"], run["slo"], run["accounting"]
+        deployment, slo, accounting, workload = run["deployment"], run["slo"], run["accounting"], run["workload"]
+        drawn = {"energy_j": accounting.step_j, "working_s": accounting.step_s} if accounting else {}
         return cls(
             deployment=deployment,
-            workload_name=run["workload_name"],
+            workload_name=workload.name,
+            offered=workload.offered,
+            concurrency=workload.concurrency,
             slo=slo,
             request_columns=with_latencies(run["requests"], slo),
-            step_columns=run["steps"],
+            step_columns={**run["steps"], **drawn},
             gaps=run["itl"],
             kv_blocks=run["memory"].blocks,
             memory=run["memory"].figures(deployment.context_limit),
@@ -219,6 +227,11 @@ class SimulationResult:
         """From the first arrival to the last visible token, gaps between arrivals included."""
         return self.end_s - float(self.request_columns["arrival_s"].min())
 
+    @cached_property
+    def steady(self) -> Steady:
+        """What a token costs and how many come a second once the system has filled: see ``apexsim.steady``."""
+        return steady_part(self)
+
     def summary(self) -> dict[str, Any]:
         """Every figure of the run as nested plain data; ``apexsim.summary`` says what each means."""
         return summarise(self)
@@ -252,6 +265,8 @@ class SimulationResult:
         del summary["timing"]
         record = {
             "workload_name": self.workload_name,
+            "offered": asdict(self.offered),
+            "concurrency": self.concurrency,
             "slo": self.slo.model_dump() if self.slo else None,
             "kv_blocks": self.kv_blocks,
             "memory": self.memory,
@@ -278,6 +293,8 @@ class SimulationResult:
         return cls(
             deployment=Deployment.model_validate(record["deployment"]),
             workload_name=record["workload_name"],
+            offered=Offered(**record["offered"]),
+            concurrency=record["concurrency"],
             slo=SLO.model_validate(record["slo"]) if record["slo"] else None,
             request_columns=_read_parquet(source / "requests.parquet"),
             step_columns=_read_parquet(source / "steps.parquet"),
@@ -342,10 +359,13 @@ def _good(status: npt.NDArray[Any], latencies: Columns, slo: SLO) -> npt.NDArray
 
 def _deployment_notes(deployment: Deployment) -> tuple[str, ...]:
     """What a reader of the figures must know about where they come from."""
-    cluster, notes = deployment.cluster, []
-    idle = cluster.devices - deployment.devices_used
-    if idle:
-        notes.append(f"{idle} of {cluster.devices} devices stand idle; their power and price count")
+    cluster, notes, billed = deployment.cluster, [], deployment.billed_devices
+    if idle := billed - deployment.devices_used:
+        notes.append(f"{idle} of {billed} devices stand idle; their power and price count (bill: {deployment.bill})")
+    if left := cluster.devices - billed:
+        notes.append(
+            f"{left} of {cluster.devices} devices are not billed, neither price nor power (bill: {deployment.bill})"
+        )
     power, price = cluster.device.power, cluster.device.price
     assumed = [name for name, evidence in power.evidence.items() if evidence in ("scaled", "prior")]
     if assumed:

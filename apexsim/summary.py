@@ -6,6 +6,7 @@ Latencies are over finished requests; percentiles interpolate linearly. A figure
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from apexsim.atomic import without_nan
@@ -23,7 +24,9 @@ def summarise(result: SimulationResult) -> dict[str, Any]:
     ``memory`` is that of a replica (see ``MemoryPlan.figures``).
     ``itl_s`` counts every token once, whatever its request. Preemptions and cache hits are of the whole run;
     ``provenance`` says of each operator which share of the devices' working time rests on which evidence;
-    ``uncertainty`` where the mean latencies, the rate of tokens and joules a token may lie (see ``uncertainty.py``).
+    ``steady`` what a token costs once the system has filled (see ``steady.py``), while ``cost`` and ``energy`` are of
+    the whole run; ``uncertainty`` where the mean latencies, the rate of tokens and joules a token may lie (see
+    ``uncertainty.py``).
     ``timing`` is in wall-clock seconds: ``wall_s`` all of the run, ``build_s`` of it for drawing requests, planning
     memory and filling the tables of costs (of whole prompts; what else a step asks for is added when it does),
     ``simulate_s`` for the clock from the first event to the last, ``account_s`` for columns, joules and operators.
@@ -43,6 +46,7 @@ def summarise(result: SimulationResult) -> dict[str, Any]:
         "slo": _slo(result),
         "energy": _energy(result, outputs),
         "cost": _cost(result, outputs),
+        "steady": asdict(result.steady),
         "memory": result.memory,
         "utilization": _utilization(result),
         "preemptions": int(columns["preemptions"].sum()),
@@ -80,14 +84,14 @@ def _slo(result: SimulationResult) -> dict[str, float]:
 
 
 def _energy(result: SimulationResult, output_tokens: int) -> dict[str, Any]:
-    """Joules of the whole cluster: working devices by operator, every other device second at idle power.
+    """Joules of the billed devices: working ones by operator, every other device second at idle power.
 
     Top level: devices alone. ``server`` and ``facility`` add what stands around them (``Overhead`` of the cluster).
     ``idle_j`` is the part of devices that had nothing to do. ``range_j``: least and most joules of the devices at a
     clock that was not measured; None at the measured one.
     """
     cluster, usage = result.deployment.cluster, result.usage
-    device_s = cluster.devices * result.duration_s
+    device_s = result.deployment.billed_devices * result.duration_s
     known = bool(usage.seconds)
     idle_j = cluster.device.power.idle_w * max(0.0, device_s - usage.working_s) if known else math.nan
     working_j = math.fsum(usage.energy_j.values()) if known else math.nan
@@ -113,25 +117,26 @@ def _energy(result: SimulationResult, output_tokens: int) -> dict[str, Any]:
 
 
 def _cost(result: SimulationResult, output_tokens: int) -> dict[str, float]:
-    """Rent of every device of the cluster, idle ones too, over the duration."""
-    cluster = result.deployment.cluster
-    usd_per_hour = cluster.device.price.usd_per_hour * cluster.devices
+    """Rent of the billed devices, idle ones too, over the duration."""
+    billed = result.deployment.billed_devices
+    usd_per_hour = result.deployment.cluster.device.price.usd_per_hour * billed
     spent_usd = usd_per_hour / 3600 * result.duration_s
     return {
+        "billed_devices": billed,
         "usd_per_hour": usd_per_hour,
         "usd_per_million_output_tokens": ratio(spent_usd * 1e6, output_tokens),
     }
 
 
 def _utilization(result: SimulationResult) -> dict[str, float]:
-    """Shares of what the devices in use could do in the whole duration, pauses between requests included.
+    """Shares of what the billed devices could do in the whole duration, pauses between requests included.
 
     ``mfu``: FLOPs done over the peak FLOPs of the weights' dtype (of bf16 where weights are only stored in less).
     ``mbu``: bytes moved over the peak bytes of device memory. ``busy``: share of a replica's time with a step in
     flight. ``kv_cache_mean``: share of blocks held, weighted with time; ``kv_cache_peak``: of the fullest replica.
     """
     sheet = result.deployment.cluster.device.datasheet
-    device_s = result.duration_s * result.deployment.devices_used
+    device_s = result.duration_s * result.deployment.billed_devices
     peak = sheet.flops_per_s.get(result.deployment.weights, sheet.flops_per_s["bf16"])
     return {
         "mfu": ratio(result.usage.flops, device_s * peak),

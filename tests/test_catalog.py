@@ -41,7 +41,7 @@ def test_a_wheel_carries_its_data_inside_the_package(tmp_path: Path, monkeypatch
     ("name", "said"),
     [
         ("llama-3.1-80b", "did you mean llama-3.1-8b or llama-3.1-70b"),
-        ("Llama-3.1-70B", "did you mean llama-3.1-70b"),
+        ("lama-3.1-70B", "did you mean llama-3.1-70b"),
         ("zzz", "known: codellama-34b, "),
         ("", "known: codellama-34b, "),
     ],

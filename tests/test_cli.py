@@ -381,7 +381,7 @@ def test_show_memory_needs_no_workload(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["show", "memory", str(file)]) == 0
     assert "tp2-pp1" in capsys.readouterr().out
     assert main(["show", "memory", "--model", "llama-3.1-70b", "--device", "h100-sxm"]) == 1
-    assert "starts with tensor degree 4" in capsys.readouterr().err
+    assert "starts with tensor degree 2" in capsys.readouterr().err
 
 
 def test_simulate_tells_the_memory_of_a_replica(trace: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ FLOORS = (
     {"units", "atomic", "metrics", "versions"},  # numbers, files and arithmetic that know nothing of serving
     {"specs"},
     {"costs"},
-    {"results", "summary", "uncertainty"},
+    {"results", "steady", "batch_means", "summary", "uncertainty"},
     {"serving"},
     {"search"},
     {
@@ -55,7 +55,7 @@ PLACES = {
     "rich": "cli/",
     "matplotlib": "plots.py",
     "ray": "search/executors.py",
-    "scipy": ("fitting/", "calibration.py", "specs/laws.py"),
+    "scipy": ("fitting/", "calibration.py", "specs/laws.py", "batch_means.py"),
     "torch": (),
 }
 # Slow to import, so only inside functions.

@@ -10,7 +10,8 @@ import pytest
 
 from apexsim.errors import BadInput, Unsupported
 from apexsim.specs.engine import SchedulerDefaults
-from apexsim.specs.model import ModelSpec, MoESpec
+from apexsim.specs.experts import MoESpec
+from apexsim.specs.model import ModelSpec
 from apexsim.specs.workload import Requests
 
 torch = pytest.importorskip("torch")

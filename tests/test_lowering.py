@@ -22,7 +22,7 @@ from apexsim.io.deployments import with_engine_options
 from apexsim.specs.cluster import Cluster
 from apexsim.specs.deployment import Deployment, Plan, Pool
 from apexsim.specs.engine import CommunicationDefaults
-from apexsim.specs.model import MoESpec
+from apexsim.specs.experts import MoESpec
 
 ONE = np.ones(1)
 H100 = catalog.load("device", "h100-sxm")

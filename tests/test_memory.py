@@ -16,6 +16,7 @@ from apexsim.specs.cluster import Cluster
 from apexsim.specs.deployment import Deployment, Plan, Pool
 from apexsim.specs.device import DeviceProfile
 from apexsim.specs.engine import EngineProfile
+from apexsim.specs.memory import MemoryDefaults
 
 GIB = 2**30
 H100 = catalog.load("device", "h100-sxm")
@@ -200,6 +201,14 @@ def test_what_the_share_is_of_decides_what_comes_out_of_it() -> None:
     assert plans["loaded"].kv_bytes == pytest.approx(share * (seen - weights - step - GIB))
     for of, plan in plans.items():
         assert plan.kv_error_bytes == pytest.approx(error * kept[of])
+
+
+def test_an_engine_may_choose_its_share_by_what_it_leaves() -> None:
+    """16 GiB of a device, a fifth of a small one; a share that is given outweighs that."""
+    memory = MemoryDefaults(gpu_memory_utilization=None, left_bytes=16 * GIB)
+    assert memory.share_on(160 * GIB) == 0.9
+    assert memory.share_on(24 * GIB) == 0.8
+    assert memory.model_copy(update={"gpu_memory_utilization": 0.85}).share_on(160 * GIB) == 0.85
 
 
 def test_a_shortage_names_what_the_share_is_of() -> None:

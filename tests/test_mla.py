@@ -90,13 +90,13 @@ def test_a_latent_vector_is_cached_whole_on_every_rank() -> None:
 def test_parameters_of_a_layer_by_hand() -> None:
     down = 7168 * 1536 + 7168 * (512 + 64)
     up = 1536 * 128 * (128 + 64) + 512 * 128 * (128 + 128)
-    assert DEEPSEEK.attention_params == down + up + 128 * 128 * 7168 == 187_105_280
+    assert DEEPSEEK.mixer_params(DEEPSEEK.layer_kinds[0]) == down + up + 128 * 128 * 7168 == 187_105_280
     assert DEEPSEEK.layer_kinds[0].count == 3
     assert not DEEPSEEK.layer_kinds[0].moe
     scorer = 2048 * 32 * 128 + 6144 * (128 + 32)
     assert GLM.mla is not None
     without = GLM.mla.model_copy(update={"indexer": None})
-    assert GLM.attention_params - without.params(6144, 64) == scorer
+    assert GLM.mixer_params(GLM.layer_kinds[0]) - without.params(6144, 64, indexed=False) == scorer
 
 
 def test_flops_of_a_token_stop_growing_where_keys_are_picked() -> None:
@@ -109,7 +109,7 @@ def test_flops_of_a_token_stop_growing_where_keys_are_picked() -> None:
 @pytest.mark.parametrize(("weights", "expected"), [("fp8_block", 1.0), ("nvfp4", 2.0), ("int4_wo", 2.0), ("bf16", 2.0)])
 def test_projections_stay_bf16_in_four_bit_checkpoints(weights: str, expected: float) -> None:
     assert DEEPSEEK.mla is not None
-    before, _ = projections(DEEPSEEK.mla, 7168, 16, weights)
+    before, _ = projections(DEEPSEEK.mla, (7168, 16), weights, indexed=False)
     found = {op.name: op for op in before if isinstance(op, Gemm)}
     assert found["qkv_a"].weight_bytes == expected * 7168 * (1536 + 576)
     assert found["kv_b_keys"].weight_bytes == 2.0 * 512 * 16 * 128

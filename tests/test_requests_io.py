@@ -241,7 +241,7 @@ def test_unreadable_files_are_refused(tmp_path: Path, form: str) -> None:
     assert refusal(lambda: read_requests(path)).startswith(f"{path}: ")
     absent = tmp_path / f"absent.{form}"
     line = refusal(lambda: read_requests(absent))
-    assert line == f"{absent}: cannot be read as {form}: No such file or directory"
+    assert line == f"{absent}: cannot be read: No such file or directory"
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
@@ -288,7 +288,7 @@ def test_directories_and_unknown_extensions_are_refused(tmp_path: Path) -> None:
     made = Requests(name="x", prompt_tokens=np.ones(1), output_tokens=np.ones(1), arrival_s=np.zeros(1))
     assert "give a file ending in" in refusal(lambda: write_requests(sheet, made))
     nowhere = tmp_path / "no" / "x.csv"
-    assert refusal(lambda: write_requests(nowhere, made)) == f"{nowhere}: cannot be written: No such file or directory"
+    assert refusal(lambda: write_requests(nowhere, made)).endswith("its folder does not exist; create it first")
 
 
 # ---- lengths without arrivals

@@ -19,10 +19,12 @@ from apexsim.metrics import binned_level, distribution, held_ns, weighted_distri
 from apexsim.results import SimulationResult
 from apexsim.specs.base import parse_spec
 from apexsim.specs.cluster import Cluster
-from apexsim.specs.deployment import Deployment, Plan, Pool
+from apexsim.specs.deployment import Bill, Deployment, Plan, Pool
 from apexsim.specs.device import DeviceProfile
 from apexsim.specs.engine import EngineProfile
 from apexsim.specs.slo import SLO
+from apexsim.specs.workload import Offered
+from apexsim.steady import Steady
 from apexsim.testing import made_up_memory
 
 NS = 1_000_000_000
@@ -61,12 +63,13 @@ def engine() -> EngineProfile:
     )
 
 
-def deployment(*, devices: int = 4, tensor: int = 1, replicas: int = 2) -> Deployment:
+def deployment(*, bill: Bill = "fleet", devices_per_node: int = 4, replicas: int = 2) -> Deployment:
     return Deployment(
         model=catalog.load("model", "llama-3.1-8b"),
-        cluster=Cluster(device=device(), devices_per_node=devices),
+        cluster=Cluster(device=device(), devices_per_node=devices_per_node, nodes=4 // devices_per_node),
         engine=engine(),
-        pools=(Pool(plan=Plan(tensor=tensor), replicas=replicas),),
+        pools=(Pool(plan=Plan(), replicas=replicas),),
+        bill=bill,
     )
 
 
@@ -103,13 +106,15 @@ ACCOUNTING = SimpleNamespace(
     seconds={("gemm", "fitted"): 6.0, ("gemm", "extrapolated"): 3.0, ("attention", "estimated"): 6.0},
     energy_range_j=None,
     spread_s={"gemm": 0.4, "attention": 0.3},
+    step_j=np.array([200.0, 100.0, 50.0, 150.0]),
+    step_s=np.array([4.0, 2.0, 1.0, 8.0]),
 )
 
 
 def result(**changed: Any) -> SimulationResult:
     run: dict[str, Any] = {
         "deployment": deployment(),
-        "workload_name": "five",
+        "workload": SimpleNamespace(name="five", offered=Offered(1.0, 300.0, 6.0), concurrency=None),
         "slo": SLO(ttft_s=1.0, tpot_s=1.0),
         "requests": REQUESTS,
         "itl": (np.array([1 * NS, 2 * NS]), np.array([11, 1])),
@@ -134,7 +139,8 @@ SECTIONS = {
         *("total_j", "per_output_token_j", "per_total_token_j", "mean_power_w"),
         *("idle_j", "range_j", "server", "facility"),
     },
-    "cost": {"usd_per_hour", "usd_per_million_output_tokens"},
+    "cost": {"billed_devices", "usd_per_hour", "usd_per_million_output_tokens"},
+    "steady": set(Steady.__dataclass_fields__),
     "memory": {
         *("weights_bytes", "kv_bytes", "kv_tokens", "kv_tokens_range"),
         *("max_model_len", "max_concurrency_at_context", "device"),
@@ -219,14 +225,34 @@ def test_servers_and_buildings_draw_more_than_devices() -> None:
 
 def test_cost_counts_idle_devices() -> None:
     cost = result().summary()["cost"]
-    assert cost["usd_per_hour"] == pytest.approx(4 * 3.6)
+    assert (cost["billed_devices"], cost["usd_per_hour"]) == (4, pytest.approx(4 * 3.6))
     assert cost["usd_per_million_output_tokens"] == pytest.approx(4 * 0.001 * 10 / 15 * 1e6)
+
+
+@pytest.mark.parametrize(("bill", "per_node", "replicas", "billed"), [
+    ("used", 2, 1, 1),
+    ("used", 2, 3, 3),
+    ("node", 2, 1, 2),
+    ("node", 2, 2, 2),
+    ("node", 2, 3, 4),
+    ("fleet", 2, 1, 4),
+])  # fmt: skip
+def test_one_rule_says_which_devices_are_billed(bill: Bill, per_node: int, replicas: int, billed: int) -> None:
+    """Rent, idle joules, server joules and utilization are all of the billed devices."""
+    found = result(deployment=deployment(bill=bill, devices_per_node=per_node, replicas=replicas))
+    summary = found.summary()
+    assert found.deployment.billed_devices == summary["cost"]["billed_devices"] == billed
+    assert summary["cost"]["usd_per_hour"] == pytest.approx(3.6 * billed)
+    idle_j = 10 * max(0, billed * 10 - 15)
+    assert summary["energy"]["idle_j"] == pytest.approx(idle_j)
+    assert summary["energy"]["server"]["total_j"] == pytest.approx(1.1 * (500 + idle_j) + 200 * billed * 10)
+    assert summary["utilization"]["mfu"] == pytest.approx(4000 / (10 * billed * 1000))
 
 
 def test_utilization() -> None:
     used = result().summary()["utilization"]
-    assert used["mfu"] == pytest.approx(4000 / (10 * 2 * 1000))
-    assert used["mbu"] == pytest.approx(500 / (10 * 2 * 100))
+    assert used["mfu"] == pytest.approx(4000 / (10 * 4 * 1000))
+    assert used["mbu"] == pytest.approx(500 / (10 * 4 * 100))
     assert used["busy"] == pytest.approx((0.6 + 0.9) / 2)
     # Replica 0 holds 10 to 12 blocks for 3 s, 20 for 2 s, 30 for 1 s; replica 1 40 to 60 blocks for 9 s.
     assert used["kv_cache_mean"] == pytest.approx((103 / 1000 + 450 / 1000) / 2)

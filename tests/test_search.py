@@ -437,21 +437,21 @@ def test_real_searches_are_the_same_with_one_job_and_with_two() -> None:
 
 
 def test_a_plan_that_does_not_fit_says_which_bytes() -> None:
-    study = plan(model="llama-3.1-70b", devices="4xh100-sxm", workload="chat", requests=10)
-    row = next(row for row in study.rows if row.candidate.name == "tp1-pp1-dp4")
+    study = plan(model="llama-3.1-70b", devices="2xh100-sxm", workload="chat", requests=10)
+    row = next(row for row in study.rows if row.candidate.name == "tp1-pp1-dp2")
     assert row.outcome.verdict == "infeasible"
     assert "GiB" in row.outcome.reason
-    assert "starts with tensor degree 4" in row.outcome.reason
+    assert "starts with tensor degree 2" in row.outcome.reason
     assert study.best is not None
 
 
-def test_idle_devices_cost_money_and_energy() -> None:
+def test_devices_that_a_plan_leaves_idle_are_not_billed() -> None:
     table = plan(model="llama-3.1-8b", devices="2xh100-sxm", workload="chat", requests=30, allow_idle=True).table
     one = table.set_index("plan").loc["tp1-pp1-dp1"]
     alone = plan(model="llama-3.1-8b", devices="1xh100-sxm", workload="chat", requests=30).table.iloc[0]
     assert (one["devices_used"], one["devices_idle"]) == (1, 1)
-    assert one["usd_per_hour"] == 2 * alone["usd_per_hour"]
-    assert one["energy_per_output_token_j"] > alone["energy_per_output_token_j"]
+    assert one["usd_per_hour"] == alone["usd_per_hour"]
+    assert one["energy_per_output_token_j"] == alone["energy_per_output_token_j"]
     assert one["e2e_p90_s"] == alone["e2e_p90_s"]
 
 

@@ -41,7 +41,7 @@ def test_auto_is_the_default() -> None:
     [
         ("awq", "say int4_wo"), ("gptq", "say int4_wo"), ("w4a16", "say int4_wo"), ("AWQ", "say int4_wo"),
         ("float16", "say bf16"), ("fp16", "say bf16"), ("half", "say bf16"), ("fp8_e5m2", "say fp8"),
-        ("w8a8", "say "), ("fp4", "say nvfp4 or mxfp4"), ("bf15", "did you mean bf16"),
+        ("w8a8", "say int8 for"), ("fp4", "say nvfp4 or mxfp4"), ("bf15", "did you mean bf16"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("key", ["weights", "moe_weights", "kv_cache"])
@@ -88,14 +88,14 @@ def test_flags_of_engines_are_engine_options(theirs: dict[str, Any], ours: dict[
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"tensor_parallel_size": 4}, "got 'tensor_parallel_size'; say --tensor"),
-        ({"tp": 4}, "got 'tp'; say --tensor"),
+        ({"tensor_parallel_size": 4}, "engine_options: for tensor_parallel_size say --tensor"),
+        ({"tp": 4}, "for tp say --tensor"),
         ({"pipeline-parallel-size": 2}, "say --pipeline"),
         ({"enable_expert_parallel": True}, "say --expert"),
         ({"quantization": "fp8"}, "say --weights"),
         ({"kv_cache_dtype": "fp8"}, "say --kv-cache"),
-        ({"enforce_eager": "yes"}, "enforce_eager: got 'yes'; give true or false"),
-        ({"enforce_eager": True, "cuda_graphs": True}, "got 'cuda_graphs'; says cuda_graphs a second time"),
+        ({"enforce_eager": "yes"}, "engine_options: enforce_eager is true or false"),
+        ({"enforce_eager": True, "cuda_graphs": True}, "cuda_graphs says cuda_graphs a second time; give it once"),
         ({"max_num_sequ": 8}, "did you mean max_num_seqs"),
     ],
 )
@@ -103,6 +103,22 @@ def test_flags_that_are_no_engine_options_are_answered(options: dict[str, Any], 
     with pytest.raises(BadInput) as refused:
         deployment(engine_options=options)
     assert said in str(refused.value)
+
+
+def test_options_chosen_outweigh_those_of_a_file_whatever_they_are_called(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: llama-3.1-8b\ndevice: h100-sxm\nengine_options: {enforce-eager: true}\n")
+    assert not deployment_from(file, {}).engine.host.cuda_graphs
+    assert deployment_from(file, {"engine_options": {"cuda_graphs": True}}).engine.host.cuda_graphs
+    assert deployment_from(file, {"engine_options": {"disable_cuda_graph": False}}).engine.host.cuda_graphs
+
+
+@pytest.mark.parametrize("key", ["policy", "--policy", "' policy '"])
+def test_code_that_a_file_names_is_seen_in_every_spelling(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"model: llama-3.1-8b\ndevice: h100-sxm\nengine_options: {{{key}: 'nowhere:Policy'}}\n")
+    with pytest.raises(BadInput, match=r"engine_options.policy: got 'nowhere:Policy'; the file names code to import"):
+        deployment_from(file, {})
 
 
 @pytest.mark.parametrize("flag", ["--tp", "--tensor-parallel-size", "--pp", "--kv-cache-dtype", "--quantization"])

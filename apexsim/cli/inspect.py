@@ -138,5 +138,6 @@ def import_model(
     data = spec.model_dump(mode="json", exclude_defaults=True)
     if out:
         write_yaml(out, data)
+        typer.echo(f"{out}: {spec.source}" + (f"; weights {spec.checkpoint.described}" if spec.checkpoint else ""))
     else:
         typer.echo(format_yaml(data), nl=False)

@@ -19,7 +19,7 @@ from apexsim.errors import BadInput
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from apexsim.io.deployments import EngineOption
+    from apexsim.io.words import EngineOption
     from apexsim.specs.deployment import Deployment
     from apexsim.specs.slo import SLO
     from apexsim.specs.workload import Requests
@@ -75,6 +75,9 @@ class DeploymentFlags:
     ] = None
     nodes: Annotated[int | None, typer.Option(help="Nodes of the cluster.", rich_help_panel=_DEPLOYMENT)] = None
     devices_per_node: Annotated[int | None, typer.Option(help="Devices a node.", rich_help_panel=_DEPLOYMENT)] = None
+    bill: Annotated[
+        str | None, typer.Option(help="Devices paid for: used, node or fleet.", rich_help_panel=_DEPLOYMENT)
+    ] = None
     clock_mhz: Annotated[
         float | None, typer.Option(help="Hold devices at a lower clock (extrapolated).", rich_help_panel=_DEPLOYMENT)
     ] = None
@@ -126,6 +129,10 @@ JsonFlag = Annotated[
     str | None, typer.Option("--json", help="Write JSON to this file, or to stdout with -.", rich_help_panel=_OUTPUT)
 ]
 
+AllowPluginsFlag = Annotated[
+    bool, typer.Option("--allow-plugins", help="Import code that a file names, as module:Name.")
+]
+
 
 def with_flags(command: Command) -> Command:
     """Let ``command`` take groups of flags: a parameter whose type is a dataclass stands for all of its fields.
@@ -158,12 +165,13 @@ def _flags_of(kind: Any) -> list[inspect.Parameter]:
     return [p.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY) for name, p in parameters.items()]
 
 
-def deployment_from_flags(path: Path | None, flags: DeploymentFlags) -> Deployment:
+def deployment_from_flags(path: Path | None, flags: DeploymentFlags, *, allow_plugins: bool) -> Deployment:
     """The lawful deployment that a YAML file, flags, or both describe; a flag outweighs the file."""
     from apexsim.io.deployments import deployment_from
 
     choices = {key: value for key, value in vars(flags).items() if value is not None and key != "engine_option"}
-    return deployment_from(path, {**choices, "engine_options": parse_engine_options(flags.engine_option or ())})
+    options = parse_engine_options(flags.engine_option or ())
+    return deployment_from(path, {**choices, "engine_options": options}, allow_plugins=allow_plugins)
 
 
 def parse_engine_options(items: Iterable[str]) -> dict[str, EngineOption]:
@@ -191,14 +199,16 @@ def _plain(text: str) -> EngineOption:
 
 def check_targets(targets: Mapping[str, Path | str | None]) -> None:
     """Refuse an output file that could not be written before any work is done; keys are the flags."""
-    from apexsim.atomic import check_writable
+    from apexsim.atomic import check_writable, is_stream
 
     taken: dict[str, str] = {}
     for flag, target in targets.items():
         if target is None or (flag == "--json" and target == "-"):
             continue
         check_writable(target, where=flag)
-        first = taken.setdefault(os.path.abspath(target), flag)
+        if is_stream(target):
+            continue
+        first = taken.setdefault(os.path.realpath(target), flag)
         if first != flag:
             raise BadInput(f"is the file of {first} too; give each its own", where=flag, got=str(target))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,10 +38,13 @@ class SearchFlags:
         None
     )
     objective: Annotated[
-        str | None, typer.Option(help="latency, throughput, goodput, energy or cost.", rich_help_panel=_QUESTION)
+        str | None,
+        typer.Option(help="latency, throughput, goodput, energy, cost or devices.", rich_help_panel=_QUESTION),
     ] = None
     slo: Annotated[str | None, typer.Option(help="As ttft_s=0.5,tpot_s=0.05.", rich_help_panel=_QUESTION)] = None
-    requests: Annotated[int | None, typer.Option(help="Only the first so many.", rich_help_panel=_QUESTION)] = None
+    requests: Annotated[
+        int | None, typer.Option(help="So many; else as many as it takes.", rich_help_panel=_QUESTION)
+    ] = None
     rate_per_s: Annotated[
         float | None, typer.Option(help="Rescale arrivals to this mean rate.", rich_help_panel=_QUESTION)
     ] = None
@@ -67,6 +70,10 @@ class SearchFlags:
     ] = None
     prompts: Annotated[
         str | None, typer.Option(help="text, or random_tokens (MoE: fewer experts).", rich_help_panel=_QUESTION)
+    ] = None
+
+    bill: Annotated[
+        str | None, typer.Option(help="Devices paid for: used, node or fleet.", rich_help_panel=_QUESTION)
     ] = None
 
     def choices(self) -> dict[str, Any]:
@@ -132,9 +139,10 @@ def _show(study: Study, run: RunFlags) -> None:
     console = table_console(run.json)
     ran = [record for record in study.records if record["verdict"] in ("ok", "misses_slo")]
     others = [record for record in study.records if record not in ran]
-    for table in (_ranking(study.question.objective, ran[: run.top]), _not_run(others[: run.top])):
-        if table.row_count:
-            console.print(table)
+    if ran:
+        console.print(_ranking(study.question.objective, ran[: run.top]))
+    for line in _not_run(others):
+        console.print(line, highlight=False)
     line = headline(study)
     console.print(line[0].upper() + line[1:] + ".", highlight=False)
     if run.out:
@@ -144,37 +152,45 @@ def _show(study: Study, run: RunFlags) -> None:
 # Heading of a column: the figure it shows and its format. The objective is put first where it is not among them.
 _COLUMNS = {
     "SLO\nkept": ("attainment", "{:.1%}"),
+    "de-\nvices": ("devices_used", "{:d}"),
     "TTFT\np90 s": ("ttft_p90_s", "{:.3f}"),
     "TPOT\np90 s": ("tpot_p90_s", "{:.4f}"),
     "e2e\np90 s": ("e2e_p90_s", "{:.2f}"),
     "tokens\n/s": ("output_tokens_per_s", "{:.0f}"),
-    "J\n/token": ("energy_per_output_token_j", "{:.3g}"),
-    "USD\n/Mtoken": ("usd_per_million_output_tokens", "{:.3g}"),
+    "power\nW": ("mean_power_w", "{:.0f}"),
+    "J\n/token": ("steady_energy_per_output_token_j", "{:.3g}"),
+    "USD\n/Mtoken": ("steady_usd_per_million_output_tokens", "{:.3g}"),
 }
 
 
 def _ranking(objective: Objective, records: Sequence[dict[str, Any]]) -> Table:
-    """Plans that ran, best first. A star: on the Pareto front; dim: misses the SLO."""
-    known = {figure for figure, _ in _COLUMNS.values()}
+    """Plans that ran, best first. A star: on the Pareto front; =: ties with the best; dim: misses the SLO."""
+    known = {figure for figure, _ in _COLUMNS.values()} | {"devices"}
     columns = _COLUMNS if objective.column in known else {objective.name: (objective.column, "{:.4g}")} | _COLUMNS
     table = _table("plan", "")
     for heading, (figure, _) in columns.items():
         table.add_column(heading, justify="right", style="bold" if figure == objective.column else None)
-    if any(record["devices_idle"] for record in records):
-        table.add_column("idle", justify="right")
+    tied = sum(record["leads"] for record in records) > 1
     for record in records:
+        marks = "=" * (tied and record["leads"]) + "*" * record["front"]
         figures = [_format(record[figure], form) for figure, form in columns.values()]
-        cells = [record["plan"], "*" * record["front"], *figures, str(record["devices_idle"])]
-        table.add_row(*cells[: len(table.columns)], style=None if record["verdict"] == "ok" else "dim")
-    table.caption = "* on the Pareto front of latency, cost and energy" if any(r["front"] for r in records) else None
+        table.add_row(record["plan"], marks, *figures, style=None if record["verdict"] == "ok" else "dim")
+    legend = {
+        "= ties with the best": tied,
+        "* on the Pareto front of latency, cost and energy": any(r["front"] for r in records),
+    }
+    table.caption = "; ".join(said for said, holds in legend.items() if holds) or None
     return table
 
 
-def _not_run(records: Sequence[dict[str, Any]]) -> Table:
-    table = _table("plan", "verdict", "reason")
-    for record in records:
-        table.add_row(record["plan"], record["verdict"], record["reason"])
-    return table
+def _not_run(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Plans that did not run, counted by verdict and reason: a line each."""
+    from apexsim.search.reasons import counted
+
+    for verdict in dict.fromkeys(record["verdict"] for record in records):
+        reasons = [record["reason"].split("; ")[0] for record in records if record["verdict"] == verdict]
+        for count, reason in counted(reasons):
+            yield f"{count} plan{'s' * (count > 1)} {verdict}: {reason}"
 
 
 def _table(*headings: str) -> Table:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from apexsim.cli.options import (
+    AllowPluginsFlag,
     DeploymentFlags,
     JsonFlag,
     WorkloadFlags,
@@ -88,11 +89,12 @@ def simulate(
         Path | None, typer.Argument(help="Deployment YAML; flags outweigh it.", metavar="[DEPLOYMENT.yaml]")
     ] = None,
     exact_steps: Annotated[bool, typer.Option("--exact-steps", help="Simulate every step singly (slow).")] = False,
+    allow_plugins: AllowPluginsFlag = False,
 ) -> None:
     """Serve a workload with one deployment: latencies, throughput, SLO, energy, cost and utilization."""
     output_flags.check()
     slo = workload_flags.read_slo()
-    served = deployment_from_flags(deployment, deployment_flags)
+    served = deployment_from_flags(deployment, deployment_flags, allow_plugins=allow_plugins)
     requests = workload_flags.read()
 
     from rich.text import Text

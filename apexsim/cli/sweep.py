@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from apexsim.cli.options import progress_bar
+from apexsim.cli.options import AllowPluginsFlag, progress_bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,6 +28,7 @@ def sweep(
     out: Annotated[Path, typer.Option(help="Folder for sweep.parquet and the journal.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in --out.")] = False,
     jobs: Annotated[int | None, typer.Option(help="Processes; the cores at hand.", min=1)] = None,
+    allow_plugins: AllowPluginsFlag = False,
 ) -> None:
     """Simulate every point of a grid; a run that fails is a row with its error.
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from apexsim.costs.energy import limited
+from apexsim.costs.forms.hardware import Array
 from apexsim.costs.steps import StepCost
 from apexsim.costs.work import Columns, work_of
 from apexsim.specs.power import CLOCK_VARIANTS
@@ -24,7 +25,8 @@ class Accounting:
     Operators are the kinds of a device profile, and ``host``. Evidence is ``fitted``, ``estimated``, or
     ``extrapolated`` where a size lay outside what was measured. ``energy_range_j``: least and most joules where the
     device runs at a clock that was not measured; None at the measured one. ``spread_s``: standard deviation of the
-    seconds of each operator, all its runs wrong together.
+    seconds of each operator, all its runs wrong together. ``step_j`` and ``step_s``: joules and device seconds of each
+    row of steps.
     """
 
     energy_j: dict[str, float]
@@ -33,6 +35,8 @@ class Accounting:
     seconds: dict[tuple[str, str], float]
     energy_range_j: tuple[float, float] | None = None
     spread_s: dict[str, float] = field(default_factory=dict)
+    step_j: Array = field(default_factory=lambda: np.zeros(0))
+    step_s: Array = field(default_factory=lambda: np.zeros(0))
 
 
 def account(cost: StepCost, steps: Columns, chunks: Columns, *, time_scale: float = 1.0) -> Accounting:
@@ -46,7 +50,8 @@ def account(cost: StepCost, steps: Columns, chunks: Columns, *, time_scale: floa
     energy_j: defaultdict[str, float] = defaultdict(float)
     seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
     spread_s: defaultdict[str, float] = defaultdict(float)
-    for work, joules in zip(works, limited(power, works, len(steps["repeats"]), time_scale), strict=True):
+    drawn = limited(power, works, len(steps["repeats"]), time_scale)
+    for work, joules in zip(works, drawn.by_work_j, strict=True):
         energy_j[work.kind] += joules
         spent_s = time_scale * work.total(work.seconds)
         spread_s[work.kind] += work.spread * spent_s
@@ -59,6 +64,7 @@ def account(cost: StepCost, steps: Columns, chunks: Columns, *, time_scale: floa
     possible = None
     if profile.clock_mhz is not None:
         variants = [profile.power.at(profile.clock_mhz, variant) for variant in CLOCK_VARIANTS]
-        totals = [sum(limited(each, works, len(steps["repeats"]), time_scale)) for each in variants]
+        totals = [sum(limited(each, works, len(steps["repeats"]), time_scale).by_work_j) for each in variants]
         possible = min(totals), max(totals)
-    return Accounting(dict(energy_j), flops, bytes_moved, dict(seconds), possible, dict(spread_s))
+    by_step = drawn.by_step_j, drawn.by_step_s
+    return Accounting(dict(energy_j), flops, bytes_moved, dict(seconds), possible, dict(spread_s), *by_step)

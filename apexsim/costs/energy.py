@@ -12,6 +12,7 @@ times contain the slower clocks already.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,22 +36,31 @@ def joules(power: PowerModel, work: Work, time_scale: float = 1.0) -> Array:
     return watts * seconds + drawn.j_per_byte * work.bytes_moved + drawn.j_per_flop * work.flops
 
 
-def limited(power: PowerModel, works: Sequence[Work], steps: int, time_scale: float = 1.0) -> list[float]:
-    """Joules of each of ``works`` over all runs in ``steps`` rows of steps, every step kept within the limit."""
+class Drawn(NamedTuple):
+    """Joules of every work over all rows of steps, and joules and device seconds of every row over all works."""
+
+    by_work_j: list[float]
+    by_step_j: Array
+    by_step_s: Array
+
+
+def limited(power: PowerModel, works: Sequence[Work], steps: int, time_scale: float = 1.0) -> Drawn:
+    """Joules of ``works`` over all runs in ``steps`` rows of steps, every step kept within the limit."""
     drawn = [joules(power, work, time_scale) for work in works]
-    kernels_j, room_j = np.zeros(steps), np.zeros(steps)
+    kernels_j, others_j, spent_s = np.zeros(steps), np.zeros(steps), np.zeros(steps)
     for work, each in zip(works, drawn, strict=True):
-        room_j += work.by_step(power.limit_w * time_scale * work.seconds, steps)
+        spent_s += work.by_step(time_scale * work.seconds, steps)
         if work.dtype is None:
-            room_j -= work.by_step(each, steps)
+            others_j += work.by_step(each, steps)
         else:
             kernels_j += work.by_step(each, steps)
-    least = smooth_least(kernels_j, np.maximum(room_j, 0.0))
+    least = smooth_least(kernels_j, np.maximum(power.limit_w * spent_s - others_j, 0.0))
     share = np.divide(least, kernels_j, out=np.ones(steps), where=kernels_j > 0)
-    return [
+    by_work_j = [
         work.total(each) if work.dtype is None else float((each[work.at] * work.runs * share[work.step]).sum())
         for work, each in zip(works, drawn, strict=True)
     ]
+    return Drawn(by_work_j, least + others_j, spent_s)
 
 
 def smooth_least(first: Array, second: Array) -> Array:

@@ -19,7 +19,8 @@ from apexsim.specs.deployment import Deployment, Plan, Pool
 from apexsim.specs.placement import Spans, pool_spans
 
 if TYPE_CHECKING:
-    from apexsim.specs.model import MoESpec
+    from apexsim.specs.experts import MoESpec
+    from apexsim.specs.layers import LayerKind
 
 # Measured exchanges of expert layers, by what an engine profile calls them.
 EXCHANGES: dict[tuple[str, str], CollectiveKind] = {
@@ -34,7 +35,7 @@ EXCHANGES: dict[tuple[str, str], CollectiveKind] = {
 }
 
 
-def routed_part(deployment: Deployment, pool: Pool) -> list[RowOperator]:
+def routed_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> list[RowOperator]:
     """Router and routed experts of one layer on one rank.
 
     With ``all_reduce`` every rank holds all tokens already, or gathers those of the other attention-data ranks and
@@ -42,6 +43,7 @@ def routed_part(deployment: Deployment, pool: Pool) -> list[RowOperator]:
     share of the tokens to the ranks of their experts and gets them back.
     """
     model, plan, moe = deployment.model, pool.plan, moe_of(deployment)
+    dtype = model.part_dtype("experts", kind, deployment.expert_dtype)
     random = deployment.prompts == "random_tokens"
     layer = MoeLayer(
         hidden=model.hidden,
@@ -49,23 +51,23 @@ def routed_part(deployment: Deployment, pool: Pool) -> list[RowOperator]:
         topk=moe.active,
         experts=moe.experts,
         ep=plan.expert,
-        dtype=deployment.expert_dtype,
+        dtype=dtype,
         routing_exponent=moe.random_routing_exponent if random else moe.routing_exponent,
         gated=model.gated,
-        kernel=_stand_in_kernel(deployment),
+        kernel=_stand_in_kernel(deployment, dtype),
     )
     choice_s = deployment.engine.expert_choice_s(deployment.cluster.device.datasheet)
     experts = Experts("experts", layer, rows=_expert_rows(plan), choice_s=choice_s)
     return [Gemm("router", moe.experts, model.hidden, "bf16"), *_carried(deployment, pool, experts)]
 
 
-def _stand_in_kernel(deployment: Deployment) -> str | None:
+def _stand_in_kernel(deployment: Deployment, dtype: str) -> str | None:
     """The dtype whose kernels of experts stand for those of MXFP4, where no others were timed.
 
     Marlin, which multiplies 4-bit weights in bf16, is what an engine may ask for, and all that devices before Hopper
     have; its int4 kernel reads as many bytes.
     """
-    if deployment.expert_dtype != "mxfp4":
+    if dtype != "mxfp4":
         return None
     known = deployment.cluster.device.operators.get("moe", {})
     only_int4 = "mxfp4" not in known and "int4_wo" in known

@@ -95,6 +95,14 @@ class OperatorCosts:
         self._decode_cost = lru_cache(maxsize=4096)(self._decode_curve)
         self._own_experts = lru_cache(maxsize=64)(self._find_own_experts)
 
+    def knows(self, kind: str, key: str) -> bool:
+        """Whether there is such an operator, fitted or an estimate in its place."""
+        try:
+            self.operator(kind, key)
+        except Unsupported:
+            return False
+        return True
+
     def operator(self, kind: str, key: str) -> FittedOperator:
         """The fitted operator, or an estimate in its place; raises Unsupported, naming what there is."""
         known = self.profile.operators.get(kind, {})

@@ -100,7 +100,7 @@ class Lowered:
     @property
     def attentions(self) -> tuple[Mixing, ...]:
         """Kinds of attention of the model, recurrent states among them: full first, then by window."""
-        found = {block.attention for block in self.blocks if block.attention is not None}
+        found = dict.fromkeys(block.attention for block in self.blocks if block.attention is not None)
         return tuple(sorted(found, key=lambda attention: attention.window or 0))
 
     def layers_of(self, attention: Mixing) -> tuple[int, ...]:
@@ -201,7 +201,7 @@ def _block(deployment: Deployment, pool: Pool, kind: LayerKind) -> Block:
     import networkx as nx
 
     attention, before, after = _mixer_part(deployment, pool, kind)
-    norm = [_norm(deployment, pool, "ffn_norm")] if kind.ffn else []
+    norm = [_entry_of(deployment, pool, "ffn")] if kind.ffn else []
     flat: list[Operator] = [*before, *([attention] if attention else []), *after, *norm]
     graph = nx.DiGraph(window=kind.window, moe=kind.moe)
     _chain(graph, flat)
@@ -224,6 +224,18 @@ def _chain(graph: Any, operators: list[Operator]) -> None:
     for operator in operators:
         graph.add_node(operator.name, operator=operator)
     graph.add_edges_from((a.name, b.name) for a, b in pairwise(operators))
+
+
+def _entry_of(deployment: Deployment, pool: Pool, part: str) -> Elementwise:
+    """What comes before attention or FFN: the residual stream takes up what was computed, and is normed.
+
+    Without a norm there, or where the FFN reads the norm of attention (``parallel``), it is a sum alone: two read, one
+    written.
+    """
+    model = deployment.model
+    if not model.pre_norms or (model.parallel and part == "ffn"):
+        return Elementwise(f"{part}_residual", 3 * ACTIVATION_BYTES * model.hidden)
+    return _norm(deployment, pool, f"{part}_norm")
 
 
 def _norm(deployment: Deployment, pool: Pool, name: str) -> Elementwise:
@@ -254,14 +266,14 @@ def _mixer_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixed:
     attention, before, after = part(deployment, pool, kind)
     after += _all_reduce(deployment, pool, "attention_all_reduce")
     after += _post_norm(deployment, "attention_post_norm")
-    return attention, [_norm(deployment, pool, "attention_norm"), *before], after
+    return attention, [_entry_of(deployment, pool, "attention"), *before], after
 
 
 def _attention_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixed:
     """QKV (an output gate with the queries), QK norm, rotation; the gate and the output projection."""
     model, tensor = deployment.model, pool.plan.tensor
     heads, kv_heads = model.heads // tensor, max(1, model.kv_heads // tensor)
-    dtype, gates = model.attention_dtype(deployment.weights), heads if model.output_gate else 0
+    dtype, gates = model.part_dtype("mixer", kind, deployment.weights), heads if model.output_gate else 0
     qk_bytes = 2 * ACTIVATION_BYTES * (heads + kv_heads)
     before: list[RowOperator] = [
         _gemm(deployment, "qkv", (heads + gates + 2 * kv_heads) * model.head_dim, model.hidden, dtype)
@@ -304,10 +316,14 @@ def _latent_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixed:
     """Latent attention, its heads split over ranks; down-projections and latent vectors whole on every rank."""
     model, heads = deployment.model, deployment.model.heads // pool.plan.tensor
     assert model.mla is not None, "the caller has seen it"
-    before, after = projections(model.mla, model.hidden, heads, deployment.weights, partial(_gemm, deployment))
+    dtype, product = model.part_dtype("mixer", kind, deployment.weights), partial(_gemm, deployment)
+    shape = (model.hidden, heads)
+    before, after = projections(model.mla, shape, dtype, indexed=kind.indexed, product=product)
     if "rope" not in deployment.engine.fusions:
         before += latent_copies(model.mla)
-    return LatentMixing("attention", model.mla, model.hidden, heads, deployment.kv_cache), before, after
+    indexed = sum(each.count for each in model.layer_kinds if each.indexed) / model.layers
+    share = indexed if model.mla.indexer else 1.0
+    return LatentMixing("attention", model.mla, model.hidden, heads, deployment.kv_cache, share), before, after
 
 
 def _recurrent_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixed:
@@ -315,17 +331,16 @@ def _recurrent_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixe
     model, tensor, layer = deployment.model, pool.plan.tensor, deployment.model.recurrent
     assert layer is not None, "a recurrent layer belongs to a model that says of which kind"
     inner = layer.inner(tensor)
-    before: list[RowOperator] = [
-        _gemm(deployment, "state_in", layer.projected(tensor), model.hidden, deployment.weights)
-    ]
+    dtype = model.part_dtype("mixer", kind, deployment.weights)
+    before: list[RowOperator] = [_gemm(deployment, "state_in", layer.projected(tensor), model.hidden, dtype)]
     gated = Elementwise("state_norm", 3 * ACTIVATION_BYTES * inner)
-    after: list[RowOperator] = [gated, _gemm(deployment, "state_out", model.hidden, inner, deployment.weights)]
+    after: list[RowOperator] = [gated, _gemm(deployment, "state_out", model.hidden, inner, dtype)]
     return StateUpdate("state", layer, tensor), before, after
 
 
-def _ffn(deployment: Deployment, width: int, prefix: str = "") -> list[Gemm | Elementwise]:
+def _ffn(deployment: Deployment, width: int, dtype: str, prefix: str = "") -> list[Gemm | Elementwise]:
     """A dense FFN whose shard on this rank is ``width`` wide."""
-    model, dtype = deployment.model, deployment.weights
+    model = deployment.model
     up, inputs = ("gate_up", 2) if model.gated else ("up", 1)
     return [
         _gemm(deployment, prefix + up, inputs * width, model.hidden, dtype),
@@ -339,17 +354,19 @@ def _ffn_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> list[list[
     if not kind.ffn:
         return []
     if kind.moe:
-        return _moe_part(deployment, pool)
-    return [[*_ffn(deployment, (deployment.model.ffn or 0) // pool.plan.tensor)]]
+        return _moe_part(deployment, pool, kind)
+    dtype = deployment.model.part_dtype("ffn", kind, deployment.weights)
+    return [[*_ffn(deployment, (deployment.model.ffn or 0) // pool.plan.tensor, dtype)]]
 
 
-def _moe_part(deployment: Deployment, pool: Pool) -> list[list[RowOperator]]:
+def _moe_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> list[list[RowOperator]]:
     """Router and routed experts; shared experts as one dense FFN, hidden by them in small steps of some engines."""
     model, moe = deployment.model, moe_of(deployment)
-    routed = routed_part(deployment, pool)
+    routed = routed_part(deployment, pool, kind)
     if not moe.shared_width:
         return [routed]
-    shared = _ffn(deployment, moe.shared_width // pool.plan.tensor, "shared_")
+    dtype = model.part_dtype("shared", kind, deployment.weights)
+    shared = _ffn(deployment, moe.shared_width // pool.plan.tensor, dtype, "shared_")
     if moe.shared_gate:
         shared.append(Gemm("shared_gate", 1, model.hidden, "bf16"))
     beside = deployment.engine.host.beside_tokens

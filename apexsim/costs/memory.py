@@ -185,8 +185,8 @@ class _Budget:
         """How ``offered`` comes about, in words."""
         if self.share_of == "started":
             free = self.memory_bytes - self.reserve - self.collectives
-            return f"{format_bytes(free)} free before weights are loaded x {self.share:g}"
-        share = f" x {self.share:g}" if self.share_of == "total" else ""
+            return f"{format_bytes(free)} free before weights are loaded x {self.share:.3g}"
+        share = f" x {self.share:.3g}" if self.share_of == "total" else ""
         return f"{format_bytes(self.memory_bytes)}{share}"
 
     @property
@@ -224,7 +224,7 @@ def _budget(deployment: Deployment, pool: Pool, lowered: Lowered, stage: int) ->
     memory = engine.memory
     return _Budget(
         memory_bytes=sheet.memory_bytes,
-        share=memory.gpu_memory_utilization,
+        share=memory.share_on(sheet.memory_bytes),
         share_of=memory.share_of,
         weights=weights_bytes(deployment, pool, lowered, stage),
         activations=activation_bytes(deployment, lowered, stage),

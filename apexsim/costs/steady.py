@@ -81,7 +81,7 @@ def _windowed(
     cost: StepCost, load: SteadyLoad, decodes: NDArray[np.int64], contexts: NDArray[np.int64]
 ) -> dict[str, NDArray[np.int64]]:
     """Sum of min(context, window) for every window, over contexts spread evenly along the outputs."""
-    windows = {attention.window for attention in cost.attentions} - {None}
+    windows = dict.fromkeys(attention.window for attention in cost.attentions)
     ages = load.prompt_tokens + np.arange(1, round(load.output_tokens) + 1)
     seen = {window: float(np.minimum(ages, window).mean()) for window in windows if window}
     return {

@@ -253,8 +253,22 @@ def build_step_cost(deployment: Deployment, pool: Pool, *, prompts: Sequence[int
     return cost
 
 
-def fitted_operators(lowered: Lowered) -> set[tuple[str, str]]:
-    """(kind, key) of every fitted operator that steps will ask a device profile for."""
+def unknown_collectives(deployment: Deployment, pool: Pool) -> tuple[str, ...]:
+    """Collectives that a pool's steps need and its device's profile has no cost for, in words; mostly none.
+
+    Raises InfeasiblePlan for an unlawful plan.
+    """
+    lowered, device = lower(deployment, pool), deployment.cluster.device
+    rows = [op for stage in lowered.stages for op, _ in stage.row_operators()]
+    rows += [op for stage in lowered.stages for op in stage.head]
+    needed = [each for op in rows if isinstance(op, Collective) for each in (op, op.library)]
+    missing = [op for op in needed if not tables_for(device).costs.knows(op.kind, op.key)]
+    return tuple(dict.fromkeys(f"{device.name} has no {op.kind} over {op.group} devices" for op in missing))
+
+
+def fitted_operators(lowered: Lowered) -> list[tuple[str, str]]:
+    """(kind, key) of every fitted operator that steps will ask a device profile for, in order: which of two unknown
+    ones is named must not hang on how strings hash."""
     rows = [op for stage in lowered.stages for op in (*(op for op, _ in stage.row_operators()), *stage.head)]
     wanted = {(op.kind, op.key) for op in [*rows, *(op.library for op in rows if isinstance(op, Collective))]}
-    return wanted | {(kind, a.key) for a in lowered.attentions for kind in a.kinds}
+    return sorted(wanted | {(kind, a.key) for a in lowered.attentions for kind in a.kinds})

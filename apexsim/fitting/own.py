@@ -98,7 +98,7 @@ class OwnTables:
             if len(wrong := frame[~frame[column].between(least, np.inf, inclusive="left")]):
                 said = f"a measured row has a number {'of at least' if column in _ZERO else 'above'} 0 there"
                 raise BadInput(said, where=path, key=column, got=float(wrong[column].iloc[0]))
-        for column in {"dtype", "kv_dtype"}.intersection(labels):
+        for column in (each for each in ("dtype", "kv_dtype") if each in labels):
             if unknown := set(frame[column]) - set(COMPUTE_DTYPE):
                 raise BadInput(nearest(min(unknown), COMPUTE_DTYPE), where=path, key=column, got=min(unknown))
         return frame

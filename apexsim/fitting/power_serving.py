@@ -49,7 +49,7 @@ class ServedRun(NamedTuple):
     def predicted_w(self, power: PowerModel, *, step_s: float | None = None) -> float:
         """Watts of one device at the measured time of a step, or another."""
         taken_s = step_s or self.step_s
-        spent = limited(power, self.state.work, self.state.rows, taken_s / self.state.step_s)
+        spent = limited(power, self.state.work, self.state.rows, taken_s / self.state.step_s).by_work_j
         return sum(spent) / (self.devices * self.state.steps * taken_s)
 
 

@@ -13,7 +13,6 @@ Rows are numbered from 1 in every message; a CSV header is not a row. Columns of
 
 from __future__ import annotations
 
-import codecs
 import json
 import os
 import re
@@ -30,8 +29,12 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from apexsim import catalog
+from apexsim.atomic import atomic_path
 from apexsim.errors import BadInput, nearest
-from apexsim.specs.laws import AllAtOnce, ClosedLoop, Floats, PoissonArrivals, RenewalArrivals
+from apexsim.io.bounds import check_csv, check_ids, check_jsonl, check_parquet
+from apexsim.reading import check_regular
+from apexsim.specs.laws import MAX_CONCURRENCY, AllAtOnce, ClosedLoop, Floats, PoissonArrivals, RenewalArrivals
+from apexsim.specs.supply import Supply
 from apexsim.specs.workload import (
     MAX_REQUESTS,
     Requests,
@@ -48,11 +51,7 @@ _COUNTS = {"turn": 0, "num_images": 0, "image_tokens": 0, "num_samples": 1}
 _IDS = ("session_id", "client_id")
 _PREFIX = "prefix_hash_ids"
 OPTIONAL = (*_COUNTS, *_IDS, _PREFIX)
-
-# pyarrow takes a block size as a 32-bit integer. One block for a whole file: types are then inferred over all rows.
-_MAX_BLOCK_BYTES = 2**31 - 1
-# Enough of a file to tell whether it is text.
-_PEEK_BYTES = 1 << 16
+_FLAT_LIST = re.compile(r"\s*\[[^\[\]]*\]\s*")
 
 _Wanted = PoissonArrivals | ClosedLoop | AllAtOnce
 
@@ -66,6 +65,27 @@ def resolve_workload(
     seed: int = 0,
     all_at_once: bool = False,
 ) -> Requests:
+    """The requests of ``resolve_supply``, for whoever needs no more of them."""
+    supply = resolve_supply(
+        name_or_path,
+        rate_per_s=rate_per_s,
+        concurrency=concurrency,
+        requests=requests,
+        seed=seed,
+        all_at_once=all_at_once,
+    )
+    return supply.requests
+
+
+def resolve_supply(
+    name_or_path: str | os.PathLike[str],
+    *,
+    rate_per_s: float | None = None,
+    concurrency: int | None = None,
+    requests: int | None = None,
+    seed: int = 0,
+    all_at_once: bool = False,
+) -> Supply:
     """Requests of a shipped workload (by name), a workload YAML or a request file (by path).
 
     At most one of ``rate_per_s``, ``concurrency`` and ``all_at_once`` replaces the workload's own arrivals. A rate
@@ -79,8 +99,8 @@ def resolve_workload(
     wanted = _wanted_arrivals(rate_per_s, concurrency, all_at_once)
     found = _find(os.fspath(name_or_path), lengths_will_do=wanted is not None)
     if isinstance(found, Workload):
-        return _draw(found, wanted, requests, seed)
-    return _replay(found, wanted, requests, seed)
+        return _drawn(found, wanted, requests, seed)
+    return Supply(requests=_replay(found, wanted, requests, seed))
 
 
 def _wanted_arrivals(rate_per_s: float | None, concurrency: int | None, all_at_once: bool) -> _Wanted | None:
@@ -93,7 +113,7 @@ def _wanted_arrivals(rate_per_s: float | None, concurrency: int | None, all_at_o
         check_rate(rate_per_s, "--rate-per-s")
         return PoissonArrivals(rate_per_s=rate_per_s)
     if concurrency is not None:
-        check_count(concurrency, "--concurrency")
+        check_count(concurrency, "--concurrency", most=MAX_CONCURRENCY)
         return ClosedLoop(concurrency=concurrency)
     return AllAtOnce() if all_at_once else None
 
@@ -103,23 +123,23 @@ def _find(text: str, *, lengths_will_do: bool) -> Workload | Requests:
     path = Path(text)
     if text in known or path.suffix in (".yaml", ".yml"):
         return catalog.load("workload", text)
-    if path.suffix in _READERS or os.sep in text or (text and path.exists()):
+    if path.suffix in _READERS or os.sep in text or (text and os.path.exists(path)):
         return read_requests(path, lengths_will_do=lengths_will_do)
     would_do = f"unknown workload; {nearest(text, known)} The path of a request file ({_formats()}) would do as well"
     raise BadInput(would_do, where="--workload", got=text)
 
 
-def _draw(workload: Workload, wanted: _Wanted | None, requests: int | None, seed: int) -> Requests:
-    """Sample a generator; a rate keeps its law of arrivals where it has one."""
-    if wanted is None:
-        return workload.sample(requests, seed=seed)
+def _drawn(workload: Workload, wanted: _Wanted | None, requests: int | None, seed: int) -> Supply:
+    """Requests drawn by a generator; a rate keeps its law of arrivals where it has one."""
     own = workload.arrivals
+    notes: tuple[str, ...] = ()
     if isinstance(wanted, PoissonArrivals) and isinstance(own, RenewalArrivals):
-        arrivals = own.model_copy(update={"rate_per_s": wanted.rate_per_s})
-        return workload.model_copy(update={"arrivals": arrivals}).sample(requests, seed=seed)
-    rows = workload.model_copy(update={"arrivals": wanted}).sample(requests, seed=seed)
-    note = f"arrivals of {workload.name} ({own.kind}) replaced: {wanted!r}"
-    return replace(rows, notes=(*rows.notes, note))
+        workload = workload.model_copy(update={"arrivals": own.model_copy(update={"rate_per_s": wanted.rate_per_s})})
+    elif wanted is not None:
+        workload = workload.model_copy(update={"arrivals": wanted})
+        notes = (f"arrivals of {workload.name} ({own.kind}) replaced: {wanted!r}",)
+    rows = replace(workload.sample(requests, seed=seed), notes=notes)
+    return Supply(requests=rows, law=workload, seed=seed, fixed=requests is not None)
 
 
 def _replay(rows: Requests, wanted: _Wanted | None, requests: int | None, seed: int) -> Requests:
@@ -171,14 +191,8 @@ def write_requests(path: str | os.PathLike[str], requests: Requests) -> None:
         **{key: values.tolist() if values.dtype == object else values for key, values in requests.extra.items()},
     }
     table = pa.table(columns)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_path(path) as scratch:
         _WRITERS[path.suffix](table, scratch)
-        os.replace(scratch, path)
-    except OSError as error:
-        raise BadInput(f"cannot be written: {_reason(error)}", where=path) from None
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _write_csv(table: pa.Table, path: Path) -> None:
@@ -205,13 +219,11 @@ def _formats() -> str:
 
 def _read_table(path: Path) -> tuple[pa.Table, list[str]]:
     """The known columns of a file and the names of the others; BadInput unless every required one is there."""
-    if path.is_dir():
-        raise BadInput(f"is a directory; give a file ending in {_formats()}", where=path)
-    if path.suffix not in _READERS:
+    if not path.is_dir() and path.suffix not in _READERS:
         raise BadInput(f"unknown extension; give a file ending in {_formats()}", where=path, got=path.suffix)
+    if not check_regular(path, would_do=f"give a file ending in {_formats()}"):
+        raise BadInput("is empty; give at least one request", where=path)
     try:
-        if not path.stat().st_size:
-            raise BadInput("is empty; give at least one request", where=path)
         table = _READERS[path.suffix](path)
     except (pa.ArrowException, OSError) as error:
         raise BadInput(f"cannot be read as {path.suffix[1:]}: {_reason(error)}", where=path) from None
@@ -243,8 +255,11 @@ def _reason(error: Exception) -> str:
 
 
 def _read_parquet(path: Path) -> pa.Table:
-    with pq.ParquetFile(path) as file:
+    # Ids stay dictionaries until their lengths are known: a file may hold one long text a million times.
+    ids = [name for name in pq.read_schema(path).names if name in _IDS]
+    with pq.ParquetFile(path, read_dictionary=ids) as file:
         known = [name for name in file.schema_arrow.names if name in (*REQUIRED, *OPTIONAL)]
+        check_parquet(file, known, path)
         table = file.read(columns=known, use_threads=False)
         for name in file.schema_arrow.names:
             if name not in known:  # its name is all that is needed
@@ -253,11 +268,12 @@ def _read_parquet(path: Path) -> pa.Table:
 
 
 def _read_csv(path: Path) -> pa.Table:
-    _check_text(path)
+    check_csv(path)
     ragged: list[Any] = []
 
     def note(row: Any) -> str:
-        ragged.append(row)
+        if not ragged:
+            ragged.append(row)
         return "skip"
 
     table = pa_csv.read_csv(
@@ -274,25 +290,14 @@ def _read_csv(path: Path) -> pa.Table:
 
 
 def _read_jsonl(path: Path) -> pa.Table:
-    beginning = _check_text(path).lstrip()
-    if beginning and not beginning.startswith("{"):  # pyarrow dies of a file of nulls
-        raise BadInput("give one JSON object a line", where=path, got=beginning)
+    check_jsonl(path)
     options = pa_json.ReadOptions(use_threads=False, block_size=_block_bytes(path))
     return pa_json.read_json(path, read_options=options)
 
 
-def _check_text(path: Path) -> str:
-    """The beginning of a text file. Of bytes that are no text pyarrow complains on stderr by itself."""
-    with path.open("rb") as file:
-        beginning = file.read(_PEEK_BYTES)
-    try:
-        return codecs.getincrementaldecoder("utf-8-sig")().decode(beginning)
-    except UnicodeDecodeError:
-        raise BadInput("is not UTF-8 text", where=path) from None
-
-
 def _block_bytes(path: Path) -> int:
-    return min(path.stat().st_size + 1, _MAX_BLOCK_BYTES)
+    """One block for a whole file: types are then inferred over all rows."""
+    return path.stat().st_size + 1
 
 
 _READERS: dict[str, Callable[[Path], pa.Table]] = {
@@ -347,6 +352,7 @@ def _extra(table: pa.Table, path: Path) -> dict[str, npt.NDArray[Any]]:
         elif name == _PREFIX:
             extra[name] = _id_lists(column, path)
         else:
+            check_ids(column, name, path)
             extra[name] = _objects(column.to_pylist()) if column.null_count else np.array(column.to_pylist())
     return extra
 
@@ -369,9 +375,13 @@ def _id_lists(column: pa.ChunkedArray, path: Path) -> npt.NDArray[Any]:
 
 def _parsed_lists(column: pa.ChunkedArray, path: Path) -> pa.ChunkedArray:
     """Lists from a CSV column of JSON text, parsed in one go."""
-    texts = ["null" if text is None else text for text in column.to_pylist()]
+    texts = column.to_pylist()
+    for row, text in enumerate(texts, 1):
+        if text is not None and not _FLAT_LIST.fullmatch(text):
+            key = f"{_PREFIX}, row {row} (the first data row is 1)"
+            raise BadInput("give a list of whole numbers as JSON text such as [0, 7]", where=path, key=key, got=text)
     try:
-        lists = pa.array(json.loads(f"[{','.join(texts)}]"))
+        lists = pa.array(json.loads(f"[{','.join('null' if text is None else text for text in texts)}]"))
     except (ValueError, pa.ArrowException):
         lists = ()
     if len(lists) != len(column):

@@ -23,13 +23,12 @@ from apexsim.io.deployments import (
     DEFAULT_ENGINE,
     DEVICES_PER_NODE,
     DeploymentFile,
-    EngineOption,
     beside,
     resolve_deployment,
     write_deployment,
 )
-from apexsim.io.requests import resolve_workload
-from apexsim.io.words import Dtype
+from apexsim.io.requests import resolve_supply
+from apexsim.io.words import Dtype, EngineOptions
 from apexsim.io.yaml_files import load_spec
 from apexsim.search.headline import headline
 from apexsim.search.objective import objective_named
@@ -38,8 +37,9 @@ from apexsim.search.space import SearchSpace
 from apexsim.search.study import Study
 from apexsim.specs.base import Spec
 from apexsim.specs.cluster import parse_devices
-from apexsim.specs.deployment import Prompts, TokenChoice
+from apexsim.specs.deployment import Bill, Prompts, TokenChoice
 from apexsim.specs.slo import SLO
+from apexsim.specs.supply import Supply
 from apexsim.specs.workload import Requests
 
 
@@ -55,7 +55,11 @@ class Traffic(Spec):
 
     def read(self) -> Requests:
         """The requests that these keys describe."""
-        return resolve_workload(
+        return self.supply().requests
+
+    def supply(self) -> Supply:
+        """The same, and how to have more of them."""
+        return resolve_supply(
             self.workload,
             rate_per_s=self.rate_per_s,
             concurrency=self.concurrency,
@@ -72,13 +76,14 @@ class SearchFile(Traffic):
     allow_idle: bool = False
     objective: str = "latency"
     engine: str = DEFAULT_ENGINE
-    engine_options: dict[str, EngineOption] = Field(default_factory=dict)
+    engine_options: EngineOptions = Field(default_factory=dict)
     router: str = "round_robin"
     weights: Dtype = None
     moe_weights: Dtype = None
     kv_cache: Dtype = None
     sampling: TokenChoice = "greedy"
     prompts: Prompts = "text"
+    bill: Bill = "used"
 
 
 def read_search(path: Path | str) -> SearchFile:
@@ -87,12 +92,12 @@ def read_search(path: Path | str) -> SearchFile:
     return file.model_copy(update={key: beside(getattr(file, key), path) for key in ("model", "engine", "workload")})
 
 
-def resolve_search(file: SearchFile, where: object) -> Question:
+def resolve_search(file: SearchFile, where: object, *, allow_plugins: bool = False) -> Question:
     """Look every name up; ``BadInput`` at ``where`` on the first that means nothing."""
     objective = objective_named(file.objective, f"{where}: objective")
-    base = resolve_deployment(deployment_file(file, where), where)
+    base = resolve_deployment(deployment_file(file, where), where, allow_plugins=allow_plugins)
     space = SearchSpace(base=base, allow_idle=file.allow_idle)
-    return Question(space=space, requests=file.read(), objective=objective, slo=file.slo, seed=file.seed)
+    return Question(space=space, supply=file.supply(), objective=objective, slo=file.slo, seed=file.seed)
 
 
 def deployment_file(file: SearchFile, where: object) -> DeploymentFile:
@@ -139,6 +144,8 @@ def study_data(study: Study) -> dict[str, Any]:
         "question": study.question.describe(),
         "feasible": study.winner is not None,
         "best": study.winner.candidate.name if study.winner else None,
+        "decision": study.decision,
+        "leaders": [row.candidate.name for row in study.leaders],
         "headline": headline(study),
         "front": [record["plan"] for record in study.records if record["front"]],
         "plans": study.records,

@@ -33,9 +33,8 @@ _NEAR_DTYPE = {
     "gptq_marlin": _FOUR_BITS,
     "int4": _FOUR_BITS,
     "w4a16": _FOUR_BITS,
-    "int8": _EIGHT_BITS,
     "w8a16": _EIGHT_BITS,
-    "w8a8": "say fp8 for activations in fp8 too, int8_wo for weights of 8 bits alone",
+    "w8a8": "say int8 for integers of 8 bits, fp8 for floats",
     "fp8_e5m2": "say fp8: it takes the same bytes and time",
     "fp4": "say nvfp4 or mxfp4",
 }
@@ -108,17 +107,35 @@ FLAGS = {
 }
 
 
-def engine_options(options: Mapping[str, Any], where: object) -> dict[str, Any]:
-    """Engine options by their names here. ``BadInput`` where one is said twice, or is another flag's business."""
+def option_words(options: Any) -> Any:
+    """Engine options by their names here; what is no mapping comes back as it is.
+
+    ``ValueError`` where one is said twice, or is another flag's business.
+    """
+    if not isinstance(options, Mapping):
+        return options
     found: dict[str, Any] = {}
     for word, value in options.items():
-        name = word.strip().lstrip("-").replace("-", "_")
+        name = str(word).strip().lstrip("-").replace("-", "_")
         if name in FLAGS:
-            raise BadInput(f"say {FLAGS[name]}", where=where, key="engine_options", got=word)
+            raise ValueError(f"for {word} say {FLAGS[name]}")
         if name in _SWITCHES and not isinstance(value, bool):
-            raise BadInput("give true or false", where=where, key=word, got=value)
+            raise ValueError(f"{word} is true or false")
         given = _SWITCHES[name][not value] if name in _SWITCHES else {_SAME_OPTION.get(name, name): value}
         if twice := found.keys() & given.keys():
-            raise BadInput(f"says {min(twice)} a second time; give it once", where=where, got=word)
+            raise ValueError(f"{word} says {min(twice)} a second time; give it once")
         found |= given
     return found
+
+
+EngineOption = bool | int | float | str | None
+# Engine options in a file or a flag, by their names here or by those of engines' own flags.
+EngineOptions = Annotated[dict[str, EngineOption], BeforeValidator(option_words)]
+
+
+def outweighing(written: Mapping[str, Any], chosen: Mapping[str, Any], where: object) -> dict[str, Any]:
+    """Engine options of a file with those ``chosen`` in their place, whatever words they are said in."""
+    try:
+        return {**option_words(written), **option_words(chosen)}
+    except ValueError as error:
+        raise BadInput(str(error), where=where, key="engine_options") from None

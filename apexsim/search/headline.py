@@ -1,12 +1,16 @@
-"""The answer in words: the best plan, and by what margin over the second and over what most people would take."""
+"""The answer in words: the best plan, how sure that is, and what it is better than."""
 
 from __future__ import annotations
 
+import numpy as np
+
 from apexsim.search.judging import Row
 from apexsim.search.objective import Objective
-from apexsim.search.study import Study
+from apexsim.search.study import MOST_DRAWN, Study
+from apexsim.search.ties import FEWEST_PARTS, broken_by, half_width
 
 USUAL = "the usual choice (largest tensor degree in a node)"
+MOST_NAMED = 3
 
 
 def headline(study: Study) -> str:
@@ -14,21 +18,89 @@ def headline(study: Study) -> str:
     if study.winner is None:
         return _no_winner(study)
     best, objective = study.winner, study.question.objective
-    parts = [f"best by {objective.name}: {best.candidate.name}, {objective.title} {_value(best, objective)}"]
-    second = study.rows[1] if len(study.rows) > 1 else None
-    if second is None or second.outcome.verdict != "ok":
-        parts.append("no other plan keeps the SLO")
-    else:
-        parts.append(f"{_compare(objective, best, second)} the second, {second.candidate.name}")
-    parts.append(_versus_usual(objective, best, usual_choice(study)))
-    if idle := study.question.space.base.cluster.devices - best.candidate.devices:
-        parts.append(f"{idle} devices stand idle")
+    parts = [f"{_opening(study)}, {_figure(best, objective)}"]
+    parts += _fewer(study) if objective.any_devices else _margins(study)
+    parts += _idle(study)
     if best.outcome.reason:
         parts.append(best.outcome.reason)
+    if len(study.question.requests) > study.asked:
+        parts.append(f"{len(study.question.requests)} requests drawn in place of {study.asked}: windows were too short")
     parts += best.candidate.plan.assumptions
     if best.candidate.plan.tensor > study.question.space.base.cluster.devices_per_node:
         parts.append("estimated: collectives of tensor ranks on several nodes")
     return "; ".join(parts)
+
+
+def _idle(study: Study) -> list[str]:
+    """How many devices stand idle, and whether they are paid for all the same."""
+    assert study.best is not None
+    idle = study.best.cluster.devices - study.best.devices_used
+    paid = study.best.billed_devices - study.best.devices_used
+    return [f"{idle} devices stand idle" + (f", {paid} of them paid for" if paid else "")] if idle else []
+
+
+def _opening(study: Study) -> str:
+    """Who is first, and whether that is a win."""
+    name, by = study.leaders[0].candidate.name, study.question.objective.name
+    match study.decision:
+        case "short":
+            return f"too short to say which plan is best by {by}{_would_do(study)}: first is {name}"
+        case "equal":
+            return f"equal by {by} and by all that breaks ties: {_names(study.leaders)}: first is {name}"
+        case "tie":
+            others = _names(study.leaders[1:])
+            return f"a tie by {by}: {name} and {others}; {name} is first by {_break(study)}"
+    return f"best by {by}: {name}"
+
+
+def _would_do(study: Study) -> str:
+    """What would make windows long enough."""
+    near = [row.outcome for row in study.rows[: len(study.leaders) + 1] if row.outcome.window == "short"]
+    wanted = [outcome.figures.get("steady_wanted_requests") for outcome in near]
+    most = max((count for count in wanted if count is not None), default=None)
+    said = "" if most is None else f", wanted about {most:.0f} requests"
+    supply = study.question.supply
+    if not supply.grows:
+        return said
+    return f"{said}, more than the {MOST_DRAWN} that a search draws by itself: give --requests"
+
+
+def _break(study: Study) -> str:
+    """The figure that broke the tie, of the first and of the second."""
+    by = broken_by(study.leaders, study.question.objective.breaks)
+    assert by is not None, "a tie that nothing breaks is equal"
+    mine, theirs = (row.outcome.figures.get(by.column) for row in study.leaders[:2])
+    said = ["unknown" if value is None else by.form.format(value) for value in (mine, theirs)]
+    return f"{by.title} ({said[0]}, the next {said[1]})"
+
+
+def _names(rows: tuple[Row, ...]) -> str:
+    names = [row.candidate.name for row in rows[:MOST_NAMED]]
+    more = len(rows) - len(names)
+    return ", ".join(names) + (f" and {more} more" if more else "")
+
+
+def _margins(study: Study) -> list[str]:
+    """By how much the first plan is ahead of the next that does not tie with it, and of the usual choice."""
+    best, objective = study.rows[0], study.question.objective
+    rest = [row for row in study.rows[len(study.leaders) :] if row.outcome.verdict == "ok"]
+    said = []
+    if rest:
+        order = "next" if len(study.leaders) > 1 else "second"
+        said.append(f"{_compare(objective, best, rest[0])} the {order}, {rest[0].candidate.name}")
+    elif len(study.leaders) == 1:
+        said.append("no other plan keeps the SLO")
+    return [*said, _versus_usual(study, usual_choice(study))]
+
+
+def _fewer(study: Study) -> list[str]:
+    """What the best plan with one device fewer misses."""
+    count = study.rows[0].candidate.devices - 1
+    if not count:
+        return ["there are no fewer"]
+    nearest = next(row for row in study.rows if row.candidate.devices == count)
+    verdict = {"misses_slo": "misses it"}.get(nearest.outcome.verdict, f"is {nearest.outcome.verdict}")
+    return [f"with one device fewer the nearest plan, {nearest.candidate.name}, {verdict}: {nearest.outcome.reason}"]
 
 
 def usual_choice(study: Study) -> Row | None:
@@ -53,15 +125,21 @@ def margin(objective: Objective, best: Row, other: Row) -> float | None:
 def _no_winner(study: Study) -> str:
     first = study.rows[0]
     if first.outcome.verdict == "misses_slo":
-        return f"no plan keeps the SLO; the nearest is {first.candidate.name}: {first.outcome.reason}"
+        fails = (
+            "keeps up" if first.outcome.window == "growing" and study.question.objective.lasting else "keeps the SLO"
+        )
+        return f"no plan {fails}; the nearest is {first.candidate.name}: {first.outcome.reason}"
     return f"no plan could run; {first.candidate.name}: {first.outcome.reason}"
 
 
-def _versus_usual(objective: Objective, best: Row, usual: Row | None) -> str:
+def _versus_usual(study: Study, usual: Row | None) -> str:
+    best, objective = study.rows[0], study.question.objective
     if usual is None:
         return "the usual choice is not lawful here"
     if usual is best:
         return f"it is {USUAL}"
+    if any(usual is row for row in study.leaders):
+        return f"a tie with {USUAL}, {usual.candidate.name}"
     compared = f"{_compare(objective, best, usual)} {USUAL}, {usual.candidate.name}"
     verdict = {"ok": "", "misses_slo": ", which misses the SLO"}.get(usual.outcome.verdict, ", which does not run")
     return compared + verdict
@@ -75,6 +153,35 @@ def _compare(objective: Objective, best: Row, other: Row) -> str:
     return f"{abs(gap):.1%} {better if gap >= 0 else worse}"
 
 
-def _value(row: Row, objective: Objective) -> str:
+def _figure(row: Row, objective: Objective) -> str:
+    """The figure that counts, with its intervals or the word that there is none."""
     value = objective.value(row.outcome.figures)
-    return "unknown" if value is None else f"{value:.4g} {objective.unit}"
+    if value is None:
+        return f"{objective.title} unknown"
+    if objective.any_devices:
+        return f"{value:.0f} {objective.title}"
+    return f"{objective.title} {value:.4g} {objective.unit} ({_intervals(row, objective, value)})"
+
+
+def _intervals(row: Row, objective: Objective, value: float) -> str:
+    figures, said = row.outcome.figures, []
+    if not objective.own_rate:
+        said.append(f"a rate {objective.resolution:.0%} higher fails")
+    elif (error := objective.error(figures) or _spread(row, objective)) is not None:
+        said.append(f"+-{error / abs(value):.1%} by sampling, 95 %" if value else "no spread")
+    else:
+        said.append("no interval is known for its sampling")
+    whole = figures.get(objective.whole) if objective.whole else None
+    reach = [figures.get(name) for name in objective.range or ()]
+    if whole and len(reach) == 2 and None not in reach:
+        low, high = (each / whole - 1 for each in reach if each is not None)
+        said.append(f"{low:+.0%} to {high:+.0%} by the errors of the model, 80 %")
+    else:
+        said.append("none is known for the errors of the model")
+    return "; ".join(said)
+
+
+def _spread(row: Row, objective: Objective) -> float | None:
+    """Half-width of a figure that is known over parts of the run; None where it is not."""
+    parts = [value for value in row.outcome.batches.get(objective.column, ()) if value is not None]
+    return half_width(np.array(parts)) if len(parts) >= FEWEST_PARTS else None

@@ -1,7 +1,8 @@
 """What makes a plan good: the figure it is ranked by, and the further runs that some of these figures need.
 
 The first run of every plan is the workload as given, so attainment and latencies mean the same under every objective.
-``throughput`` runs the requests once more, all at once; ``goodput`` at as many rates as its bisection asks for.
+``throughput`` runs the requests once more, all at once; ``goodput`` runs longer ones at as many rates as its bisection
+asks for. ``cost`` and ``energy`` are those of the steady window: a whole run's hold its ramp and drain.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from apexsim.errors import BadInput, nearest
+from apexsim.search.goodput import RATE_TOLERANCE, goodput
 from apexsim.search.outcomes import Figures
+from apexsim.search.trial import Trial
 from apexsim.specs.slo import SLO
 from apexsim.specs.workload import Requests
-
-Run = Callable[[Requests], Mapping[str, Any]]  # simulates one plan: requests in, summary out
 
 # Figure of a plan: where a run's summary holds it.
 FIGURES: dict[str, tuple[str, ...]] = {
@@ -33,24 +34,53 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "mbu": ("utilization", "mbu"),
     "kv_cache_peak": ("utilization", "kv_cache_peak"),
     "preemptions": ("preemptions",),
+    "requests": ("requests", "total"),
     "requests_finished": ("requests", "finished"),
     "requests_rejected": ("requests", "rejected"),
     "requests_unfinished": ("requests", "unfinished"),
     "duration_s": ("duration_s",),
+    "steady_usd_per_million_output_tokens": ("steady", "usd_per_million_output_tokens"),
+    "steady_usd_half_width": ("steady", "half_width", "usd_per_million_output_tokens"),
+    "steady_energy_per_output_token_j": ("steady", "energy_per_output_token_j"),
+    "steady_energy_half_width": ("steady", "half_width", "energy_per_output_token_j"),
+    "steady_window_s": ("steady", "window_s"),
+    "steady_share": ("steady", "share"),
+    "steady_wanted_requests": ("steady", "wanted_requests"),
+    "energy_low_j": ("uncertainty", "energy_per_output_token_j", "low"),
+    "energy_high_j": ("uncertainty", "energy_per_output_token_j", "high"),
 }
 
-RATE_TOLERANCE = 0.02  # goodput is bisected until its bracket is this narrow
-MAX_DOUBLINGS = 12  # of the rate, up or down, within which goodput is looked for
-STEADY_E2ES = 3  # arrivals over fewer end-to-end times than this are a burst, and their goodput is not a lasting one
+
+class Break(NamedTuple):
+    """A figure that breaks a tie: less is better unless ``highest``. ``form`` writes it for people."""
+
+    column: str
+    title: str
+    form: str
+    highest: bool = False
+
+
+BREAKS = (
+    Break("attainment", "SLO attainment", "{:.2%}", highest=True),
+    Break("e2e_p90_s", "e2e p90", "{:.4g} s"),
+    Break("devices", "devices", "{:.0f}"),
+)
+
+# A gap between two plans that is no larger is nobody's reason to choose: prices and costs are less sure than that.
+LEAST_GAP = 0.005
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
     """Plans are ranked by the figure ``column``, least first or ``highest`` first.
 
-    ``probe`` makes the further runs that the figure needs; ``runs`` is about how many a plan takes in all.
-    ``own_rate`` says whether a plan must keep the SLO on the workload as given; goodput does not ask that, for it is
-    itself a rate at which the SLO is kept.
+    ``probe`` makes the further runs that the figure needs; ``runs`` is about how many a plan takes in all; with
+    ``low_load`` every plan is first run at low load. ``own_rate`` says whether a plan must keep the SLO on the workload
+    as given; goodput does not ask that, for it is itself a rate at which the SLO is kept. ``lasting``: a plan must keep
+    up with the workload too, or its figure is none that lasts; ``window``: the figure is of the steady window.
+    ``resolution``: two plans tie where they differ by no larger a share. ``breaks``: ties go by these figures.
+    ``half_width`` and ``range``: the figures that hold the relative half-width of the sampling error, and the least
+    and most that the errors of the model allow, around ``whole``, the figure of the whole run.
     """
 
     name: str
@@ -59,44 +89,55 @@ class Objective:
     unit: str
     highest: bool = False
     own_rate: bool = True
+    lasting: bool = False
+    window: bool = False
+    low_load: bool = False
+    any_devices: bool = False
     runs: int = 1
-    probe: Callable[[Run, Requests, SLO, int], Figures] | None = None
-
-    def measure(self, run: Run, requests: Requests, slo: SLO, devices: int) -> Figures:
-        """All figures of a plan on ``devices`` devices, from as many runs as the objective needs."""
-        figures = read_figures(run(requests))
-        return figures | self.probe(run, requests, slo, devices) if self.probe else figures
+    probe: Callable[[Trial], Figures] | None = None
+    resolution: float = LEAST_GAP
+    breaks: tuple[Break, ...] = BREAKS
+    half_width: str | None = None
+    range: tuple[str, str] | None = None
+    whole: str | None = None
 
     def value(self, figures: Mapping[str, float | None]) -> float | None:
         """The figure that counts; None when not known."""
         return figures.get(self.column)
 
-    def accepts(self, figures: Mapping[str, float | None], slo: SLO) -> bool:
-        """Whether a plan with these figures is good enough to be chosen."""
+    def error(self, figures: Mapping[str, float | None]) -> float | None:
+        """Half-width of the sampling error of the figure that counts, in its unit; None when not known."""
+        value, share = self.value(figures), figures.get(self.half_width) if self.half_width else None
+        return None if value is None or share is None else share * abs(value)
+
+    def accepts(self, figures: Mapping[str, float | None], window: str, slo: SLO) -> bool:
+        """Whether a plan with these figures is good enough to be chosen; ``window`` is the kind of its steady part."""
         if not self.own_rate:
             return self.value(figures) is not None
         attainment = figures["attainment"]
-        return attainment is not None and attainment >= slo.target
+        keeps = attainment is not None and attainment >= slo.target
+        return keeps and not (self.lasting and window == "growing")
 
-    def explain(self, figures: Mapping[str, float | None], slo: SLO) -> str:
+    def explain(self, figures: Mapping[str, float | None], steady: Mapping[str, Any], slo: SLO) -> str:
         """Why a plan with these figures is not accepted, or what to know about one that is; mostly nothing."""
-        if self.own_rate:
-            attainment = figures["attainment"]
-            short = "" if attainment is None else f"attainment {attainment:.3f} is below the target {slo.target:g}"
-            return "" if self.accepts(figures, slo) else short or "no request tells the attainment"
-        if not self.accepts(figures, slo):
-            return f"no rate tried keeps attainment at the target {slo.target:g}"
-        span_s, e2e_s = figures["goodput_span_s"] or 0.0, figures["e2e_p90_s"] or 0.0
-        brief = f"at its goodput all requests come within {span_s:.3g} s: more of them would tell the lasting rate"
-        return brief if span_s < STEADY_E2ES * e2e_s else ""
+        if not self.own_rate:
+            keeps = self.accepts(figures, steady["kind"], slo)
+            return "" if keeps else f"no rate tried keeps attainment at the target {slo.target:g}"
+        attainment = figures["attainment"]
+        if attainment is None:
+            return "no request tells the attainment"
+        if attainment < slo.target:
+            return f"attainment {attainment:.3f} is below the target {slo.target:g}"
+        about = steady["reason"] if self.window or (self.lasting and steady["kind"] == "growing") else ""
+        return str(about)
 
     def check(self, requests: Requests, slo: SLO) -> None:
         """Raise ``BadInput`` where the objective has no meaning for the workload or the SLO."""
-        if self.own_rate:
-            return
-        if slo.ttft_s is slo.tpot_s is slo.e2e_s is None:
-            raise BadInput("goodput needs a limit to keep: give --slo, as in ttft_s=0.5,tpot_s=0.05", where="slo")
-        if not math.isfinite(requests.rate_per_s):
+        limits = slo.ttft_s, slo.tpot_s, slo.e2e_s
+        if (self.any_devices or not self.own_rate) and limits == (None, None, None):
+            would_do = f"{self.name} needs a limit to keep: give --slo, as in ttft_s=0.5,tpot_s=0.05"
+            raise BadInput(would_do, where="slo")
+        if not self.own_rate and not math.isfinite(requests.rate_per_s):
             raise BadInput("goodput scales arrival times: give a workload that has them", where=requests.name)
 
 
@@ -105,49 +146,15 @@ def read_figures(summary: Mapping[str, Any]) -> Figures:
     return {column: _number(_at(summary, path)) for column, path in FIGURES.items()}
 
 
-def highest_passing(passes: Callable[[float], bool], start: float) -> float | None:
-    """The highest value seen to pass, within ``RATE_TOLERANCE`` of one that does not.
-
-    Looks from ``start`` as far as ``MAX_DOUBLINGS`` up or down first: where nothing changes on the way, the answer is
-    that far end, or None when it does not pass either. Assumes that what passes at a value passes below it.
-    """
-    first = passes(start)
-    factor = 2.0 if first else 0.5
-    far = start * factor**MAX_DOUBLINGS
-    if passes(far) == first:
-        return far if first else None
-    value = start
-    while passes(value * factor) == first:
-        value *= factor
-    low, high = sorted((value, value * factor))
-    while high > low * (1 + RATE_TOLERANCE):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if passes(middle) else (low, middle)
-    return low
-
-
-def _all_at_once(run: Run, requests: Requests, slo: SLO, devices: int) -> Figures:
-    return {"saturated_output_tokens_per_s": read_figures(run(requests.all_at_once()))["output_tokens_per_s"]}
-
-
-def _goodput(run: Run, requests: Requests, slo: SLO, devices: int) -> Figures:
-    def keeps_slo(rate_per_s: float) -> bool:
-        attainment = read_figures(run(requests.at_rate(rate_per_s)))["attainment"]
-        return attainment is not None and attainment >= slo.target
-
-    rate_per_s = highest_passing(keeps_slo, requests.rate_per_s)
-    per_device = None if rate_per_s is None else rate_per_s / devices
-    return {
-        "goodput_requests_per_s": rate_per_s,
-        "goodput_span_s": None if rate_per_s is None else requests.span_s * requests.rate_per_s / rate_per_s,
-        "goodput_per_device_per_s": per_device,
-    }
+def _all_at_once(trial: Trial) -> Figures:
+    saturated = read_figures(trial.run(trial.supply.requests.all_at_once()))
+    return {"saturated_output_tokens_per_s": saturated["output_tokens_per_s"]}
 
 
 def _at(summary: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     value: Any = summary
     for key in path:
-        value = value[key]
+        value = None if value is None else value[key]  # the interval of a figure that is not known is None
     return value
 
 
@@ -175,11 +182,41 @@ OBJECTIVES = {
             "requests/s",
             highest=True,
             own_rate=False,
-            runs=12,
-            probe=_goodput,
+            low_load=True,
+            runs=100,
+            probe=goodput,
+            resolution=RATE_TOLERANCE,
         ),
-        Objective("energy", "energy_per_output_token_j", "energy per output token", "J"),
-        Objective("cost", "usd_per_million_output_tokens", "cost per million output tokens", "USD"),
+        Objective(
+            "energy",
+            "steady_energy_per_output_token_j",
+            "energy per output token",
+            "J",
+            lasting=True,
+            window=True,
+            half_width="steady_energy_half_width",
+            range=("energy_low_j", "energy_high_j"),
+            whole="energy_per_output_token_j",
+        ),
+        Objective(
+            "cost",
+            "steady_usd_per_million_output_tokens",
+            "cost per million output tokens",
+            "USD",
+            lasting=True,
+            window=True,
+            half_width="steady_usd_half_width",
+        ),
+        Objective(
+            "devices",
+            "devices",
+            "devices",
+            "",
+            lasting=True,
+            any_devices=True,
+            resolution=0.0,
+            breaks=(BREAKS[0], Break("steady_energy_per_output_token_j", "energy per output token", "{:.4g} J")),
+        ),
     )
 }
 

@@ -15,7 +15,7 @@ T = TypeVar("T")
 Verdict = Literal["ok", "misses_slo", "failed", "infeasible", "unlawful"]
 Figures = dict[str, float | None]
 # What a journal holds of an outcome.
-RECORDED = {"verdict", "reason", "figures"}
+RECORDED = {"verdict", "reason", "figures", "window", "batches"}
 Progress = Callable[[int, int], None]  # (runs settled, all runs)
 
 
@@ -23,12 +23,16 @@ Progress = Callable[[int, int], None]  # (runs settled, all runs)
 class Outcome:
     """A verdict, the reason for it in words, and the figures of the run; they are empty where there was none.
 
+    ``window``: the kind of the run's steady part (see ``Steady``); empty where there is none.
+    ``batches``: figures over parts of the run, for ties (see ``batches.py``).
     ``passing``: what it failed of may be gone next time (a lost process, memory, a disk), so it is never remembered.
     """
 
     verdict: Verdict
     reason: str = ""
     figures: Figures = field(default_factory=dict)
+    window: str = ""
+    batches: dict[str, list[float | None]] = field(default_factory=dict)
     passing: bool = False
 
 

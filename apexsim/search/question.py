@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -10,28 +10,41 @@ from apexsim.search.journal import fingerprint, identity
 from apexsim.search.objective import Objective
 from apexsim.search.space import Candidate, SearchSpace
 from apexsim.specs.slo import SLO
+from apexsim.specs.supply import Supply
 from apexsim.specs.workload import Requests
 
 
 @dataclass(frozen=True)
 class Question:
-    """Which candidate of ``space`` serves ``requests`` best, by ``objective`` under ``slo``?
+    """Which candidate of ``space`` serves the requests of ``supply`` best, by ``objective`` under ``slo``?
 
-    Raises ``BadInput`` where the objective has no meaning for the requests or the SLO.
+    An objective that looks for the fewest devices has a space that allows idle ones. Raises ``BadInput`` where the
+    objective has no meaning for the requests or the SLO.
     """
 
     space: SearchSpace
-    requests: Requests
+    supply: Supply
     objective: Objective
     slo: SLO = field(default_factory=SLO)
     seed: int = 0
 
     def __post_init__(self) -> None:
         self.objective.check(self.requests, self.slo)
+        if self.objective.any_devices and not self.space.allow_idle:
+            object.__setattr__(self, "space", self.space.model_copy(update={"allow_idle": True}))
 
-    def key(self, candidate: Candidate) -> str:
-        """Identity of one judgement: a hash of all that its outcome depends on."""
-        return identity({"question": self.identity, "plan": candidate.name})
+    @property
+    def requests(self) -> Requests:
+        """The requests that plans are judged on."""
+        return self.supply.requests
+
+    def on(self, count: int) -> Question:
+        """The same question on at least ``count`` requests."""
+        return replace(self, supply=self.supply.of(count))
+
+    def key(self, candidate: Candidate, **more: Any) -> str:
+        """Identity of one judgement: a hash of all that its outcome depends on, ``more`` too."""
+        return identity({"question": self.identity, "plan": candidate.name, **more})
 
     @cached_property
     def identity(self) -> str:
@@ -41,11 +54,21 @@ class Question:
             {
                 "deployment": base.model_dump(mode="json", exclude_defaults=True, exclude={"pools"}),
                 "requests": fingerprint(self.requests),
+                "law": self._law,
                 "objective": self.objective.name,
                 "slo": self.slo.model_dump(mode="json", exclude_defaults=True),
                 "seed": self.seed,
             }
         )
+
+    @property
+    def _law(self) -> dict[str, Any] | None:
+        """What further requests are drawn from, by an objective that needs them; None where they are repeated."""
+        law = self.supply.law
+        if law is None or self.objective.own_rate:
+            return None
+        numbers = ("prompt_tokens", "output_tokens", "rank_correlation", "arrivals")
+        return {**{key: law.model_dump(mode="json")[key] for key in numbers}, "seed": self.supply.seed}
 
     def describe(self) -> dict[str, Any]:
         """The question as plain data, specs by name."""
@@ -55,6 +78,7 @@ class Question:
             "devices": f"{base.cluster.devices}x{base.cluster.device.name}",
             "devices_per_node": base.cluster.devices_per_node,
             "allow_idle": self.space.allow_idle,
+            "bill": base.bill,
             "engine": base.engine.name,
             "router": base.router,
             "weights": base.weights,

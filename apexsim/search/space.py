@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from apexsim.costs.steps import unknown_collectives
+from apexsim.errors import InfeasiblePlan, Unsupported
 from apexsim.specs.base import Spec
 from apexsim.specs.deployment import Deployment, Plan, Pool
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A plan and its number of replicas. ``reasons`` say why it cannot be laid out; empty when it can."""
+    """A plan and its number of replicas. ``reasons`` say why it cannot be laid out or priced; empty when it can."""
 
     plan: Plan
     replicas: int
@@ -61,7 +63,18 @@ class SearchSpace(Spec):
                         yield plan, devices // plan.devices
 
     def _candidate(self, plan: Plan, replicas: int) -> Candidate:
-        return Candidate(plan, replicas, plan.lawful(self.base.model, self.base.cluster))
+        candidate = Candidate(plan, replicas, plan.lawful(self.base.model, self.base.cluster))
+        return candidate if candidate.reasons else replace(candidate, reasons=self._unknown(candidate))
+
+    def _unknown(self, candidate: Candidate) -> tuple[str, ...]:
+        """What a lawful plan needs and the device has no cost for: groups of devices that nobody timed."""
+        deployment = self.deployment(candidate)
+        try:
+            return unknown_collectives(deployment, deployment.pools[0])
+        except InfeasiblePlan as error:
+            return error.reasons
+        except Unsupported as error:
+            return (str(error),)
 
 
 def divisors(number: int) -> tuple[int, ...]:

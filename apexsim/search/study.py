@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -13,29 +13,56 @@ import pandas as pd
 
 from apexsim.search.executors import Executor, choose_jobs, run_local
 from apexsim.search.journal import Journal
-from apexsim.search.judging import Evaluate, Row, judge, run_deployment
-from apexsim.search.objective import FIGURES, Objective
-from apexsim.search.outcomes import Progress, settle
+from apexsim.search.judging import Evaluate, Row, judge, judge_at_low_load, run_deployment
+from apexsim.search.objective import FIGURES
+from apexsim.search.outcomes import Outcome, Progress, settle
 from apexsim.search.pareto import pareto_front
 from apexsim.search.question import Question
 from apexsim.search.space import Candidate
+from apexsim.search.ties import Decision, decide, leaders, rank
 from apexsim.specs.deployment import Deployment
+from apexsim.specs.slo import SLO
 
-RANK_OF_VERDICT = {"ok": 0, "misses_slo": 1, "failed": 2, "infeasible": 3, "unlawful": 4}
-FRONT_AXES = ("e2e_p90_s", "usd_per_million_output_tokens", "energy_per_output_token_j")  # less is better
+FRONT_AXES = (  # less is better
+    "e2e_p90_s",
+    "steady_usd_per_million_output_tokens",
+    "steady_energy_per_output_token_j",
+)
+# As many requests a search draws by itself where windows are too short. More take minutes: people may ask for them.
+MOST_DRAWN = 16_384
+# A backlog that grows over so many requests is taken at its word.
+SURE_TO_GROW = 4_096
+# An attainment that is lower than the target by more is not looked at again on more requests.
+BY_FAR = 0.1
+
+Work = Callable[[Candidate], Outcome]
+Settled = Callable[[Work, Mapping[str, Candidate]], dict[str, Outcome]]
 
 
 @dataclass(frozen=True)
 class Study:
     """The answer to a question: every candidate a row, best first.
 
-    Plans that keep the SLO come first, by the objective; then those that miss it, by attainment; then those that did
-    not run. Ties go to fewer devices, then to the name. Only ``timing`` may differ between two equal searches.
+    Plans that keep the SLO (and keep up, where the objective asks it) come first, by the objective; those that tie with
+    the best lead, in the order of what breaks ties (see ``ties.py``). Then come those that miss it, by attainment; then
+    those that did not run. Only ``timing`` may differ between two equal searches. ``asked``: how many requests there
+    were before the search drew more, so that windows became long enough.
     """
 
     question: Question
     rows: tuple[Row, ...]
+    asked: int
     timing: Mapping[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def leaders(self) -> tuple[Row, ...]:
+        """The best plan and those that tie with it."""
+        return leaders(self.rows, self.question.objective)
+
+    @cached_property
+    def decision(self) -> Decision:
+        """What may be said of the first row."""
+        return decide(self.rows, self.question.objective)
 
     @property
     def winner(self) -> Row | None:
@@ -87,7 +114,13 @@ class Study:
 
     def _result(self, row: Row) -> dict[str, Any]:
         value = self.question.objective.value(row.outcome.figures)
-        return {"verdict": row.outcome.verdict, "reason": row.outcome.reason, "objective_value": value}
+        return {
+            "verdict": row.outcome.verdict,
+            "reason": row.outcome.reason,
+            "window": row.outcome.window or None,
+            "objective_value": value,
+            "leads": any(row is leader for leader in self.leaders),
+        }
 
 
 def search(
@@ -102,30 +135,68 @@ def search(
     """Judge every candidate and rank them all; an infeasible plan or one that fails never stops the search.
 
     ``jobs`` defaults to the cores at hand, and to one where there is little to simulate. Outcomes that ``journal``
-    holds are not worked out again; new ones are added to it.
+    holds are not worked out again; new ones are added to it. Where a contender's steady window is too short to rank it,
+    and requests are drawn and their number was not asked for, all plans that may win are judged again on more of them.
     """
-    started_s = time.perf_counter()
-    candidates = {question.key(candidate): candidate for candidate in question.space.candidates()}
-    jobs = choose_jobs(jobs, len(candidates) * len(question.requests) * question.objective.runs)
-    work = partial(judge, question=question, evaluate=evaluate)
-    outcomes = settle(candidates, work, executor=executor, jobs=jobs, journal=journal, progress=progress)
-    rows = [Row(candidate, outcomes[key]) for key, candidate in candidates.items()]
-    timing = {"wall_s": time.perf_counter() - started_s, "jobs": jobs}
-    return Study(question, rank(rows, question.objective), timing)
+    started_s, asked = time.perf_counter(), len(question.requests)
+
+    def settled(work: Work, tasks: Mapping[str, Candidate]) -> dict[str, Outcome]:
+        runs = choose_jobs(jobs, len(tasks) * len(question.requests) * question.objective.runs)
+        return settle(tasks, work, executor=executor, jobs=runs, journal=journal, progress=progress)
+
+    rows = _judged(question, question.space.candidates(), evaluate, settled)
+    while (least := wanted_requests(rows, question)) > len(question.requests):
+        question = question.on(least)
+        near = [row.candidate for row in rows if within_reach(row, question.slo)]
+        again = {row.candidate: row for row in _judged(question, near, evaluate, settled)}
+        rows = [again.get(row.candidate, row) for row in rows]
+    timing = {"wall_s": time.perf_counter() - started_s}
+    return Study(question, rank(rows, question.objective), asked, timing)
 
 
-def rank(rows: Iterable[Row], objective: Objective) -> tuple[Row, ...]:
-    """Rows in the order that ``Study`` promises."""
+def wanted_requests(rows: Iterable[Row], question: Question) -> int:
+    """How many requests would make the windows of all contenders long enough, as far as a search draws by itself.
 
-    def key(row: Row) -> tuple[int, float, int, str]:
-        verdict, figures = row.outcome.verdict, row.outcome.figures
-        missed = verdict == "misses_slo"
-        value = figures.get("attainment") if missed else objective.value(figures)
-        sign = -1 if missed or objective.highest else 1
-        score = math.inf if value is None else sign * value
-        return RANK_OF_VERDICT[verdict], score, row.candidate.devices, row.candidate.name
+    A backlog that grows may do so by chance while the run is short: that is looked at again, too.
+    """
+    now = len(question.requests)
+    unsure = [row.outcome for row in rows if _unsure(row, question)]
+    if not (unsure and question.objective.window and question.supply.grows):
+        return now
+    wanted = [outcome.figures.get("steady_wanted_requests") or 0 for outcome in unsure]
+    return max(now, min(MOST_DRAWN, max(2 * now, *map(math.ceil, wanted))))
 
-    return tuple(sorted(rows, key=key))
+
+def _unsure(row: Row, question: Question) -> bool:
+    attainment = row.outcome.figures.get("attainment")
+    if attainment is None or attainment < question.slo.target:
+        return False
+    growing = row.outcome.window == "growing" and len(question.requests) < SURE_TO_GROW
+    return growing or row.outcome.window == "short"
+
+
+def within_reach(row: Row, slo: SLO) -> bool:
+    """Whether more requests may yet show that a plan keeps the SLO: one that missed it by far is not run again."""
+    attainment = row.outcome.figures.get("attainment")
+    return attainment is not None and attainment >= slo.target - BY_FAR
+
+
+def _judged(question: Question, candidates: Iterable[Candidate], evaluate: Evaluate, settled: Settled) -> list[Row]:
+    """Every candidate and its outcome."""
+    e2e_s = _low_load_e2e_s(question, candidates, evaluate, settled) if question.objective.low_load else None
+    tasks = {question.key(candidate, low_load_e2e_s=e2e_s): candidate for candidate in candidates}
+    found = settled(partial(judge, question=question, evaluate=evaluate, low_load_e2e_s=e2e_s), tasks)
+    return [Row(candidate, found[key]) for key, candidate in tasks.items()]
+
+
+def _low_load_e2e_s(
+    question: Question, candidates: Iterable[Candidate], evaluate: Evaluate, settled: Settled
+) -> float | None:
+    """The largest median end-to-end time of the candidates at low load; None where none of them runs."""
+    able = {question.key(each, run="low load"): each for each in candidates if not each.reasons}
+    outcomes = settled(partial(judge_at_low_load, question=question, evaluate=evaluate), able).values()
+    times_s = [outcome.figures.get("low_load_e2e_s") for outcome in outcomes]
+    return max((time_s for time_s in times_s if time_s is not None), default=None)
 
 
 def _on_front(rows: tuple[Row, ...]) -> frozenset[int]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from heapq import heappush
 
 import simpy
+from simpy.core import StopSimulation
 from simpy.events import EventPriority
 
 Action = Callable[[simpy.Event], None]
@@ -57,3 +58,11 @@ class Clock(simpy.Environment):
         alarm = Alarm(self, action)
         heappush(self._queue, (time_ns, EventPriority(rank), next(self._eid), alarm))  # as Environment.schedule does
         return alarm
+
+    def stop(self) -> None:
+        """Let nothing begin after this instant: what is going on at it ends the run."""
+        self.at(self.now_ns, ARRIVAL, _end)
+
+
+def _end(_: simpy.Event) -> None:
+    raise StopSimulation(None)

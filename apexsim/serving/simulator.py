@@ -16,8 +16,8 @@ from simpy import Event
 from apexsim.costs.accounting import account
 from apexsim.costs.memory import MemoryPlan
 from apexsim.costs.notes import cost_notes
-from apexsim.costs.starting import start
-from apexsim.costs.steps import build_step_cost
+from apexsim.costs.starting import Started, start
+from apexsim.costs.steps import StepCost, build_step_cost
 from apexsim.costs.timing import StepTimes
 from apexsim.errors import BadInput, nearest
 from apexsim.results import SimulationResult
@@ -54,19 +54,19 @@ def simulate(
     """
     started_s = time.perf_counter()
     requests = workload.sample(seed=seed) if isinstance(workload, Workload) else workload
-    engine = start(deployment.for_load(int(requests.prompt_tokens.max()), requests.concurrency))
+    engine, cost = set_up(deployment, requests)
     deployment, pool = engine.deployment, engine.deployment.pools[0]
-    cost = build_step_cost(deployment, pool, prompts=requests.prompt_tokens)
     built_s = time.perf_counter()
     with no_cycle_collection():
         run = Run(deployment, requests, cost=cost, memory=engine.memory, exact_steps=exact_steps, progress=progress)
         run.go()
     recorder, simulated_s = run.recorder, time.perf_counter()
     steps, chunks = recorder.steps(), recorder.chunks()
-    notes = (*requests.notes, *engine.notes, *_not_simulated(requests), *pool.plan.assumptions)
+    assumed = (*deployment.assumptions, *pool.plan.assumptions)
+    notes = (*requests.notes, *engine.notes, *_not_simulated(requests), *assumed)
     return SimulationResult.from_run(
         deployment=deployment,
-        workload_name=requests.name,
+        workload=requests,
         slo=slo,
         requests=recorder.requests(run.requests, to_ns(deployment.engine.host.response_s)),
         itl=recorder.inter_token_gaps(),
@@ -77,6 +77,13 @@ def simulate(
         notes=(*notes, *cost_notes(cost)),
         timing=_timing(started_s, built_s, simulated_s),
     )
+
+
+def set_up(deployment: Deployment, requests: Requests) -> tuple[Started, StepCost]:
+    """The engine as it starts for these requests, and what its steps cost."""
+    engine = start(deployment.for_load(int(requests.prompt_tokens.max()), requests.concurrency))
+    pool = engine.deployment.pools[0]
+    return engine, build_step_cost(engine.deployment, pool, prompts=requests.prompt_tokens)
 
 
 def _timing(started_s: float, built_s: float, simulated_s: float) -> dict[str, float]:
@@ -98,7 +105,8 @@ class Run:
     """The clock, the replicas and the requests of one simulation.
 
     ``request_ns`` is the number of requests in the system integrated over time (L x T of Little's law), kept as each
-    leaves by the clock.
+    leaves by the clock. ``watch``, where given, sees every request that leaves or is refused, and ends the run by
+    returning True.
     """
 
     def __init__(
@@ -131,6 +139,7 @@ class Run:
         self.request_ns = 0
         self._next = 0
         self._done = 0
+        self.watch: Callable[[Request], bool] | None = None
         self._progress = progress
         self._stride = max(1, len(self.requests) // 100)
         self._coming = [] if requests.arrival_s is None else self._open_loop(requests.arrival_s)
@@ -226,7 +235,7 @@ class Run:
         reason = self._door.refuses(request)
         if reason:
             self.recorder.reject(request, reason)
-            self._count()
+            self._count(request)
         return bool(reason)
 
     def _route(self, request: Request) -> None:
@@ -235,15 +244,17 @@ class Run:
 
     def _finished(self, request: Request) -> None:
         self.request_ns += self.clock.now_ns - request.arrival_ns
-        self._count()
+        self._count(request)
         self._out -= 1
         if self._turnaround_ns is None or self._next == len(self.requests) or (self._waves and self._out):
             return
         send = self._start_clients if self._waves else lambda _: self._send()
         self.clock.at(self.clock.now_ns + self._response_ns + self._turnaround_ns, ARRIVAL, send)
 
-    def _count(self) -> None:
+    def _count(self, request: Request) -> None:
         self._done += 1
+        if self.watch and self.watch(request):
+            self.clock.stop()
         if self._progress and self._done % self._stride == 0:
             self._progress(self._done / len(self.requests))
 

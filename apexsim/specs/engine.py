@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from apexsim.specs.base import Spec
+from apexsim.specs.base import Name, Spec
 from apexsim.specs.device import Datasheet
 from apexsim.specs.memory import ExpertPadding, MemoryChange, MemoryDefaults, MemoryEvidence
 from apexsim.versions import begins
@@ -276,7 +276,7 @@ class EngineProfile(Spec):
     before), and the rotary embedding (done by attention).
     """
 
-    name: str
+    name: Name
     engine: str
     versions: tuple[str, ...]
     host: HostTerms

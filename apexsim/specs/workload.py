@@ -12,10 +12,13 @@ import numpy.typing as npt
 from pydantic import Field
 
 from apexsim.errors import BadInput
-from apexsim.specs.base import Spec
+from apexsim.specs.base import Name, Spec
 from apexsim.specs.laws import (
+    MAX_CONCURRENCY,
+    MAX_RATE,
     MAX_TOKENS,
     MAX_TURNAROUND_S,
+    MIN_RATE,
     Arrivals,
     ClosedLoop,
     Floats,
@@ -27,8 +30,20 @@ from apexsim.specs.laws import (
 
 # The simulator's clock is a 64-bit count of nanoseconds; stamps in milliseconds or microseconds end here.
 MAX_ARRIVAL_S = 9e9
-# More than a run could hold in memory.
-MAX_REQUESTS = 10**8
+# A run holds about 3.5 kB a request: more than these take what a large server has.
+MAX_REQUESTS = 10**7
+
+
+@dataclass(frozen=True)
+class Offered:
+    """What a workload asks for in the long run: requests a second, and mean tokens of one.
+
+    ``rate_per_s`` is None in a closed loop, where the server sets the pace, and infinite when all come at once.
+    """
+
+    rate_per_s: float | None
+    prompt_tokens: float
+    output_tokens: float
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -39,7 +54,8 @@ class Requests:
     their next request ``turnaround_s`` after their last answer ended; in ``waves``, all together, after the last answer
     of all. ``prompt_tokens`` counts the whole prompt,
     ``output_tokens`` every generated token. ``extra`` holds optional columns by name; ``notes`` are sentences on what
-    was done to the rows on their way here (columns ignored, arrivals drawn), for a result to repeat.
+    was done to the rows on their way here (columns ignored, arrivals drawn), for a result to repeat. ``law`` is what
+    the law that drew the rows offers on average; None where the rows are all there is, as in a recorded trace.
     Raises BadInput, with the 1-based row, on a column that breaks this.
     """
 
@@ -52,6 +68,7 @@ class Requests:
     waves: bool = False
     extra: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    law: Offered | None = None
 
     def __post_init__(self) -> None:
         if (self.arrival_s is None) == (self.concurrency is None):
@@ -61,7 +78,7 @@ class Requests:
             "output_tokens": checked_counts(self.output_tokens, "output_tokens", self.name),
         }
         if self.arrival_s is None:
-            check_count(self.concurrency, "concurrency", self.name)
+            check_count(self.concurrency, "concurrency", self.name, most=MAX_CONCURRENCY)
             check_turnaround(self.turnaround_s, self.name)
         else:
             columns["arrival_s"] = checked_arrivals(self.arrival_s, self.name)
@@ -90,6 +107,14 @@ class Requests:
             return math.nan
         return (len(self) - 1) / self.span_s if self.span_s else math.inf
 
+    @property
+    def offered(self) -> Offered:
+        """What the requests offer in the long run: by the law that drew them, else by the rows themselves."""
+        law = self.law or Offered(self.rate_per_s, float(self.prompt_tokens.mean()), float(self.output_tokens.mean()))
+        if self.arrival_s is None:
+            return replace(law, rate_per_s=None)
+        return law if self.span_s else replace(law, rate_per_s=math.inf)
+
     def head(self, count: int) -> Requests:
         """The first ``count`` requests, or all of them with a note when there are fewer."""
         check_count(count, "requests", self.name)
@@ -104,18 +129,40 @@ class Requests:
             extra={key: values[:count] for key, values in self.extra.items()},
         )
 
+    def repeated(self, count: int) -> Requests:
+        """The same requests over and over until there are at least ``count``, each time whole.
+
+        The next time begins one mean gap after the last arrival of the time before.
+        """
+        times = -(-count // len(self))
+        if times <= 1:
+            return self
+        arrival_s = self.arrival_s
+        if arrival_s is not None:
+            period_s = self.span_s + (1 / self.rate_per_s if self.span_s else 0.0)
+            arrival_s = (np.arange(times)[:, None] * period_s + arrival_s).ravel()
+        return replace(
+            self,
+            prompt_tokens=np.tile(self.prompt_tokens, times),
+            output_tokens=np.tile(self.output_tokens, times),
+            arrival_s=arrival_s,
+            extra={key: np.tile(values, times) for key, values in self.extra.items()},
+        )._noting(f"{self.name} repeated {times} times")
+
     def at_rate(self, rate_per_s: float) -> Requests:
         """The same requests, time stretched about the first arrival until the mean rate is ``rate_per_s``."""
         check_rate(rate_per_s, where=self.name)
         if self.arrival_s is None or not self.span_s:
             raise BadInput("has no spread of arrival times to scale; use arriving(...) to draw some", where=self.name)
         first = self.arrival_s[0]
-        return replace(self, arrival_s=first + (self.arrival_s - first) * (self.rate_per_s / rate_per_s))
+        arrival_s = first + (self.arrival_s - first) * (self.rate_per_s / rate_per_s)
+        return replace(self, arrival_s=arrival_s, law=self.law and replace(self.law, rate_per_s=rate_per_s))
 
     def arriving(self, process: RenewalArrivals, *, seed: int = 0) -> Requests:
         """The same requests at times drawn from ``process``, with a note that says so."""
         arrival_s = process.draw_s(_streams(seed, self.name)[0], len(self))
-        drawn = replace(self, arrival_s=arrival_s, concurrency=None, turnaround_s=0.0, waves=False)
+        law = replace(self.offered, rate_per_s=process.rate_per_s)
+        drawn = replace(self, arrival_s=arrival_s, concurrency=None, turnaround_s=0.0, waves=False, law=law)
         return drawn._noting(f"arrival times drawn: {process!r}")
 
     def all_at_once(self) -> Requests:
@@ -162,7 +209,7 @@ class Workload(Spec):
     (what it leaves out) are prose; ``requests`` is how many are drawn unless asked otherwise.
     """
 
-    name: str
+    name: Name
     summary: str | None = None
     source: str | None = None
     licence: str | None = None
@@ -194,6 +241,11 @@ class Workload(Spec):
             prompt_tokens=self.prompt_tokens.draw(prompt_score),
             output_tokens=self.output_tokens.draw(output_score),
             arrival_s=law.draw_s(arrivals, count) if isinstance(law, RenewalArrivals) else np.zeros(count),
+            law=Offered(
+                rate_per_s=law.rate_per_s if isinstance(law, RenewalArrivals) else math.inf,
+                prompt_tokens=self.prompt_tokens.mean,
+                output_tokens=self.output_tokens.mean,
+            ),
         )
         if not isinstance(law, ClosedLoop):
             return rows
@@ -216,9 +268,12 @@ def check_count(value: object, key: str, where: object = None, *, least: int = 1
 
 
 def check_rate(value: float, key: str = "rate_per_s", where: object = None) -> None:
-    """Refuse a rate that is not a finite number above 0."""
+    """Refuse a rate that is not a number from ``MIN_RATE`` to ``MAX_RATE``."""
     if not _is_number(value) or not 0 < value < math.inf:
         raise BadInput("give requests per second, a number above 0", where=where, key=key, got=value)
+    if not MIN_RATE <= value <= MAX_RATE:
+        would_do = f"give requests per second, from {MIN_RATE:g} to {MAX_RATE:g}"
+        raise BadInput(would_do, where=where, key=key, got=value)
 
 
 def check_turnaround(value: float, where: object) -> None:

@@ -89,7 +89,8 @@ def case_of(row: RunRow, engine_options: Mapping[str, Any] = MappingProxyType({}
         notes.append("sampling not known: top_p, as the client of its benchmark asks for")
     if row.kv_dtype or launch.kv_dtype:
         choices["kv_cache"] = row.kv_dtype or launch.kv_dtype
-    deployment = resolve_deployment(parse_spec(DeploymentFile, choices, "run"), "run")
+    # Whether the files behind rows may name code was asked when they were read.
+    deployment = resolve_deployment(parse_spec(DeploymentFile, choices, "run"), "run", allow_plugins=True)
     if not row.kv_dtype:
         chosen = "as its benchmark launches it" if launch.kv_dtype else "the engine default"
         notes.append(f"kv_dtype not known: {chosen}, {deployment.kv_cache}")

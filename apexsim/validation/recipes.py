@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from apexsim.io.deployments import EngineOption
+from apexsim.io.words import EngineOption
 from apexsim.io.yaml_files import load_spec
 from apexsim.specs.base import Spec
 from apexsim.specs.engine import token_budget

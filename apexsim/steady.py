@@ -1,0 +1,326 @@
+"""The steady part of a run: what a token costs, in money and joules, once the system has filled and before it drains.
+
+Window. An open loop: from the first arrival plus the time in which 99 % of requests leave once they are scheduled (at
+most half of the arrivals' span), to the last arrival. A closed loop: from the end of the last answer of the first wave
+(as many requests as there are clients) to the last arrival. Requests that all come at once have no steady part.
+
+Flows. A request's tokens are spread evenly from its first to its last one, its prompt from when it was scheduled to
+its first token, a row of steps evenly over its time. The window is cut into 10 to 20 batches of equal length, as long
+as the 90th percentile of the end-to-end time where there are that few.
+
+Tokens a second. With o tokens a second offered in the long run (by the law of a drawn workload, by the rows of a
+trace), X tokens of requests that came in the window of W seconds and T tokens made in it:
+
+    tokens/s = o + (T - X) / W          half-width t sqrt(2) s / W
+
+T - X is what the backlog lost. The chance of which requests happened to come cancels; what stays is the backlog's
+at two moments, s its standard deviation at the ends of batches. t is Student's quantile at 95 %.
+Joules a second: a straight line through the batches' tokens and prompt tokens a second (least squares), read at the
+rates of the long run. Its half-width is that of a regression, and that of tokens/s beside it.
+Where that is not known (a closed loop, requests refused or unfinished) both are plain ratios over the window; their
+half-widths come from batch means, widened by the correlation of neighbouring batches.
+
+Growth. The backlog grows where a straight line through it, in requests or in tokens still to make, rises beyond its
+error (one-sided, 99 %, neighbours' correlation counted) and by more than 1 % of what came in the window.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from apexsim.batch_means import UNKNOWN, Estimate, ratio_of, regressed, risen, student
+from apexsim.metrics import Floats, ratio, spread_until
+from apexsim.units import NS_PER_S
+
+if TYPE_CHECKING:
+    from apexsim.results import SimulationResult
+
+Kind = Literal["steady", "short", "growing", "all_at_once"]
+
+LEAST_E2ES = 5.0  # a window holds as many 90th percentiles of the end-to-end time
+WIDEST = 0.03  # relative half-width of a figure that may decide
+LEAST_GROWTH = 0.01  # of what came in the window; a backlog that grows less moves no figure by more
+FEWEST_BATCHES, MOST_BATCHES = 10, 20
+SPARE = 1.1  # of requests that are asked for beyond those that would just do
+COST, ENERGY = "usd_per_million_output_tokens", "energy_per_output_token_j"
+BY_LAW = "offered load, corrected by what the backlog changed over the window"
+BY_RUN = "whole run"
+BY_BATCHES = "ratio over the window, half-widths by batch means"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steady:
+    """What may be said of the steady part of a run.
+
+    ``kind``: ``steady``; ``short`` where the window is shorter than 5 end-to-end times (90th percentile) or a
+    half-width is above 3 %: the figures stand but decide nothing; ``growing`` where the backlog grows, so that there
+    is no steady figure; ``all_at_once`` where the figures are those of the whole run. ``reason`` says why it is not
+    ``steady`` and what would do. ``from_s`` and ``to_s``: the window on the run's clock, ``share`` of the duration.
+    ``requests`` came in it, ``output_tokens`` were made in it. ``half_width``: relative, 95 %. ``wanted_requests``:
+    about how many of this workload would make the window long enough. ``estimator``: how the figures were had.
+    """
+
+    kind: Kind
+    reason: str
+    from_s: float | None = None
+    to_s: float | None = None
+    window_s: float | None = None
+    share: float = 0.0
+    requests: int = 0
+    output_tokens: int = 0
+    output_tokens_per_s: float | None = None
+    usd_per_million_output_tokens: float | None = None
+    energy_per_output_token_j: float | None = None
+    half_width: dict[str, float | None] = field(default_factory=lambda: {COST: None, ENERGY: None})
+    wanted_requests: int | None = None
+    estimator: str = ""
+
+
+@dataclass(frozen=True)
+class Flows:
+    """What happened between the ``edges`` (seconds on the run's clock) of batches of equal length, one value a batch.
+
+    Tokens made, prompt tokens worked off, tokens and number of requests that came, joules of the billed devices.
+    """
+
+    edges: Floats
+    tokens: Floats
+    prompt_tokens: Floats
+    offered_tokens: Floats
+    arrived: Floats
+    joules: Floats
+
+    @property
+    def window_s(self) -> float:
+        return float(self.edges[-1] - self.edges[0])
+
+    @property
+    def batch_s(self) -> float:
+        return self.window_s / len(self.tokens)
+
+
+class Verdict(NamedTuple):
+    """What may be said, and why; how the figures were had; how many requests would make the window long enough."""
+
+    kind: Kind
+    reason: str
+    estimator: str = ""
+    wanted: int | None = None
+
+
+class Window(NamedTuple):
+    """Where the steady part of a run may lie, on its clock; ``ramp_s`` from ``first_s`` on the system fills."""
+
+    first_s: float
+    from_s: float
+    to_s: float
+    ramp_s: float
+
+    @property
+    def length_s(self) -> float:
+        return self.to_s - self.from_s
+
+    @property
+    def filled(self) -> bool:
+        """Whether the system has filled before the window begins."""
+        return self.from_s >= self.first_s + self.ramp_s
+
+
+def steady_part(result: SimulationResult) -> Steady:
+    """The steady figures of a run, or why there are none."""
+    arrival_s = result.request_columns["arrival_s"]
+    if arrival_s.min() == arrival_s.max():
+        return _all_at_once(result)
+    window, e2e_s = _window(result), _quantile(result.request_columns["e2e_s"], 0.9)
+    if not window.length_s > 0 or math.isnan(e2e_s):
+        return _no_window(result, e2e_s)
+    least = window.length_s / e2e_s if e2e_s else math.inf
+    batches = int(np.clip(least, FEWEST_BATCHES, MOST_BATCHES))
+    flows = flows_of(result, np.linspace(window.from_s, window.to_s, batches + 1))
+    if reason := _growth(result, window):
+        return _told(result, flows, (UNKNOWN, UNKNOWN), Verdict("growing", reason))
+    by_law = result.concurrency is None and bool(result.finished.all())
+    figures = (_by_law if by_law else _by_batches)(result, flows)
+    estimator = BY_LAW if by_law else BY_BATCHES
+    reason, wanted = _shortness(result, window, e2e_s, figures, estimator)
+    return _told(result, flows, figures, Verdict("short" if reason else "steady", reason, estimator, wanted))
+
+
+# -- window and flows ------------------------------------------------------------------------------------------------
+
+
+def _window(result: SimulationResult) -> Window:
+    """See the module. Times to leave are counted from when a request was scheduled: a queue that grows is no ramp."""
+    columns = result.request_columns
+    arrival_s, last_s = columns["arrival_s"], columns["last_token_s"]
+    first_s, to_s = float(arrival_s.min()), float(arrival_s.max())
+    if result.concurrency is not None:
+        ends = last_s[: result.concurrency]
+        ends = ends[np.isfinite(ends)]
+        from_s = float(ends.max()) if len(ends) else to_s
+        return Window(first_s, from_s, to_s, from_s - first_s)
+    ramp_s = _quantile(last_s - columns["scheduled_s"], 0.99)
+    if math.isnan(ramp_s):
+        return Window(first_s, to_s, to_s, ramp_s)
+    return Window(first_s, first_s + min(ramp_s, (to_s - first_s) / 2), to_s, ramp_s)
+
+
+def flows_of(result: SimulationResult, edges: Floats) -> Flows:
+    """What happened between ``edges``, ascending, in seconds on the run's clock."""
+    columns, steps = result.request_columns, result.step_columns
+    done = result.finished
+    scheduled, first, last = (columns[key][done] for key in ("scheduled_s", "first_token_s", "last_token_s"))
+    outputs = columns["output_tokens"][done]
+    made = spread_until((first, last), outputs - 1, edges) + spread_until((first, first), np.ones(len(first)), edges)
+    worked = spread_until((scheduled, first), columns["prompt_tokens"][done], edges)
+    arrival = columns["arrival_s"], columns["arrival_s"]
+    came = spread_until(arrival, np.ones(len(done)), edges)
+    owed = spread_until(arrival, columns["output_tokens"], edges)
+    joules = np.full(len(edges) - 1, math.nan)
+    if "energy_j" in steps:
+        # Asynchronous engines run a step on after the last token left: it counts, at the end.
+        start_s, end_s = (np.minimum(steps[key] / NS_PER_S, result.end_s) for key in ("start_ns", "end_ns"))
+        drawn_j, worked_s = (
+            np.diff(spread_until((start_s, end_s), steps[key], edges)) for key in ("energy_j", "working_s")
+        )
+        device_s = result.deployment.billed_devices * np.diff(edges)
+        joules = drawn_j + result.deployment.cluster.device.power.idle_w * np.maximum(0.0, device_s - worked_s)
+    return Flows(edges, np.diff(made), np.diff(worked), np.diff(owed), np.diff(came), joules)
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------
+
+
+def _by_law(result: SimulationResult, flows: Flows) -> tuple[Estimate, Estimate]:
+    """Tokens a second and joules a token where the long run's load is known and all of it was served."""
+    offered, count = result.offered, len(flows.tokens)
+    assert offered.rate_per_s is not None
+    rate = offered.rate_per_s * offered.output_tokens
+    backlog = np.concatenate(([0.0], np.cumsum(flows.offered_tokens - flows.tokens)))
+    sd = float(backlog.std(ddof=1))
+    tokens = Estimate(rate - backlog[-1] / flows.window_s, student(count) * math.sqrt(2) * sd / flows.window_s)
+    if not tokens.value > 0:
+        return UNKNOWN, UNKNOWN
+    if np.isnan(flows.joules).any():
+        return tokens, UNKNOWN
+    per_s = np.stack((flows.tokens, flows.prompt_tokens), axis=1) / flows.batch_s
+    at = np.array([tokens.value, offered.rate_per_s * offered.prompt_tokens])
+    watts, slopes = regressed(per_s, flows.joules / flows.batch_s, at)
+    # joules / token = watts / tokens a second: an error of the rate moves both.
+    turns = abs(slopes[0] * tokens.value / watts.value - 1) * tokens.relative
+    energy = watts.value / tokens.value
+    return tokens, Estimate(energy, energy * math.hypot(watts.relative, turns))
+
+
+def _by_batches(result: SimulationResult, flows: Flows) -> tuple[Estimate, Estimate]:
+    """The same by plain ratios over the window."""
+    return ratio_of(flows.tokens, np.full(len(flows.tokens), flows.batch_s)), ratio_of(flows.joules, flows.tokens)
+
+
+# -- verdicts --------------------------------------------------------------------------------------------------------
+
+
+def _growth(result: SimulationResult, window: Window) -> str:
+    """Why the backlog grows over the window, as a sentence; empty where it does not, or cannot be told from a ramp."""
+    if result.concurrency is not None or not window.filled:
+        return ""
+    columns = result.request_columns
+    at = np.linspace(window.from_s, window.to_s, 2 * MOST_BATCHES + 1)
+    taken, done = columns["status"] != "rejected", result.finished
+    first, last, outputs = columns["first_token_s"][done], columns["last_token_s"][done], columns["output_tokens"]
+    one = np.ones(len(done))
+    in_system, owed = (
+        (spread_until((columns["arrival_s"][taken],) * 2, amount[taken], at), gone)
+        for amount, gone in (
+            (one, spread_until((last, last), one[done], at)),
+            (outputs, spread_until((first, last), outputs[done], at)),
+        )
+    )
+    share = max(risen(came - gone) / float(came[-1] - came[0]) for came, gone in (in_system, owed))
+    if share <= LEAST_GROWTH:
+        return ""
+    would_do = "the deployment does not keep up; a lower rate or more replicas would do"
+    return f"the backlog grows by {share:.1%} of what comes in over {window.length_s:.3g} s: {would_do}"
+
+
+def _shortness(
+    result: SimulationResult, window: Window, e2e_s: float, figures: tuple[Estimate, Estimate], estimator: str
+) -> tuple[str, int | None]:
+    """Why the window is too short, and about how many requests would do; empty and None where it is long enough."""
+    widths = {"cost": figures[0].relative, "energy": figures[1].relative}
+    wide = {what: width for what, width in widths.items() if width > WIDEST}
+    length_s = f"the window of {window.length_s:.3g} s"
+    if not window.filled:
+        why = f"{length_s} begins before the system has filled"
+    elif window.length_s < LEAST_E2ES * e2e_s:
+        why = f"{length_s} is shorter than {LEAST_E2ES:g} end-to-end times of {e2e_s:.3g} s (90th percentile)"
+    elif math.isnan(figures[0].value):
+        why = f"{length_s} holds too few requests to tell their rate"
+    elif wide:
+        said = " and ".join(f"{width:.1%} of {what}" for what, width in wide.items())
+        why = f"the half-width over {length_s} is {said}, above {WIDEST:.0%}"
+    else:
+        return "", None
+    needed_s = LEAST_E2ES * e2e_s
+    if window.length_s >= needed_s and window.filled:
+        # The backlog's part of an error falls with the length of the window, chance among batches with its root.
+        powers = {"cost": 1 if estimator == BY_LAW else 2, "energy": 2}
+        times = ((width / WIDEST) ** powers[what] for what, width in wide.items())
+        needed_s = window.length_s * max(times, default=2.0)
+    per_s = len(result.request_columns["arrival_s"]) / (window.to_s - window.first_s)
+    wanted = math.ceil(SPARE * per_s * (window.ramp_s + needed_s))
+    return f"{why}; about {wanted:,} requests would do", wanted
+
+
+def _all_at_once(result: SimulationResult) -> Steady:
+    first_s = float(result.request_columns["arrival_s"].min())
+    if not result.end_s > first_s:
+        return Steady(kind="all_at_once", reason="nothing was served")
+    flows = flows_of(result, np.array([first_s, result.end_s]))
+    tokens = float(flows.tokens[0])
+    figures = tuple(Estimate(value, math.nan) for value in (tokens / flows.window_s, ratio(flows.joules[0], tokens)))
+    reason = "all requests come at once: the figures are of the whole run; give arrivals at a rate for steady ones"
+    return _told(result, flows, (figures[0], figures[1]), Verdict("all_at_once", reason, BY_RUN))
+
+
+def _no_window(result: SimulationResult, e2e_s: float) -> Steady:
+    if math.isnan(e2e_s) or result.concurrency is None:
+        return Steady(kind="short", reason="no request finished, so nothing is known of a steady part")
+    wanted = math.ceil(SPARE * result.concurrency * (2 + LEAST_E2ES))
+    why = "the last request is sent before the first wave has ended"
+    return Steady(kind="short", reason=f"{why}; about {wanted:,} requests would do", wanted_requests=wanted)
+
+
+def _told(result: SimulationResult, flows: Flows, figures: tuple[Estimate, Estimate], said: Verdict) -> Steady:
+    tokens, energy = figures
+    deployment = result.deployment
+    usd_per_s = deployment.cluster.device.price.usd_per_hour * deployment.billed_devices / 3600
+    return Steady(
+        kind=said.kind,
+        reason=said.reason,
+        from_s=float(flows.edges[0]),
+        to_s=float(flows.edges[-1]),
+        window_s=flows.window_s,
+        share=ratio(flows.window_s, result.duration_s),
+        requests=round(flows.arrived.sum()),
+        output_tokens=round(flows.tokens.sum()),
+        output_tokens_per_s=_known(tokens.value),
+        usd_per_million_output_tokens=_known(ratio(usd_per_s * 1e6, tokens.value)),
+        energy_per_output_token_j=_known(energy.value),
+        half_width={COST: _known(tokens.relative), ENERGY: _known(energy.relative)},
+        wanted_requests=said.wanted,
+        estimator=said.estimator,
+    )
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _quantile(values: Floats, probability: float) -> float:
+    known = values[np.isfinite(values)]
+    return float(np.quantile(known, probability)) if len(known) else math.nan
