@@ -103,7 +103,7 @@ def test_forced_ties_on_three_least_loaded_replicas() -> None:
         {"model": "gpt-oss-20b", "pipeline": 2, "engine": "sglang-0.5"},
         {"model": "mixtral-8x7b", "tensor": 2, "engine": "trtllm-1.0"},
         {"model": "llama-3.1-70b", "tensor": 8, "engine": "vllm-0.6"},
-        {"model": "nvidia-nemotron-nano-9b-v2", "engine_options": {"max_num_seqs": 256}},
+        {"model": "nvidia-nemotron-nano-9b-v2"},
         {"model": "qwen3-next-80b-a3b", "tensor": 4, "engine": "sglang-0.5"},
         {"model": "gemma-3-12b"},
         {"model": "mixtral-8x7b", "attention_data": 4, "expert": 4},

@@ -109,10 +109,15 @@ def test_seats_need_room_for_the_states_of_recurrent_layers() -> None:
     plan = plan_memory(asked, asked.pools[0])
     room = plan.blocks // plan.fixed_blocks
     assert room < asked.scheduler.max_num_seqs
+    wanted = {"max_num_seqs": asked.scheduler.max_num_seqs}
     with pytest.raises(InfeasiblePlan, match=f"needs max_num_seqs <= {room:,}$"):
-        start(asked)
+        start(deployed("nemotron-h-8b", engine="vllm@0.19.0", options=wanted))
     # Fewer seats leave more room: sampling for them takes less.
     assert start(deployed("nemotron-h-8b", engine="vllm@0.19.0", options={"max_num_seqs": room})).notes == ()
+    # Seats that nobody gave yield, with a note.
+    yielded = start(asked)
+    assert yielded.deployment.scheduler.max_num_seqs == yielded.options["max_num_seqs"] == room
+    assert yielded.notes == (f"max_num_seqs {room:,}: states of recurrent layers for more sequences do not fit",)
     assert start(deployed("nemotron-h-8b", engine="sglang-0.5")).notes == ()
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from apexsim.costs.memory import MemoryPlan, plan_memory
 from apexsim.errors import InfeasiblePlan
 from apexsim.specs.deployment import Deployment, Pool
 
+_WHY = {
+    "max_model_len": "max_model_len {:,}: a longer context does not fit in the KV cache; longer requests are rejected",
+    "max_num_seqs": "max_num_seqs {:,}: states of recurrent layers for more sequences do not fit",
+}
 # Tensor degrees that a hint tries: the devices of a node, of 8 unless the cluster's are larger.
 NODE_DEVICES = 8
 
@@ -19,20 +24,21 @@ class Started:
 
     deployment: Deployment
     memory: MemoryPlan
-    notes: tuple[str, ...] = ()
+    options: Mapping[str, int] = field(default_factory=dict)
 
     @property
-    def reduced_context(self) -> int | None:
-        """The ``max_model_len`` that it takes to start; None where it starts as it was asked for."""
-        return self.deployment.context_limit if self.notes else None
+    def notes(self) -> tuple[str, ...]:
+        """What the engine must be told to start, in words; empty where it starts as it was asked to."""
+        return tuple(_WHY[option].format(value) for option, value in self.options.items())
 
 
 def start(deployment: Deployment) -> Started:
     """Start a deployment's engine, if it would: one sequence as long as the context must fit in the KV cache.
 
     Where no ``max_model_len`` is given and the model's own context does not fit, the longest that does is taken, with a
-    note; so is it where the engine starts with any. Raises ``InfeasiblePlan`` with what would do: a ``max_model_len``
-    in place of one that does not start, fewer seats, the smallest tensor degree that would start.
+    note; so is it where the engine starts with any. Seats that no option gives yield to the states of recurrent layers
+    in the same way. Raises ``InfeasiblePlan`` with what would do: a ``max_model_len`` in place of one that does not
+    start, fewer seats, the smallest tensor degree that would start.
     """
     wanted, asked = deployment.context_limit, deployment.engine.scheduler.max_model_len
     explicit = asked is not None and deployment.engine.memory.context_must_fit
@@ -43,16 +49,12 @@ def start(deployment: Deployment) -> Started:
         shortage = error.reasons
     else:
         if memory.holds(wanted):
-            _check_seats(deployment, memory)
-            return Started(deployment, memory)
+            return _seated(deployment, memory, {})
     longest = _longest_below(deployment, wanted)
     if explicit or not longest:
         raise InfeasiblePlan([_refusal(deployment, shortage, longest)])
     reduced = _with_context(deployment, longest)
-    memory = plan_memory(reduced, reduced.pools[0])
-    _check_seats(reduced, memory)
-    note = f"max_model_len {longest:,}: a context of {wanted:,} tokens does not fit in the KV cache"
-    return Started(reduced, memory, (f"{note}; longer requests are rejected",))
+    return _seated(reduced, plan_memory(reduced, reduced.pools[0]), {"max_model_len": longest})
 
 
 def _refusal(deployment: Deployment, shortage: tuple[str, ...], longest: int) -> str:
@@ -68,14 +70,21 @@ def _refusal(deployment: Deployment, shortage: tuple[str, ...], longest: int) ->
     return "; ".join([why, *would_do])
 
 
-def _check_seats(deployment: Deployment, memory: MemoryPlan) -> None:
-    """Refuse more seats than there are states of recurrent layers, where the engine does."""
-    if not (memory.fixed_blocks and deployment.engine.memory.seats_need_states):
-        return
-    seats, room = deployment.rank_scheduler.max_num_seqs, memory.rank_blocks // memory.fixed_blocks
-    if seats > room:
+def _seated(deployment: Deployment, memory: MemoryPlan, options: Mapping[str, int]) -> Started:
+    """The started engine, with no more seats than states of recurrent layers fit, where it refuses more.
+
+    Seats given as an option stand: with too many of them the engine does not start.
+    """
+    needed = memory.fixed_blocks if deployment.engine.memory.seats_need_states else 0
+    seats, room = deployment.rank_scheduler.max_num_seqs, memory.rank_blocks // max(1, needed)
+    if not needed or seats <= room:
+        return Started(deployment, memory, options)
+    if "max_num_seqs" in deployment.engine.given or not room:
         states = f"states of recurrent layers for {room:,} sequences fit, not for max_num_seqs {seats:,}"
         raise InfeasiblePlan([f"{states}; needs max_num_seqs <= {room:,}"])
+    # Fewer seats leave more memory, never less: what is planned for them holds at least as many states.
+    fewer = _with_seats(deployment, room)
+    return Started(fewer, plan_memory(fewer, fewer.pools[0]), {**options, "max_num_seqs": room})
 
 
 def _longest_below(deployment: Deployment, wanted: int) -> int:

@@ -234,6 +234,7 @@ def with_engine_options(engine: EngineProfile, options: Mapping[str, EngineOptio
         data[sections[key]][key] = value
         for change in data["changes"]:
             change.pop(key, None)
+    data["given"] = tuple(sorted({*data["given"], *options}))
     profile = parse_spec(EngineProfile, data, where)
     _check_class(profile.scheduler.policy, "policy", where)
     return profile

@@ -10,6 +10,7 @@ objective: latency
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,16 +126,15 @@ def write_study(out: Path, study: Study, file: SearchFile) -> None:
     if study.winner:
         candidate = study.winner.candidate
         degrees = {**candidate.plan.model_dump(), "replicas": candidate.replicas}
-        options = {**file.engine_options, **_context_option(study)}
+        options = {**file.engine_options, **_starting_options(study)}
         write_deployment(best, deployment_file(file, out).model_copy(update={**degrees, "engine_options": options}))
 
 
-def _context_option(study: Study) -> dict[str, EngineOption]:
-    """The ``max_model_len`` that the best plan's engine must be given to start; empty where it starts without."""
+def _starting_options(study: Study) -> Mapping[str, EngineOption]:
+    """What the best plan's engine must be given to start, as ``max_model_len``; empty where it starts without."""
     requests, best = study.question.requests, study.best
     assert best is not None, "a study with a winner has a best deployment"
-    context = start(best.for_load(int(requests.prompt_tokens.max()), requests.concurrency)).reduced_context
-    return {} if context is None else {"max_model_len": context}
+    return start(best.for_load(int(requests.prompt_tokens.max()), requests.concurrency)).options
 
 
 def study_data(study: Study) -> dict[str, Any]:

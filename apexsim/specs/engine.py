@@ -273,7 +273,7 @@ class EngineProfile(Spec):
     Of ``changes``, later ones outweigh earlier ones; of ``kv_cache`` and ``expert_padding``, the first rule that holds
     counts. ``memory_changes`` are memory terms of some of the versions (see ``for_version``). ``fusions`` are small
     kernels that the engine has no launch of its own for: those that quantise activations to fp8 (done by the kernel
-    before), and the rotary embedding (done by attention).
+    before), and the rotary embedding (done by attention). ``given`` are the options that a person gave.
     """
 
     name: Name
@@ -282,6 +282,7 @@ class EngineProfile(Spec):
     host: HostTerms
     scheduler: SchedulerDefaults
     changes: tuple[SchedulerChange, ...] = ()
+    given: tuple[str, ...] = ()
     memory: MemoryDefaults
     memory_changes: tuple[MemoryChange, ...] = ()
     memory_evidence: MemoryEvidence | None = None
