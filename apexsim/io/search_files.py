@@ -29,7 +29,7 @@ from apexsim.io.deployments import (
     write_deployment,
 )
 from apexsim.io.requests import resolve_supply
-from apexsim.io.words import Dtype, EngineOptions
+from apexsim.io.words import Dtype, EngineOption, EngineOptions
 from apexsim.io.yaml_files import load_spec
 from apexsim.search.headline import headline
 from apexsim.search.objective import objective_named
