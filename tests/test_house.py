@@ -18,7 +18,7 @@ PACKAGE = ROOT / "apexsim"
 # above: not inside functions, and not for types alone.
 FLOORS = (
     {"errors"},
-    {"units", "atomic", "metrics"},  # numbers, files and arithmetic that know nothing of serving
+    {"units", "atomic", "metrics", "versions"},  # numbers, files and arithmetic that know nothing of serving
     {"specs"},
     {"costs"},
     {"results", "steady", "batch_means", "summary", "uncertainty"},

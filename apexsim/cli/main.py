@@ -121,7 +121,16 @@ def _verdict(error: BaseException, name: str) -> tuple[int, str]:
 def _usage_line(error: Any, name: str) -> str:
     command = error.ctx.command_path.removeprefix(name).strip() if error.ctx else ""
     said = " ".join(error.format_message().split())
+    if would_do := _word_for(getattr(error, "option_name", None)):
+        said = f"no such option: {error.option_name}; say {would_do}"
     return f"{command}: {said}" if command else said
+
+
+def _word_for(option: str | None) -> str | None:
+    """What a flag of an engine is called here; None for other options, and where it is no option that is at fault."""
+    from apexsim.io.words import FLAGS
+
+    return FLAGS.get((option or "").lstrip("-").replace("-", "_"))
 
 
 def run() -> None:

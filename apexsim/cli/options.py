@@ -19,7 +19,7 @@ from apexsim.errors import BadInput
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from apexsim.io.deployments import EngineOption
+    from apexsim.io.words import EngineOption
     from apexsim.specs.deployment import Deployment
     from apexsim.specs.slo import SLO
     from apexsim.specs.workload import Requests
