@@ -61,7 +61,9 @@ _FORMS = {
 }
 _DTYPES = "|".join(DTYPE_BYTES)
 _ATTENTION = rf"(?:{_DTYPES})_d\d+"
-_RANKS = r"ranks_\d+"
+_OVER_NODES = r"(?:_over_\d+)?"
+_RANKS = rf"ranks_\d+{_OVER_NODES}"
+_NCCL = rf"nccl_\d+{_OVER_NODES}"
 # Kinds of operator: their form, and what their keys look like.
 _KINDS = {
     "gemm": ("gemm", _DTYPES),
@@ -74,8 +76,8 @@ _KINDS = {
     "elementwise": ("elementwise", "any|norm|qk_norm|rope|activation|embedding"),
     "quantise": ("elementwise", _DTYPES),
     "sampling": ("sampling", "any"),
-    "all_reduce": ("table", r"(?:nccl|custom)_\d+"),
-    **dict.fromkeys(("all_gather", "reduce_scatter", "all_to_all"), ("table", r"nccl_\d+")),
+    "all_reduce": ("table", rf"custom_\d+|{_NCCL}"),
+    **dict.fromkeys(("all_gather", "reduce_scatter", "all_to_all"), ("table", _NCCL)),
     **dict.fromkeys(("send_recv", "send_recv_across_nodes"), ("table", "p2p")),
     **{
         f"{name}_{phase}": ("table", _RANKS)
