@@ -18,10 +18,10 @@ PACKAGE = ROOT / "apexsim"
 # above: not inside functions, and not for types alone.
 FLOORS = (
     {"errors"},
-    {"units", "atomic", "metrics"},  # numbers, files and arithmetic that know nothing of serving
+    {"units", "atomic", "reading", "metrics"},  # numbers, files and arithmetic that know nothing of serving
     {"specs"},
     {"costs"},
-    {"results", "summary", "uncertainty"},
+    {"results", "result_files", "summary", "uncertainty"},
     {"serving"},
     {"search"},
     {

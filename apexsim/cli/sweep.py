@@ -38,9 +38,7 @@ def sweep(
     from apexsim.sweep import sweep as run_sweep
 
     with progress_bar("Sweeping") as report, keeping(out, "runs", report) as count:
-        table = run_sweep(
-            sweep_file, out=out, resume=resume, jobs=jobs, progress=count, allow_plugins=allow_plugins
-        )
+        table = run_sweep(sweep_file, out=out, resume=resume, jobs=jobs, progress=count, allow_plugins=allow_plugins)
     done = int((table["verdict"] == "ok").sum())
     _show(table)
     typer.echo(f"{done} of {len(table)} runs done, written to {out / TABLE}")
