@@ -233,6 +233,26 @@ def table_console(json_target: str | None) -> Console:
 
 
 @contextmanager
+def keeping(folder: Path | None, what: str, report: Callable[[float], None]) -> Iterator[Callable[[int, int], None]]:
+    """Give a callback that takes (done, all) and reports the share; an interrupt then says what ``folder`` keeps."""
+    counted = ""
+
+    def count(done: int, total: int) -> None:
+        nonlocal counted
+        counted = f"{done} of {total} "
+        report(done / total)
+
+    try:
+        yield count
+    except KeyboardInterrupt as error:
+        if folder is None:
+            error.add_note(f"{counted}{what} were done and are lost: give --out to keep them")
+        else:
+            error.add_note(f"{counted}{what} are kept in {folder}; continue with --resume")
+        raise
+
+
+@contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[float], None]]:
     """Give a callback that takes the fraction done; a terminal's stderr shows a bar after two seconds."""
     from rich.console import Console
