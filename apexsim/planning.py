@@ -95,6 +95,7 @@ def _asked(source: Path | str | None, choices: dict[str, Any], allow_plugins: bo
     """The search that a file, choices, or both describe."""
     from apexsim.io.deployments import check_named_code
     from apexsim.io.search_files import SearchFile, read_search
+    from apexsim.io.words import outweighing
     from apexsim.specs.base import parse_spec
 
     written = {} if source is None else read_search(source).model_dump(exclude_unset=True)
@@ -102,5 +103,6 @@ def _asked(source: Path | str | None, choices: dict[str, Any], allow_plugins: bo
     for key in ("model", "devices", "workload"):
         if key not in written | choices:
             raise BadInput("give a search file, or a model, devices and a workload", where=f"--{key}")
-    options = {**written.get("engine_options", {}), **choices.get("engine_options", {})}
-    return parse_spec(SearchFile, {**written, **choices, "engine_options": options}, source or "search")
+    where = source or "search"
+    options = outweighing(written.get("engine_options", {}), choices.get("engine_options", {}), where)
+    return parse_spec(SearchFile, {**written, **choices, "engine_options": options}, where)

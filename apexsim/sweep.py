@@ -139,9 +139,20 @@ def simulated(run: Run) -> Outcome:
     def work() -> Outcome:
         check_lawful(run.deployment, "plan")
         summary = simulate(run.deployment, run.requests, slo=run.slo, seed=run.seed).summary()
-        return Outcome("ok", figures=flatten({key: summary[key] for key in summary if key not in _LEFT_OUT}))
+        figures = flatten({key: summary[key] for key in summary if key not in _LEFT_OUT})
+        missed = _missed(run.slo, summary["slo"]["attainment"])
+        return Outcome("misses_slo" if missed else "ok", missed, figures)
 
     return attempt(work)
+
+
+def _missed(slo: SLO, attainment: float | None) -> str:
+    """What a run misses of its SLO; empty where it keeps it, or has none."""
+    limits = slo.model_dump(exclude={"target"}, exclude_none=True)
+    if not limits or (attainment or 0.0) >= slo.target:
+        return ""
+    # Rounded down, so that no share reads as the target that it misses.
+    return f"{math.floor(1000 * (attainment or 0.0)) / 1000:.1%} of requests keep the SLO, {slo.target:.0%} wanted"
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -18,10 +18,10 @@ PACKAGE = ROOT / "apexsim"
 # above: not inside functions, and not for types alone.
 FLOORS = (
     {"errors"},
-    {"units", "atomic", "metrics"},  # numbers, files and arithmetic that know nothing of serving
+    {"units", "atomic", "reading", "metrics", "versions"},  # numbers, files, arithmetic that know nothing of serving
     {"specs"},
     {"costs"},
-    {"results", "steady", "batch_means", "summary", "uncertainty"},
+    {"results", "result_files", "steady", "batch_means", "summary", "uncertainty"},
     {"serving"},
     {"search"},
     {

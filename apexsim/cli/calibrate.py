@@ -23,7 +23,6 @@ class DrawFlags:
     where: Annotated[
         list[str] | None, typer.Option(help="Only rows whose column has this value, as device=h100-sxm (repeatable).")
     ] = None
-
     allow_plugins: AllowPluginsFlag = False
 
 
@@ -48,7 +47,7 @@ def calibrate(
     from apexsim.validation.runs import read_runs, selected
 
     check_targets({"--out": out})
-    check_engine(engine, allowed=allow_plugins)
+    check_engine(engine, allowed=draw.allow_plugins)
     profile = catalog.load("engine", engine)
     rows = [
         run

@@ -10,6 +10,7 @@ import typer
 
 from apexsim.cli import facts
 from apexsim.cli.options import (
+    AllowPluginsFlag,
     DeploymentFlags,
     JsonFlag,
     check_targets,
@@ -22,6 +23,7 @@ from apexsim.errors import BadInput
 
 if TYPE_CHECKING:
     from apexsim import catalog
+    from apexsim.specs.deployment import Deployment
 
 
 class Listing(StrEnum):
@@ -59,6 +61,7 @@ def show(
     plan: DeploymentFlags,
     graph: Annotated[bool, typer.Option("--graph", help="Operators of the blocks of a model.")] = False,
     json: JsonFlag = None,
+    allow_plugins: AllowPluginsFlag = False,
 ) -> None:
     """Show one model, device, engine or workload: its spec and what follows from it.
 
@@ -66,7 +69,8 @@ def show(
     """
     given = {key: value for key, value in vars(plan).items() if value is not None}
     if kind is Kind.memory:
-        _show_memory(name, plan, json)
+        check_targets({"--json": json})
+        _show_memory(deployment_from_flags(Path(name) if name else None, plan, allow_plugins=allow_plugins), json)
         return
     if name is None:
         raise BadInput(f"give the name of a {kind.value}", where="show")
@@ -108,12 +112,11 @@ def _show_spec(kind: catalog.Kind, name: str) -> None:
         facts.print_tables(facts.model_table(spec))
 
 
-def _show_memory(deployment: str | None, flags: DeploymentFlags, json: str | None) -> None:
+def _show_memory(deployment: Deployment, json: str | None) -> None:
     """Memory of a replica, device by device; ``InfeasiblePlan`` where its engine would not start."""
     from apexsim.costs.starting import start
 
-    check_targets({"--json": json})
-    engine = start(deployment_from_flags(Path(deployment) if deployment else None, flags))
+    engine = start(deployment)
     figures = engine.memory.figures(engine.deployment.context_limit)
     if json:
         emit_json({"memory": figures, "notes": list(engine.notes)}, json)

@@ -19,7 +19,7 @@ from apexsim.errors import BadInput
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from apexsim.io.deployments import EngineOption
+    from apexsim.io.words import EngineOption
     from apexsim.specs.deployment import Deployment
     from apexsim.specs.slo import SLO
     from apexsim.specs.workload import Requests
@@ -230,6 +230,26 @@ def table_console(json_target: str | None) -> Console:
 
     console = Console(stderr=json_target == "-")
     return console if console.is_terminal else Console(stderr=console.stderr, width=_FILE_WIDTH)
+
+
+@contextmanager
+def keeping(folder: Path | None, what: str, report: Callable[[float], None]) -> Iterator[Callable[[int, int], None]]:
+    """Give a callback that takes (done, all) and reports the share; an interrupt then says what ``folder`` keeps."""
+    counted = ""
+
+    def count(done: int, total: int) -> None:
+        nonlocal counted
+        counted = f"{done} of {total} "
+        report(done / total)
+
+    try:
+        yield count
+    except KeyboardInterrupt as error:
+        if folder is None:
+            error.add_note(f"{counted}{what} were done and are lost: give --out to keep them")
+        else:
+            error.add_note(f"{counted}{what} are kept in {folder}; continue with --resume")
+        raise
 
 
 @contextmanager

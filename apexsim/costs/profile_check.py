@@ -36,32 +36,35 @@ _MEASURING_ONLY = "(measuring only)"
 
 
 class _Form(NamedTuple):
-    """What a form reads: coefficients it cannot do without, and further ones."""
+    """What a form reads: its fitted coefficients, and what else it cannot do without."""
 
-    needed: tuple[str, ...]
     known: tuple[Coefficient, ...] = ()
+    more: tuple[str, ...] = ()
 
-
-def _of(coefficients: tuple[Coefficient, ...], *more: str) -> _Form:
-    needed = [c.name for c in coefficients if _MEASURING_ONLY not in c.meaning]
-    return _Form((*needed, *more), coefficients)
+    @property
+    def needed(self) -> list[str]:
+        """Names without which there is no time; those that only measuring needs may be left out."""
+        return [*(c.name for c in self.known if _MEASURING_ONLY not in c.meaning), *self.more]
 
 
 _FORMS = {
-    "gemm": _of(gemm.COEFFICIENTS),
-    "prefill": _of(prefill.COEFFICIENTS, "causal_skip", "query_tile"),
-    "decode": _of(decode.COEFFICIENTS, "split_ungrouped"),
-    "mixed": _of(mixed.COEFFICIENTS),
-    "moe": _of(moe.COEFFICIENTS),
-    "mla_prefill": _of(prefill.COEFFICIENTS, "causal_skip", "query_tile", "hidden_passes"),
-    "mla_decode": _of(mla.COEFFICIENTS, "launch_s", "head_tile"),
-    "elementwise": _Form(("launch_s", "memory_efficiency"), small.ELEMENTWISE),
-    "sampling": _Form(("launch_s", "passes", "extra_passes", "knee_l2_share"), small.SAMPLING),
-    "table": _Form(()),
+    "gemm": _Form(gemm.COEFFICIENTS),
+    "prefill": _Form(prefill.COEFFICIENTS, ("causal_skip", "query_tile")),
+    "decode": _Form(decode.COEFFICIENTS, ("split_ungrouped",)),
+    "mixed": _Form(mixed.COEFFICIENTS),
+    "moe": _Form(moe.COEFFICIENTS),
+    "mla_prefill": _Form(prefill.COEFFICIENTS, ("causal_skip", "query_tile", "hidden_passes")),
+    "mla_decode": _Form(mla.COEFFICIENTS, ("launch_s", "head_tile")),
+    "elementwise": _Form(small.ELEMENTWISE[:2]),
+    "sampling": _Form(small.SAMPLING),
+    "table": _Form(),
 }
-_DTYPES = "|".join(DTYPE_BYTES)
-_ATTENTION = rf"(?:{_DTYPES})_d\d+"
-_RANKS = r"ranks_\d+"
+# DTYPE stands for any of them.
+_DTYPES = "DTYPE"
+_ATTENTION = r"DTYPE_d\d+"
+_OVER_NODES = r"(?:_over_\d+)?"
+_RANKS = rf"ranks_\d+{_OVER_NODES}"
+_NCCL = rf"nccl_\d+{_OVER_NODES}"
 # Kinds of operator: their form, and what their keys look like.
 _KINDS = {
     "gemm": ("gemm", _DTYPES),
@@ -74,14 +77,18 @@ _KINDS = {
     "elementwise": ("elementwise", "any|norm|qk_norm|rope|activation|embedding"),
     "quantise": ("elementwise", _DTYPES),
     "sampling": ("sampling", "any"),
-    "all_reduce": ("table", r"(?:nccl|custom)_\d+"),
-    **dict.fromkeys(("all_gather", "reduce_scatter", "all_to_all"), ("table", r"nccl_\d+")),
-    **dict.fromkeys(("send_recv", "send_recv_across_nodes"), ("table", "p2p")),
-    **{
-        f"{name}_{phase}": ("table", _RANKS)
-        for name in ("deepep", "deepep_ll", "trtllm")
-        for phase in ("dispatch", "combine")
-    },
+    "all_reduce": ("table", rf"custom_\d+|{_NCCL}"),
+    "all_gather": ("table", _NCCL),
+    "reduce_scatter": ("table", _NCCL),
+    "all_to_all": ("table", _NCCL),
+    "send_recv": ("table", "p2p"),
+    "send_recv_across_nodes": ("table", "p2p"),
+    "deepep_dispatch": ("table", _RANKS),
+    "deepep_combine": ("table", _RANKS),
+    "deepep_ll_dispatch": ("table", _RANKS),
+    "deepep_ll_combine": ("table", _RANKS),
+    "trtllm_dispatch": ("table", _RANKS),
+    "trtllm_combine": ("table", _RANKS),
 }
 
 
@@ -91,15 +98,17 @@ def check_profile(profile: DeviceProfile, where: object) -> None:
     if unknown := next((dtype for dtype in computes if dtype not in COMPUTE_DTYPE.values()), None):
         known = nearest(unknown, set(COMPUTE_DTYPE.values()))
         raise BadInput(known, where=where, key="datasheet.flops_per_s", got=unknown)
-    if "bf16" not in computes:
-        raise BadInput("bf16 is missing; all else is derived from it", where=where, key="datasheet.flops_per_s")
+    for key, rates in (("datasheet.flops_per_s", computes), ("power.j_per_flop", profile.power.j_per_flop)):
+        if "bf16" not in rates:
+            raise BadInput("bf16 is missing; it stands for dtypes that are not there", where=where, key=key)
+    dtypes = f"(?:{'|'.join(DTYPE_BYTES)})"
     for kind, operators in profile.operators.items():
         if kind not in _KINDS:
             raise BadInput(f"unknown operator; {nearest(kind, _KINDS)}", where=where, key="operators", got=kind)
         form, keys = _KINDS[kind]
         for key, operator in operators.items():
             at = f"operators.{kind}.{key}"
-            if not re.fullmatch(keys, key):
+            if not re.fullmatch(keys.replace("DTYPE", dtypes), key):
                 raise BadInput(f"give a key of the form {keys}", where=where, key=f"operators.{kind}", got=key)
             if operator.form != form:
                 raise BadInput(f"give {form}", where=where, key=f"{at}.form", got=operator.form)

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from apexsim import catalog
 from apexsim.errors import BadInput, nearest
+from apexsim.io.words import Dtype, EngineOption, EngineOptions, outweighing
 from apexsim.io.yaml_files import load_spec, write_yaml
 from apexsim.specs.base import Spec, parse_spec
 from apexsim.specs.cluster import MAX_DEVICES, Cluster, Overhead
@@ -32,8 +33,6 @@ from apexsim.units import DTYPE_BYTES
 DEFAULT_ENGINE = "vllm-v1-async"
 DEVICES_PER_NODE = 8
 ALLOW_PLUGINS = "--allow-plugins"
-
-EngineOption = bool | int | float | str | None
 
 # Parts of an engine profile whose fields are engine options; no two of them share a field name.
 _OPTION_SECTIONS = ("scheduler", "memory", "communication", "host", "sampler", "kernels")
@@ -57,16 +56,16 @@ class DeploymentFile(Spec):
     nodes: int | None = Field(None, ge=1, le=MAX_DEVICES)
     devices_per_node: int | None = Field(None, ge=1, le=MAX_DEVICES)
     engine: str = DEFAULT_ENGINE
-    engine_options: dict[str, EngineOption] = Field(default_factory=dict)
+    engine_options: EngineOptions = Field(default_factory=dict)
     tensor: int = Field(1, ge=1)
     attention_data: int = Field(1, ge=1)
     pipeline: int = Field(1, ge=1)
     expert: int = Field(1, ge=1)
     replicas: int = Field(1, ge=1, le=MAX_DEVICES)
     router: str = "round_robin"
-    weights: str | None = None
-    moe_weights: str | None = None
-    kv_cache: str | None = None
+    weights: Dtype = None
+    moe_weights: Dtype = None
+    kv_cache: Dtype = None
     sampling: TokenChoice = "greedy"
     prompts: Prompts = "text"
     bill: Bill = "used"
@@ -154,8 +153,8 @@ def deployment_from(path: Path | str | None, choices: Mapping[str, Any], *, allo
     for key in ("model", "device"):
         if key not in {**base, **choices}:
             raise BadInput("give a deployment file, or a model and a device", where=f"--{key}")
-    options = {**base.get("engine_options", {}), **choices.get("engine_options", {})}
     where = path or "deployment"
+    options = outweighing(base.get("engine_options", {}), choices.get("engine_options", {}), where)
     file = parse_spec(DeploymentFile, {**base, **choices, "engine_options": options}, where)
     deployment = resolve_deployment(file, where, allow_plugins=allow_plugins)
     check_lawful(deployment, where)

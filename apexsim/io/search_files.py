@@ -24,12 +24,12 @@ from apexsim.io.deployments import (
     DEFAULT_ENGINE,
     DEVICES_PER_NODE,
     DeploymentFile,
-    EngineOption,
     beside,
     resolve_deployment,
     write_deployment,
 )
 from apexsim.io.requests import resolve_supply
+from apexsim.io.words import Dtype, EngineOption, EngineOptions
 from apexsim.io.yaml_files import load_spec
 from apexsim.search.headline import headline
 from apexsim.search.objective import objective_named
@@ -77,11 +77,11 @@ class SearchFile(Traffic):
     allow_idle: bool = False
     objective: str = "latency"
     engine: str = DEFAULT_ENGINE
-    engine_options: dict[str, EngineOption] = Field(default_factory=dict)
+    engine_options: EngineOptions = Field(default_factory=dict)
     router: str = "round_robin"
-    weights: str | None = None
-    moe_weights: str | None = None
-    kv_cache: str | None = None
+    weights: Dtype = None
+    moe_weights: Dtype = None
+    kv_cache: Dtype = None
     sampling: TokenChoice = "greedy"
     prompts: Prompts = "text"
     bill: Bill = "used"

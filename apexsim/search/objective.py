@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from apexsim.errors import BadInput, nearest
-from apexsim.search.goodput import RATE_TOLERANCE, goodput
+from apexsim.search.goodput import RATE_TOLERANCE, goodput, scout
 from apexsim.search.outcomes import Figures
 from apexsim.search.trial import Trial
 from apexsim.specs.slo import SLO
@@ -74,8 +74,8 @@ LEAST_GAP = 0.005
 class Objective:
     """Plans are ranked by the figure ``column``, least first or ``highest`` first.
 
-    ``probe`` makes the further runs that the figure needs; ``runs`` is about how many a plan takes in all; with
-    ``low_load`` every plan is first run at low load. ``own_rate`` says whether a plan must keep the SLO on the workload
+    ``probe`` makes the further runs that the figure needs, after ``scout`` has had a first look at all plans; ``runs``
+    is about how many a plan takes in all. ``own_rate`` says whether a plan must keep the SLO on the workload
     as given; goodput does not ask that, for it is itself a rate at which the SLO is kept. ``lasting``: a plan must keep
     up with the workload too, or its figure is none that lasts; ``window``: the figure is of the steady window.
     ``resolution``: two plans tie where they differ by no larger a share. ``breaks``: ties go by these figures.
@@ -91,9 +91,9 @@ class Objective:
     own_rate: bool = True
     lasting: bool = False
     window: bool = False
-    low_load: bool = False
     any_devices: bool = False
     runs: int = 1
+    scout: Callable[[Trial], Figures] | None = None
     probe: Callable[[Trial], Figures] | None = None
     resolution: float = LEAST_GAP
     breaks: tuple[Break, ...] = BREAKS
@@ -121,8 +121,9 @@ class Objective:
     def explain(self, figures: Mapping[str, float | None], steady: Mapping[str, Any], slo: SLO) -> str:
         """Why a plan with these figures is not accepted, or what to know about one that is; mostly nothing."""
         if not self.own_rate:
-            keeps = self.accepts(figures, steady["kind"], slo)
-            return "" if keeps else f"no rate tried keeps attainment at the target {slo.target:g}"
+            if not self.accepts(figures, steady["kind"], slo):
+                return f"no rate tried keeps attainment at the target {slo.target:g}"
+            return "" if figures["goodput_span_s"] else "by short probes, which flatter: it is far behind the best"
         attainment = figures["attainment"]
         if attainment is None:
             return "no request tells the attainment"
@@ -182,8 +183,8 @@ OBJECTIVES = {
             "requests/s",
             highest=True,
             own_rate=False,
-            low_load=True,
             runs=100,
+            scout=scout,
             probe=goodput,
             resolution=RATE_TOLERANCE,
         ),

@@ -13,7 +13,7 @@ import pandas as pd
 
 from apexsim.search.executors import Executor, choose_jobs, run_local
 from apexsim.search.journal import Journal
-from apexsim.search.judging import Evaluate, Row, judge, judge_at_low_load, run_deployment
+from apexsim.search.judging import Evaluate, Field, Row, judge, look_at, run_deployment
 from apexsim.search.objective import FIGURES
 from apexsim.search.outcomes import Outcome, Progress, settle
 from apexsim.search.pareto import pareto_front
@@ -183,20 +183,18 @@ def within_reach(row: Row, slo: SLO) -> bool:
 
 def _judged(question: Question, candidates: Iterable[Candidate], evaluate: Evaluate, settled: Settled) -> list[Row]:
     """Every candidate and its outcome."""
-    e2e_s = _low_load_e2e_s(question, candidates, evaluate, settled) if question.objective.low_load else None
-    tasks = {question.key(candidate, low_load_e2e_s=e2e_s): candidate for candidate in candidates}
-    found = settled(partial(judge, question=question, evaluate=evaluate, low_load_e2e_s=e2e_s), tasks)
+    looked = _looked_at(question, candidates, evaluate, settled) if question.objective.scout else None
+    seen = {"e2e_s": looked.e2e_s, "best_per_s": looked.best_per_s} if looked else {}
+    tasks = {question.key(candidate, **seen): candidate for candidate in candidates}
+    found = settled(partial(judge, question=question, evaluate=evaluate, field=looked), tasks)
     return [Row(candidate, found[key]) for key, candidate in tasks.items()]
 
 
-def _low_load_e2e_s(
-    question: Question, candidates: Iterable[Candidate], evaluate: Evaluate, settled: Settled
-) -> float | None:
-    """The largest median end-to-end time of the candidates at low load; None where none of them runs."""
-    able = {question.key(each, run="low load"): each for each in candidates if not each.reasons}
-    outcomes = settled(partial(judge_at_low_load, question=question, evaluate=evaluate), able).values()
-    times_s = [outcome.figures.get("low_load_e2e_s") for outcome in outcomes]
-    return max((time_s for time_s in times_s if time_s is not None), default=None)
+def _looked_at(question: Question, candidates: Iterable[Candidate], evaluate: Evaluate, settled: Settled) -> Field:
+    """A first look at every candidate that can be laid out."""
+    able = {question.key(each, run="first look"): each for each in candidates if not each.reasons}
+    found = settled(partial(look_at, question=question, evaluate=evaluate), able)
+    return Field({candidate.name: found[key].figures for key, candidate in able.items()})
 
 
 def _on_front(rows: tuple[Row, ...]) -> frozenset[int]:

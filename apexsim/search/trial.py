@@ -22,11 +22,21 @@ class Run(Protocol):
 
 
 @dataclass(frozen=True)
+class Scouted:
+    """A first look at all plans: ``e2e_s``, of their median end-to-end times at low load the largest, ``best_per_s``,
+    of their rates per device that short probes let pass the highest, and that rate of the plan on trial; None where
+    there is none."""
+
+    e2e_s: float | None
+    best_per_s: float | None
+    own_per_s: float | None = None
+
+
+@dataclass(frozen=True)
 class Trial:
     """A plan of ``devices`` devices in ``replicas`` replicas, and the requests to try it on.
 
-    ``low_load_e2e_s``: of the medians of the end-to-end time that the plans of a search have at low load, the largest;
-    None where the objective did not ask for them.
+    ``scouted``: what a first look at all plans of the search found; None where the objective asked for none.
     """
 
     run: Run
@@ -34,4 +44,4 @@ class Trial:
     slo: SLO
     devices: int
     replicas: int
-    low_load_e2e_s: float | None = None
+    scouted: Scouted | None = None

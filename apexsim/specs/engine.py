@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Literal
 
@@ -11,6 +10,7 @@ from pydantic import Field, model_validator
 from apexsim.specs.base import Name, Spec
 from apexsim.specs.device import Datasheet
 from apexsim.specs.memory import ExpertPadding, MemoryChange, MemoryDefaults, MemoryEvidence
+from apexsim.versions import begins
 
 # A host that takes a minute over one thing is a unit mistake.
 MAX_HOST_S = 60.0
@@ -274,11 +274,6 @@ class CalibrationReport(Spec):
 
 
 Fusion = Literal["quantise", "rope"]
-
-
-def begins(version: str, prefix: str) -> bool:
-    """Whether ``version`` is of the series ``prefix``: 0.1 begins 0.1.5 and 0.1rc2, not 0.11."""
-    return re.match(re.escape(prefix) + r"(?!\d)", version) is not None
 
 
 class EngineProfile(Spec):

@@ -125,8 +125,6 @@ class PowerModel(Spec):
 
     @model_validator(mode="after")
     def _every_coefficient_has_evidence(self) -> PowerModel:
-        if "bf16" not in self.j_per_flop:
-            raise ValueError("j_per_flop must have bf16, which stands for dtypes that it does not have")
         fields = ["limit_w", "idle_w", "active_w", "comm_w", "gap_w", "j_per_byte"]
         _check_evidence(self.evidence, fields, self.j_per_flop)
         return self

@@ -61,7 +61,7 @@ class Case:
 def case_of(row: RunRow, engine_options: Mapping[str, Any] = MappingProxyType({})) -> Case:
     """The deployment of a row; ``engine_options`` hold where the row says nothing.
 
-    What it raises is the row's status, not a fault of its file.
+    What it raises is the row's status, not a fault of its file. Whether files may name code, ``read_runs`` has asked.
 
     ``BadInput``: a model, device, engine or dtype that is not known. ``InfeasiblePlan``: a plan that cannot be laid
     out.
@@ -89,7 +89,6 @@ def case_of(row: RunRow, engine_options: Mapping[str, Any] = MappingProxyType({}
         notes.append("sampling not known: top_p, as the client of its benchmark asks for")
     if row.kv_dtype or launch.kv_dtype:
         choices["kv_cache"] = row.kv_dtype or launch.kv_dtype
-    # Whether the files behind rows may name code was asked when they were read.
     deployment = resolve_deployment(parse_spec(DeploymentFile, choices, "run"), "run", allow_plugins=True)
     if not row.kv_dtype:
         chosen = "as its benchmark launches it" if launch.kv_dtype else "the engine default"
