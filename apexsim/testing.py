@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,7 +107,7 @@ RECORDED = (
     "total", "known", "computed", "pending", "blocks", "preemptions",
 )  # fmt: skip
 _load = cache(catalog.load)
-Policy = str | type[BatchPolicy] | BatchPolicy
+Policy = str | Callable[[SchedulerDefaults], BatchPolicy] | BatchPolicy
 """A batching policy: by name, as a class that is built from the scheduler's settings, or an object."""
 
 
@@ -260,7 +261,7 @@ def _made(policy: Policy, case: Case) -> BatchPolicy:
     if isinstance(policy, str):
         made = make_policy(scheduler.model_copy(update={"policy": policy}))
     else:
-        made = policy(scheduler) if isinstance(policy, type) else deepcopy(policy)
+        made = deepcopy(policy) if isinstance(policy, BatchPolicy) else policy(scheduler)
     tokens = sum(prompt + output for prompt, output in case.lengths)
     return Audited(made, most=1_000 + 100 * tokens)
 

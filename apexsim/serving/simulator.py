@@ -66,8 +66,7 @@ def simulate(
         run.go()
     recorder, simulated_s = run.recorder, time.perf_counter()
     steps, chunks = recorder.steps(), recorder.chunks()
-    assumed = (*deployment.assumptions, *pool.plan.assumptions)
-    notes = (*requests.notes, *engine.notes, *run.notes(), *assumed)
+    notes = (*requests.notes, *engine.notes, *run.notes(), *deployment.assumptions, *pool.plan.assumptions)
     return SimulationResult.from_run(
         deployment=deployment,
         workload=requests,
