@@ -63,6 +63,9 @@ class LinearRun:
         first = self.cost.stage_ns(self.stats)[0]
         return steps * first + self.cost.context_ns * (steps * (steps - 1) // 2)
 
+    def weighted_ns(self, weights: Sequence[int]) -> int:
+        return sum(weight * self.elapsed_ns(steps) for steps, weight in enumerate(weights))
+
     def durations_ns(self, steps: int) -> NDArray[np.int64]:
         return self.cost.stage_ns(self.stats)[0] + self.cost.context_ns * np.arange(steps, dtype=np.int64)
 
@@ -219,6 +222,9 @@ def check_same(fast: Run, exact: Run) -> None:
             got, wanted = getattr(one, name), getattr(other, name)
             assert got == wanted, f"{differs}: request {one.index}: {name} is {got}, not {wanted}"
     assert fast.recorder.rejected == exact.recorder.rejected, f"{differs}: who is refused"
+    for got, wanted in zip(fast.replicas, exact.replicas, strict=True):
+        assert got.block_ns == wanted.block_ns, f"{differs}: KV blocks over time of replica {got.index}"
+    assert fast.stage_ns == exact.stage_ns, f"{differs}: work of all stages"
     for columns in zip(fast.recorder.inter_token_gaps(), exact.recorder.inter_token_gaps(), strict=True):
         assert np.array_equal(*columns), f"{differs}: times between tokens"
 
