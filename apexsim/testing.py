@@ -230,7 +230,7 @@ def check_same(fast: Run, exact: Run) -> None:
 
 
 def _work_ns(run: Run) -> int:
-    """Nanoseconds that the steps of a run took, on all stages."""
+    """Nanoseconds that steps took: in a pipeline those that only decode, on all stages."""
     rows = run.recorder.steps()
     return run.recorder.pipeline_ns or int((rows["end_ns"] - rows["start_ns"]).sum())
 
