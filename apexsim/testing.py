@@ -63,9 +63,6 @@ class LinearRun:
         first = self.cost.stage_ns(self.stats)[0]
         return steps * first + self.cost.context_ns * (steps * (steps - 1) // 2)
 
-    def weighted_ns(self, weights: Sequence[int], total: int) -> int:
-        return sum(weight * self.elapsed_ns(steps) for steps, weight in enumerate(weights))
-
     def durations_ns(self, steps: int) -> NDArray[np.int64]:
         return self.cost.stage_ns(self.stats)[0] + self.cost.context_ns * np.arange(steps, dtype=np.int64)
 

@@ -90,7 +90,7 @@ class Replica:
     @property
     def block_ns(self) -> int:
         """KV blocks in use, integrated over the time up to the latest step end."""
-        return self._blocks.block_ns
+        return self._blocks.block_ns + self._cohort.late_block_ns
 
     @property
     def frontend_ns(self) -> int:
