@@ -72,9 +72,8 @@ class WeightedTimes:
             self._others.append((step, steps, left_ns, run))
             return
         table, step_ns, layers = run.kind
-        number = self._numbers.get(table)
-        if number is None:
-            number = self._numbers[table] = len(self._tables)
+        number = self._numbers.setdefault(table, len(self._tables))
+        if number == len(self._tables):
             self._tables.append(run)
         self._plain.extend((step, steps, left_ns, number, run.mean, step_ns, layers))
 

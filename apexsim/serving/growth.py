@@ -71,24 +71,25 @@ class SteadyGrowth:
         self._size = blocks.block_size
         self._each = blocks.needed(1)
         self._members = 0
-        self._crossing = [0] * self._size
-        # What happened, to be added up afterwards: next crossings of who joined and of who left, and all stretches.
+        self._crossing = [0] * (2 * self._size)  # twice over, so that what crosses in a row stands in a row
+        # What happened, to be added up afterwards: the common steps at which those who joined and left cross next, and
+        # all stretches.
         self._joined, self._left, self._spans = array("q"), array("q"), WeightedTimes()
 
     def join(self, request: Request) -> None:
         if request.capacity < request.total:  # else it holds all the blocks it will ever need
             self._members += 1
-            self._crossing[-request.base % self._size] += 1
-            self._joined.append(self._crosses(request))
+            self._count(-request.base % self._size, 1)
+            self._joined.append(request.computed - request.base + -request.computed % self._size)
 
     def missing(self, step: int, steps: int) -> int:
         size, crossing = self._size, self._crossing
         if steps == 1:
             return self._each * crossing[step % size]
         first, rest = step % size, steps % size
-        crossings = steps // size * self._members + sum(crossing[first : first + rest])
-        if first + rest > size:
-            crossings += sum(crossing[: first + rest - size])
+        crossings = sum(crossing[first : first + rest])
+        if steps >= size:
+            crossings += steps // size * self._members
         return self._each * crossings
 
     def most_missing(self, steps: int) -> int:
@@ -120,13 +121,13 @@ class SteadyGrowth:
     def leave(self, request: Request) -> None:
         if request.capacity < request.total:
             self._members -= 1
-            self._crossing[-request.base % self._size] -= 1
-            self._left.append(self._crosses(request))
+            self._count(-request.base % self._size, -1)
+            self._left.append(request.computed - request.base + -request.computed % self._size)
             self._blocks.hand_over(request)
 
-    def _crosses(self, request: Request) -> int:
-        """The common step, from now on, at which a member crosses next."""
-        return request.computed - request.base + -request.computed % self._size
+    def _count(self, at: int, by: int) -> None:
+        self._crossing[at] += by
+        self._crossing[at + self._size] += by
 
 
 class MemberGrowth:
