@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from apexsim.errors import BadInput
 from apexsim.io.deployments import DeploymentFile, resolve_deployment
 from apexsim.results import SimulationResult
-from apexsim.serving.batching import BatchPolicy, ChunkedPrefill, Ledger
+from apexsim.serving.batching import POLICIES, BatchPolicy, ChunkedPrefill, Ledger
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.request import Request
 from apexsim.serving.routing import LeastLoaded, RoundRobin
@@ -126,6 +127,64 @@ def test_whole_prompts_wait_for_a_step_of_their_own() -> None:
     run = case.run(exact_steps=True)
     assert run.requests[1].scheduled_ns > run.requests[0].scheduled_ns  # type: ignore[operator]
     assert "exceeds the budget of 150 tokens" in run.recorder.rejected[2]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 900), st.integers(1, 40)), min_size=1, max_size=6),
+    policy=st.sampled_from(sorted(POLICIES)),
+    chunked=st.booleans(),
+    token_budget=st.sampled_from([1, 16, 500]),
+    most_of_prompt=st.sampled_from([None, 7, 4096]),
+    seats=st.sampled_from([1, 3]),
+    blocks=st.sampled_from([1, 4, 30, 200]),
+    full_admission=st.booleans(),
+    stages=st.sampled_from([1, 2]),
+    balanced=st.booleans(),
+    window=st.sampled_from([None, 40]),
+)
+def test_who_is_let_in_is_served(lengths: list[tuple[int, int]], **limits: Any) -> None:
+    """Whatever limits stand together, a request is refused with its reason or gets all its tokens."""
+    patience_ns = [1] * len(lengths)
+    case = Case(arrivals_ns=[0] * len(lengths), lengths=lengths, patience_ns=patience_ns, **limits)
+    for exact_steps in (True, False):
+        run = case.run(exact_steps=exact_steps)
+        check_run(run)
+        assert not any("unfinished" in note for note in run.notes())
+
+
+def test_a_prompt_that_no_step_can_hold_is_refused() -> None:
+    """Whole prompts: the least of the token budget and the most of one prompt decides."""
+    requests = Requests(
+        name="stall",
+        arrival_s=np.array([0.0, 1.0]),
+        prompt_tokens=np.array([520, 10]),
+        output_tokens=np.array([1, 5]),
+    )
+    limits = {"max_num_batched_tokens": 512, "max_chunk_tokens": 4096}
+    result = serve(requests, engine="trtllm-1.0", engine_options=limits)
+    assert result.requests["status"].tolist() == ["rejected", "finished"]
+    assert "520 tokens exceeds the budget of 512 tokens a step" in result.requests["reason"][0]
+
+
+class Idler(ChunkedPrefill):
+    """Serves nobody whose prompt is longer than 100 tokens."""
+
+    def _admit(self, ledger: Ledger, waiting: Iterable[Request]) -> None:
+        super()._admit(ledger, [request for request in waiting if request.prompt_tokens <= 100])
+
+
+def test_a_run_that_leaves_requests_says_why() -> None:
+    """How many, where, and what they waited for; clients that no answer came to, and the requests they never sent."""
+    options = {"policy": "test_serving:Idler"}
+    result = serve(requests_of([0.0, 0.1, 0.2], prompt=101), engine_options=options)
+    (said,) = [note for note in result.notes if "unfinished" in note]
+    assert "3 of 3 requests are unfinished: 3 waited in replica 0" in said
+    assert "the policy, which left it waiting" in said
+    assert result.summary()["requests"]["unfinished"] == 3
+    looped = serve(requests_of([0.0] * 5, prompt=101).closed_loop(2), engine_options=options)
+    assert any("3 were never sent: no client was free" in note for note in looped.notes)
+    assert not any("unfinished" in note for note in serve(requests_of([0.0])).notes)
 
 
 def test_closed_loops_keep_their_concurrency() -> None:
