@@ -63,6 +63,8 @@ class LiveEngine:
         self.settings = settings
         scheduler = self._limits = settings.scheduler
         self._policy = make_policy(scheduler)
+        if self._policy.needs_deadline:
+            raise BadInput("requests here have no deadlines", key="policy", got=scheduler.policy)
         self._memory = _memory_plan(settings.kv_blocks, scheduler.block_size)
         like = torch.empty(0, dtype=settings.dtype, device=settings.device)
         self.model = Transformer(
@@ -80,7 +82,7 @@ class LiveEngine:
     def _start(self) -> None:
         """An empty replica: nothing queued, cached or recorded."""
         blocks = BlockManager(self._memory.blocks, self._memory.block_size, self._memory.blocks_for)
-        self._scheduler = Scheduler(self._limits, blocks)
+        self._scheduler = Scheduler(self._limits, blocks, self._policy.queue())
         self._cohort = Cohort(blocks)  # stays empty: every request is advanced by itself
         self._tables = BlockTables(blocks, seats=self._limits.max_num_seqs, width=self._width)
         self._recorder = Recorder(())

@@ -36,6 +36,7 @@ from apexsim.reading import check_regular
 from apexsim.specs.laws import MAX_CONCURRENCY, AllAtOnce, ClosedLoop, Floats, PoissonArrivals, RenewalArrivals
 from apexsim.specs.supply import Supply
 from apexsim.specs.workload import (
+    DEADLINE,
     MAX_REQUESTS,
     Requests,
     Workload,
@@ -43,6 +44,7 @@ from apexsim.specs.workload import (
     check_rate,
     checked_arrivals,
     checked_counts,
+    checked_deadlines,
 )
 
 REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens")
@@ -50,7 +52,7 @@ REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens")
 _COUNTS = {"turn": 0, "num_images": 0, "image_tokens": 0, "num_samples": 1}
 _IDS = ("session_id", "client_id")
 _PREFIX = "prefix_hash_ids"
-OPTIONAL = (*_COUNTS, *_IDS, _PREFIX)
+OPTIONAL = (*_COUNTS, *_IDS, _PREFIX, DEADLINE)
 _FLAT_LIST = re.compile(r"\s*\[[^\[\]]*\]\s*")
 
 _Wanted = PoissonArrivals | ClosedLoop | AllAtOnce
@@ -349,6 +351,8 @@ def _extra(table: pa.Table, path: Path) -> dict[str, npt.NDArray[Any]]:
             continue
         if name in _COUNTS:
             extra[name] = checked_counts(_numbers(table, name, path), name, path, least=_COUNTS[name])
+        elif name == DEADLINE:
+            extra[name] = checked_deadlines(_numbers(table, name, path), path)
         elif name == _PREFIX:
             extra[name] = _id_lists(column, path)
         else:

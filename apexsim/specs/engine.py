@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from apexsim.specs.base import Name, Spec
 from apexsim.specs.device import Datasheet
@@ -93,6 +93,8 @@ class SchedulerDefaults(Spec):
     vLLM, TensorRT-LLM) or of all together (SGLang).
     ``receive_interval`` is how many steps that only decode pass between two looks at the requests that have come; an
     idle replica looks at once, and so does one that has just computed prompts (SGLang's scheduler_recv_interval).
+    ``knows_output`` lets ``shortest_first`` order by output tokens too, which no server knows beforehand: a bound on
+    what a predictor of lengths could gain.
     """
 
     policy: str
@@ -110,6 +112,13 @@ class SchedulerDefaults(Spec):
     max_chunk_tokens: int | None = Field(None, gt=0)
     limits_per_rank: bool = True
     max_model_len: int | None = Field(None, gt=0)
+    knows_output: bool = False
+
+    @model_validator(mode="after")
+    def _output_is_known_to_one_policy(self) -> SchedulerDefaults:
+        if self.knows_output and self.policy != "shortest_first":
+            raise ValueError(f"knows_output goes with policy shortest_first; {self.policy} makes no use of it")
+        return self
 
     def of_ranks(self, ranks: int) -> SchedulerDefaults:
         """Settled settings of ``ranks`` attention-data ranks together, none of which takes more of one prompt."""

@@ -30,6 +30,8 @@ from apexsim.specs.laws import (
 
 # The simulator's clock is a 64-bit count of nanoseconds; stamps in milliseconds or microseconds end here.
 MAX_ARRIVAL_S = 9e9
+# The optional column of seconds from a request's arrival until its first token is due.
+DEADLINE = "deadline_s"
 # A run holds about 3.5 kB a request: more than these take what a large server has.
 MAX_REQUESTS = 10**7
 
@@ -83,6 +85,8 @@ class Requests:
         else:
             columns["arrival_s"] = checked_arrivals(self.arrival_s, self.name)
         extra = {key: np.array(values) for key, values in self.extra.items()}
+        if DEADLINE in extra:
+            extra[DEADLINE] = checked_deadlines(extra[DEADLINE], self.name)
         lengths = {key: len(values) for key, values in {**columns, **extra}.items()}
         if len(set(lengths.values())) != 1:
             raise BadInput("columns must have one length", where=self.name, got=lengths)
@@ -307,6 +311,18 @@ def checked_arrivals(values: npt.ArrayLike, where: object) -> Floats:
         row = int(np.argmax(unsorted))
         would_do = f"is earlier than row {row} at {array[row - 1].item()!r}; sort the rows by arrival_s"
         raise _bad_row(would_do, where, "arrival_s", row, array[row].item())
+    return array
+
+
+def checked_deadlines(values: npt.ArrayLike, where: object) -> Floats:
+    """A copy of ``values`` as float64; BadInput names the first row (1-based) that is not a number of seconds >= 0."""
+    array = _numbers(values, DEADLINE, where).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        wrong = ~((array >= 0) & (array <= MAX_ARRIVAL_S))
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        would_do = f"give seconds after the arrival, from 0 to {MAX_ARRIVAL_S:.0e}, in every row"
+        raise _bad_row(would_do, where, DEADLINE, row, array[row].item())
     return array
 
 
