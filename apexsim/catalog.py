@@ -11,13 +11,19 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal, overload
 
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from apexsim.costs.profile_check import check_profile
 from apexsim.errors import BadInput, nearest
+from apexsim.io.model_ids import published_names, shipped_name
 from apexsim.io.yaml_files import load_spec
 from apexsim.specs.base import Spec
 from apexsim.specs.device import DeviceProfile
-from apexsim.specs.engine import EngineProfile, begins
+from apexsim.specs.engine import EngineProfile
 from apexsim.specs.model import ModelSpec
 from apexsim.specs.workload import Workload
+from apexsim.versions import begins, version_in
 
 Kind = Literal["model", "device", "engine", "workload"]
 
@@ -60,36 +66,54 @@ def load(kind: Literal["workload"], name: str | os.PathLike[str]) -> Workload: .
 def load(kind: Kind, name: str | os.PathLike[str]) -> Spec:
     """A shipped spec by name, or the spec in a YAML file by path (with a separator, or ending in .yaml or .yml).
 
-    An engine may be named by its version (``vllm@0.11.1``), whose memory terms then hold, or alone (``vllm``): then its
-    newest profile answers.
+    A model may be named as its publisher does (``meta-llama/Llama-3.1-70B-Instruct``). An engine may be named by its
+    version (``vllm@0.11.1``, as pip does ``vllm==0.11.1``, or ``vllm-0.11.1``), whose memory terms then hold, or alone
+    (``vllm``): then its newest profile answers.
     Raises BadInput for an unknown name, with the nearest known ones, and for whatever is wrong in the file.
     """
     path = locate(kind, name)
-    spec = _parsed(_CLASSES[kind], path, path.stat().st_mtime_ns if path.is_file() else None)
+    spec = _parsed(_CLASSES[kind], path, path.stat().st_mtime_ns if os.path.isfile(path) else None)
     text = os.fspath(name)
     if not isinstance(spec, EngineProfile) or _is_path(text) or text == path.stem:
         return spec
-    engine, _, version = text.partition("@")
-    return spec.for_version(version or max(_listed(engine), key=_release))
+    engine, version = _engine_and_version(text)
+    listed = _listed(engine)
+    return spec.for_version(version if any(begins(version, each) for each in listed) else _newest(listed))
 
 
 @cache
 def _parsed(cls: type[Spec], path: Path, modified_ns: int | None) -> Spec:
     """A file is parsed once while it stays as it is: a sweep asks for the same few again and again."""
-    return load_spec(cls, path)
+    spec = load_spec(cls, path)
+    if isinstance(spec, DeviceProfile):
+        check_profile(spec, path)
+    return spec
 
 
 def locate(kind: Kind, name: str | os.PathLike[str], where: object = None) -> Path:
     """The file behind a name or path; BadInput at ``where`` with the nearest names where a name is unknown."""
-    text = os.fspath(name)
+    text, known = os.fspath(name), names(kind)
+    if kind == "model" and text not in known and not _is_file(text):
+        text = shipped_name(text, _published()) or text
     if _is_path(text):
         return Path(text)
-    known = names(kind)
     if kind == "engine" and text not in known:
         text = _profile_of(text, where) or text
     if text not in known:
         raise BadInput(f"unknown {kind}; {nearest(text, known)}", where=where or kind, got=text)
     return data_root() / FOLDERS[kind] / f"{text}.yaml"
+
+
+@cache
+def _published() -> dict[str, str]:
+    """Shipped models by the names that their publishers gave them."""
+    shipped = [load("model", data_root() / FOLDERS["model"] / f"{name}.yaml") for name in names("model")]
+    return {key: spec.name for spec in shipped for key in published_names(spec.name, spec.source)}
+
+
+def _is_file(text: str) -> bool:
+    """Whether a name is the path of a file: one that is there, or by its ending."""
+    return text.endswith((".yaml", ".yml")) or (os.sep in text and Path(text).exists())
 
 
 def _is_path(text: str) -> bool:
@@ -128,30 +152,46 @@ def engine_for(engine: str, version: str = "") -> EngineChoice:
     if matches:
         best = max(matches, key=len)
         return EngineChoice(listed[best], True, f"{engine} {version} is listed as {best}", f"{engine}@{version}")
-    newest = max(listed, key=_release)
-    if not _release(version) or _release(version) > _release(newest):
+    newest, asked = _newest(listed), version_in(version)
+    if asked is None or asked.release > Version(newest).release:
         note = f"{engine} {version or 'of unknown version'} is not listed: its newest profile ({newest}) answers"
         return EngineChoice(listed[newest], False, note, engine)
     raise BadInput(f"no profile lists it; known: {_versions(listed)}", where=engine, got=version)
 
 
 def _profile_of(text: str, where: object) -> str | None:
-    """The profile of ``engine@version`` or of an engine's newest version; None where ``text`` is neither.
+    """The profile of an engine's version, or of its newest; None where ``text`` names neither.
 
     A number beyond the listed ones is refused: who wants the newest profile for it says so by the engine's name alone.
     """
-    engine, at, version = text.partition("@")
+    engine, version = _engine_and_version(text, where)
     listed = _listed(engine)
-    if not at and not listed:
+    if not version and not listed:
         return None
     try:
         choice = engine_for(engine, version)
     except BadInput as error:
         raise BadInput(str(error), where=where or "engine") from None
-    if not choice.mapped and _release(version):
+    if not choice.mapped and version_in(version):
         would_do = f"no profile lists it; known: {_versions(listed)}; {engine} alone takes the newest"
         raise BadInput(would_do, where=where or "engine", got=text)
     return choice.profile
+
+
+# vllm@0.11.0, vllm==0.11.0 or vllm-0.11.0: an engine and its version, which has a dot where it stands behind a dash.
+_VERSIONED = re.compile(r"(?P<engine>.+?)\s*(?P<mark>[=<>~!]=?=?|@|-(?=v?\d+\.))\s*(?P<version>.*)")
+# What packages of engines are called, where it is not the engine's name.
+_PACKAGES = {"tensorrt-llm": "trtllm"}
+
+
+def _engine_and_version(text: str, where: object = None) -> tuple[str, str]:
+    """An engine's name and the version asked for, which is empty where ``text`` gives none."""
+    match = _VERSIONED.fullmatch(text.strip())
+    engine, mark, version = match.group("engine", "mark", "version") if match else (text.strip(), "", "")
+    if mark not in ("", "@", "-", "==", "==="):
+        raise BadInput(f"give one version, as {engine}@0.11.0", where=where or "engine", got=text)
+    name = canonicalize_name(engine)
+    return _PACKAGES.get(name, name), version
 
 
 def _profiles() -> list[EngineProfile]:
@@ -164,10 +204,8 @@ def _listed(engine: str) -> dict[str, str]:
 
 
 def _versions(listed: Iterable[str]) -> str:
-    return ", ".join(sorted(listed, key=_release))
+    return ", ".join(sorted(listed, key=Version))
 
 
-def _release(version: str) -> tuple[int, ...]:
-    """Leading release numbers; () for nightlies, development builds and the empty version."""
-    match = re.match(r"v?(\d+(?:\.\d+)*)", version)
-    return tuple(int(part) for part in match[1].split(".")) if match else ()
+def _newest(listed: Iterable[str]) -> str:
+    return max(listed, key=Version)

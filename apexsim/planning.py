@@ -20,16 +20,17 @@ if TYPE_CHECKING:
     from apexsim.specs.workload import Requests
 
 
-def deployment(source: Path | str | None = None, **choices: Any) -> Deployment:
+def deployment(source: Path | str | None = None, *, allow_plugins: bool = False, **choices: Any) -> Deployment:
     """A lawful deployment.
 
     ``choices`` are the keys of a deployment YAML (``DeploymentFile``): model, device, engine, tensor, pipeline,
-    replicas, engine_options, ...; they outweigh those of the file ``source``. Raises ``BadInput`` naming the file or
-    key at fault, or every reason why the plan cannot be laid out.
+    replicas, engine_options, ...; they outweigh those of the file ``source``. Code that a file names (``module:Name``)
+    is imported only if ``allow_plugins``. Raises ``BadInput`` naming the file or key at fault, or every reason why the
+    plan cannot be laid out.
     """
     from apexsim.io.deployments import deployment_from
 
-    return deployment_from(source, choices)
+    return deployment_from(source, choices, allow_plugins=allow_plugins)
 
 
 def workload(
@@ -66,8 +67,8 @@ def search(
     ``choices`` are the keys of a search YAML (``SearchFile``): model, devices, workload, slo, objective, ...; they
     outweigh those of the file ``source``. ``out`` is a folder that gets ``study.json``, ``plans.parquet``,
     ``best.yaml`` and the journal from which ``resume`` goes on; one that has them already is refused without it.
-    ``jobs`` and ``executor`` ("local" or "ray") change nothing in the answer but its timing. Raises ``BadInput`` naming
-    the file or key at fault.
+    ``jobs`` and ``executor`` ("local" or "ray") change nothing in the answer but its timing. ``allow_plugins=True``
+    lets a file name code to import (``module:Name``). Raises ``BadInput`` naming the file or key at fault.
     """
     from apexsim.atomic import make_folder
     from apexsim.io.search_files import STUDY_FILES, resolve_search, write_study
@@ -77,25 +78,31 @@ def search(
 
     if resume and out is None:
         raise BadInput("give --out, the folder of the search to go on with", where="--resume")
-    file = _asked(source, choices)
-    question, runner = resolve_search(file, source or "search"), executor_named(executor)
+    allow_plugins = choices.pop("allow_plugins", False)
+    file = _asked(source, choices, allow_plugins)
+    question = resolve_search(file, source or "search", allow_plugins=allow_plugins)
+    runner = executor_named(executor)
     if out is None:
         return studies.search(question, executor=runner, jobs=jobs, progress=progress)
-    folder = make_folder(out)
+    folder = make_folder(out, files=STUDY_FILES)
     with journal_in(folder, resume=resume, results=STUDY_FILES) as journal:
         study = studies.search(question, executor=runner, jobs=jobs, journal=journal, progress=progress)
         write_study(folder, study, file)
     return study
 
 
-def _asked(source: Path | str | None, choices: dict[str, Any]) -> SearchFile:
+def _asked(source: Path | str | None, choices: dict[str, Any], allow_plugins: bool) -> SearchFile:
     """The search that a file, choices, or both describe."""
+    from apexsim.io.deployments import check_named_code
     from apexsim.io.search_files import SearchFile, read_search
+    from apexsim.io.words import outweighing
     from apexsim.specs.base import parse_spec
 
     written = {} if source is None else read_search(source).model_dump(exclude_unset=True)
+    check_named_code(written, choices, source, allowed=allow_plugins)
     for key in ("model", "devices", "workload"):
         if key not in written | choices:
             raise BadInput("give a search file, or a model, devices and a workload", where=f"--{key}")
-    options = {**written.get("engine_options", {}), **choices.get("engine_options", {})}
-    return parse_spec(SearchFile, {**written, **choices, "engine_options": options}, source or "search")
+    where = source or "search"
+    options = outweighing(written.get("engine_options", {}), choices.get("engine_options", {}), where)
+    return parse_spec(SearchFile, {**written, **choices, "engine_options": options}, where)

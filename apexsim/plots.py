@@ -135,7 +135,7 @@ def describe(result: SimulationResult) -> str:
     cluster = deployment.cluster
     plan = f"{pool.plan.name} x {pool.replicas}"
     return (
-        f"{deployment.model.name} ({deployment.weights}) on {cluster.devices} x {cluster.device.name}, {plan}, "
+        f"{deployment.model.name} ({deployment.weights}) on {deployment.devices_used} x {cluster.device.name}, {plan}, "
         f"{deployment.engine.name}, {result.workload_name}"
     )
 

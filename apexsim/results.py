@@ -6,7 +6,6 @@ got two tokens, the energy of an injected cost model) is NaN in a table, None in
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,9 +16,10 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from apexsim.atomic import atomic_path, write_json
+from apexsim.atomic import atomic_path
 from apexsim.errors import BadInput
 from apexsim.metrics import held_ns, ratio
+from apexsim.result_files import one_fault, open_folder, seal_folder, write_sealed
 from apexsim.specs.deployment import Deployment
 from apexsim.specs.slo import SLO
 from apexsim.specs.workload import Offered, Requests
@@ -260,7 +260,7 @@ class SimulationResult:
         gaps = dict(zip(("gap_ns", "tokens"), self.gaps, strict=True))
         for name, columns in (("requests", self.request_columns), ("steps", self.step_columns), ("gaps", gaps)):
             write_parquet(target / f"{name}.parquet", columns)
-        write_json(target / "timing.json", self.timing)
+        write_sealed(target / "timing.json", self.timing)
         summary = self.summary()
         del summary["timing"]
         record = {
@@ -275,17 +275,14 @@ class SimulationResult:
             "summary": summary,
             "deployment": self.deployment.model_dump(mode="json"),
         }
-        write_json(target / "result.json", record)
+        seal_folder(target, record)
 
     @classmethod
+    @one_fault
     def load(cls, folder: Path | str) -> SimulationResult:
-        """Read a folder that ``save`` wrote."""
+        """Read a folder that ``save`` wrote. Raises BadInput naming what is missing, damaged or of another version."""
         source = Path(folder)
-        try:
-            record = json.loads((source / "result.json").read_text(encoding="utf-8"))
-            timing = json.loads((source / "timing.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise BadInput("give a folder that SimulationResult.save wrote", where=source) from None
+        record, timing = open_folder(source)
         gaps = _read_parquet(source / "gaps.parquet")
         saved = dict(record["usage"])
         possible = saved.pop("energy_range_j", None)
@@ -320,10 +317,7 @@ def write_parquet(path: Path | str, columns: Mapping[str, npt.NDArray[Any]]) -> 
 def _read_parquet(path: Path) -> Columns:
     import pyarrow.parquet as pq
 
-    try:
-        table = pq.read_table(path)
-    except (OSError, ValueError):
-        raise BadInput("is missing or not a parquet file; save the result again", where=path) from None
+    table = pq.read_table(path)
     return {name: table[name].to_numpy() for name in table.column_names}
 
 

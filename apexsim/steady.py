@@ -21,7 +21,8 @@ Where that is not known (a closed loop, requests refused or unfinished) both are
 half-widths come from batch means, widened by the correlation of neighbouring batches.
 
 Growth. The backlog grows where a straight line through it, in requests or in tokens still to make, rises beyond its
-error (one-sided, 99 %, neighbours' correlation counted) and by more than 1 % of what came in the window.
+error (one-sided, 99 %, neighbours' correlation counted) and by more than 2 % of what came in the window. A window
+shorter than 5 times in which 99 % of requests leave cannot tell it from chance.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ Kind = Literal["steady", "short", "growing", "all_at_once"]
 
 LEAST_E2ES = 5.0  # a window holds as many 90th percentiles of the end-to-end time
 WIDEST = 0.03  # relative half-width of a figure that may decide
-LEAST_GROWTH = 0.01  # of what came in the window; a backlog that grows less moves no figure by more
+LEAST_GROWTH = 0.02  # of what came in the window; a backlog that grows less moves no figure by more
 FEWEST_BATCHES, MOST_BATCHES = 10, 20
 SPARE = 1.1  # of requests that are asked for beyond those that would just do
 COST, ENERGY = "usd_per_million_output_tokens", "energy_per_output_token_j"
@@ -177,9 +178,11 @@ def flows_of(result: SimulationResult, edges: Floats) -> Flows:
     outputs = columns["output_tokens"][done]
     made = spread_until((first, last), outputs - 1, edges) + spread_until((first, first), np.ones(len(first)), edges)
     worked = spread_until((scheduled, first), columns["prompt_tokens"][done], edges)
-    arrival = columns["arrival_s"], columns["arrival_s"]
-    came = spread_until(arrival, np.ones(len(done)), edges)
-    owed = spread_until(arrival, columns["output_tokens"], edges)
+    # The last arrival ends the window and lies outside: what stands at other moments has no request just come either.
+    inside = columns["arrival_s"] < edges[-1]
+    arrival_s = columns["arrival_s"][inside]
+    came = spread_until((arrival_s, arrival_s), np.ones(len(arrival_s)), edges)
+    owed = spread_until((arrival_s, arrival_s), columns["output_tokens"][inside], edges)
     joules = np.full(len(edges) - 1, math.nan)
     if "energy_j" in steps:
         # Asynchronous engines run a step on after the last token left: it counts, at the end.
@@ -226,7 +229,7 @@ def _by_batches(result: SimulationResult, flows: Flows) -> tuple[Estimate, Estim
 
 def _growth(result: SimulationResult, window: Window) -> str:
     """Why the backlog grows over the window, as a sentence; empty where it does not, or cannot be told from a ramp."""
-    if result.concurrency is not None or not window.filled:
+    if result.concurrency is not None or window.length_s < LEAST_E2ES * window.ramp_s:
         return ""
     columns = result.request_columns
     at = np.linspace(window.from_s, window.to_s, 2 * MOST_BATCHES + 1)
@@ -318,7 +321,7 @@ def _told(result: SimulationResult, flows: Flows, figures: tuple[Estimate, Estim
 
 
 def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return float(value) if math.isfinite(value) else None
 
 
 def _quantile(values: Floats, probability: float) -> float:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -25,7 +26,7 @@ from pydantic import Field
 
 from apexsim.atomic import atomic_path, make_folder
 from apexsim.errors import BadInput
-from apexsim.io.deployments import DeploymentFile, beside, check_lawful, resolve_deployment
+from apexsim.io.deployments import DeploymentFile, beside, check_lawful, check_named_code, resolve_deployment
 from apexsim.io.search_files import Traffic
 from apexsim.io.yaml_files import load_spec
 from apexsim.search.executors import choose_jobs, run_local
@@ -38,6 +39,8 @@ from apexsim.specs.slo import SLO
 from apexsim.specs.workload import Requests
 
 TABLE = "sweep.parquet"
+# Each point is a run of seconds and a row of a table.
+MAX_POINTS = 100_000
 
 # Parts of a summary that are no figure of the run: wall-clock times, and sentences.
 _LEFT_OUT = ("timing", "notes")
@@ -53,8 +56,11 @@ class SweepFile(Spec):
     base: dict[str, Any]
     grid: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]]
 
-    def points(self) -> tuple[dict[str, Any], ...]:
-        """Every combination of the grid, the last key varying fastest."""
+    def points(self, where: object) -> tuple[dict[str, Any], ...]:
+        """Every combination of the grid, the last key varying fastest; BadInput where there are too many."""
+        count = math.prod(len(values) for values in self.grid.values())
+        if count > MAX_POINTS:
+            raise BadInput(f"has {count:,} points; give at most {MAX_POINTS:,}", where=where, key="grid")
         return tuple(dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values()))
 
 
@@ -88,17 +94,19 @@ def sweep(
     resume: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
+    allow_plugins: bool = False,
 ) -> pd.DataFrame:
     """Run every point of the grid in a sweep YAML; write ``sweep.parquet`` into the folder ``out`` and return it.
 
     A run that fails is a row with its error. Names and keys are all checked before the first run: ``BadInput`` names
     the file and the key. ``resume`` goes on from the journal in ``out``, and a folder that has one is refused without
-    it; ``jobs`` changes nothing but the time.
+    it; ``jobs`` changes nothing but the time. Code that a file names (``module:Name``) is imported only if
+    ``allow_plugins``.
     """
-    runs = tuple(read_runs(path))
+    runs = tuple(read_runs(path, allow_plugins=allow_plugins))
     tasks = {run.identity: run for run in runs}
     jobs = choose_jobs(jobs, sum(len(run.requests) for run in runs))
-    folder = make_folder(out)
+    folder = make_folder(out, files=[TABLE])
     with journal_in(folder, resume=resume, results=(TABLE,)) as journal:
         outcomes = settle(tasks, simulated, executor=run_local, jobs=jobs, journal=journal, progress=progress)
         grid = pd.DataFrame({path: _column([run.point[path] for run in runs]) for path in runs[0].point})
@@ -108,18 +116,21 @@ def sweep(
     return table
 
 
-def read_runs(path: Path | str) -> Iterator[Run]:
+def read_runs(path: Path | str, *, allow_plugins: bool = False) -> Iterator[Run]:
     """The runs of a sweep YAML, in the order of its grid; files they name are looked for beside it first."""
     file = load_spec(SweepFile, path)
     # Points mostly share their workload, and drawing one again and again would take longer than simulating it.
     read = lru_cache(maxsize=None)(lambda *traffic: Traffic(**dict(traffic)).read())
-    for point in file.points():
+    for point in file.points(path):
         run = parse_spec(RunFile, _at_point(file.base, point, path), path)
+        check_named_code(run.model_dump(), {}, path, allowed=allow_plugins)
         run = run.model_copy(
             update={k: beside(getattr(run, k), path) for k in ("model", "device", "engine", "workload")}
         )
         traffic = run.model_dump(include=Traffic.model_fields.keys() - {"slo"})
-        yield Run(point, resolve_deployment(run, path), read(*traffic.items()), run.slo, run.seed)
+        yield Run(
+            point, resolve_deployment(run, path, allow_plugins=allow_plugins), read(*traffic.items()), run.slo, run.seed
+        )
 
 
 def simulated(run: Run) -> Outcome:
@@ -128,9 +139,20 @@ def simulated(run: Run) -> Outcome:
     def work() -> Outcome:
         check_lawful(run.deployment, "plan")
         summary = simulate(run.deployment, run.requests, slo=run.slo, seed=run.seed).summary()
-        return Outcome("ok", figures=flatten({key: summary[key] for key in summary if key not in _LEFT_OUT}))
+        figures = flatten({key: summary[key] for key in summary if key not in _LEFT_OUT})
+        missed = _missed(run.slo, summary["slo"]["attainment"])
+        return Outcome("misses_slo" if missed else "ok", missed, figures)
 
     return attempt(work)
+
+
+def _missed(slo: SLO, attainment: float | None) -> str:
+    """What a run misses of its SLO; empty where it keeps it, or has none."""
+    limits = slo.model_dump(exclude={"target"}, exclude_none=True)
+    if not limits or (attainment or 0.0) >= slo.target:
+        return ""
+    # Rounded down, so that no share reads as the target that it misses.
+    return f"{math.floor(1000 * (attainment or 0.0)) / 1000:.1%} of requests keep the SLO, {slo.target:.0%} wanted"
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

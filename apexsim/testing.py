@@ -1,15 +1,16 @@
 """For authors of policies, routers and cost models: a cost that can be checked by hand, random cases, and checks.
 
-``check_policy`` serves random small cases and demands what every batching policy owes: no request lost or finished
-twice, every block given back, Little's law, and the same records whether steps are simulated singly or not.
+``check_policy`` serves random small cases and demands what every batching policy owes: decisions that can be carried
+out, no request lost or finished twice, every block given back, Little's law, and the same records whether steps are
+simulated singly or not. Where one is broken it says which, and shows the smallest case that it found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +18,16 @@ from numpy.typing import NDArray
 from apexsim import catalog
 from apexsim.costs.memory import MemoryPlan
 from apexsim.costs.steps import BatchStats
-from apexsim.serving.simulator import Run
+from apexsim.errors import ApexsimError
+from apexsim.serving.audit import Audited
+from apexsim.serving.batching import BatchPolicy
+from apexsim.serving.simulator import How, Run, make_policy
+from apexsim.serving.unfinished import why_unfinished
 from apexsim.specs.cluster import Cluster
 from apexsim.specs.deployment import Deployment, Plan, Pool
-from apexsim.specs.engine import CommunicationDefaults, EngineProfile, HostTerms, MemoryDefaults, SchedulerDefaults
-from apexsim.specs.workload import Requests
+from apexsim.specs.engine import CommunicationDefaults, EngineProfile, HostTerms, SchedulerDefaults
+from apexsim.specs.memory import MemoryDefaults
+from apexsim.specs.workload import DEADLINE, Requests
 from apexsim.units import NS_PER_S
 
 
@@ -100,13 +106,16 @@ RECORDED = (
     "total", "known", "computed", "pending", "blocks", "preemptions",
 )  # fmt: skip
 _load = cache(catalog.load)
+Policy = str | type[BatchPolicy] | BatchPolicy
+"""A batching policy: by name, as a class that is built from the scheduler's settings, or an object."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Case:
     """A small simulation: its load, its engine and its (linear) cost.
 
     Closed loop if ``concurrency`` is given. With a ``window`` the KV cache also holds layers that keep so many tokens.
+    ``patience_ns`` are the times from arrival to deadline, for policies that need them.
     """
 
     arrivals_ns: Sequence[int]
@@ -130,9 +139,16 @@ class Case:
     concurrency: int | None = None
     waves: bool = False
     window: int | None = None
+    turnaround_ns: int = 0
+    patience_ns: Sequence[int] = ()
     step_ns: int = 1_000_000
     token_ns: int = 1_000
     context_ns: int = 100
+
+    def __repr__(self) -> str:
+        """The call that makes this case, without what is as usual."""
+        given = [field for field in fields(self) if getattr(self, field.name) != field.default]
+        return f"Case({', '.join(f'{field.name}={getattr(self, field.name)!r}' for field in given)})"
 
     def scheduler(self) -> SchedulerDefaults:
         return SchedulerDefaults.model_validate({
@@ -157,13 +173,15 @@ class Case:
             name="case",
             arrival_s=np.array(self.arrivals_ns[:count]) / NS_PER_S if open_loop else None,
             concurrency=self.concurrency,
+            turnaround_s=self.turnaround_ns / NS_PER_S,
             waves=self.waves,
+            extra={DEADLINE: np.array(self.patience_ns[:count]) / NS_PER_S} if len(self.patience_ns) else {},
             prompt_tokens=prompts,
             output_tokens=outputs,
         )
 
-    def run(self, *, exact_steps: bool) -> Run:
-        """Serve the case."""
+    def run(self, *, exact_steps: bool, policy: BatchPolicy | None = None) -> Run:
+        """Serve the case; ``policy`` decides in place of the one of that name."""
         deployment = made_up_deployment(
             self.scheduler(),
             stages=self.stages,
@@ -173,53 +191,138 @@ class Case:
         )
         cost = LinearCost(self.step_ns, self.token_ns, self.context_ns, self.stages)
         memory = made_up_memory(self.blocks, window=self.window)
-        run = Run(deployment, self.requests(), cost=cost, memory=memory, exact_steps=exact_steps)
+        how = How(exact_steps=exact_steps, policy=policy)
+        run = Run(deployment, self.requests(), cost=cost, memory=memory, how=how)
         run.go()
         return run
 
 
-def check_case(case: Case) -> None:
-    """Serve a case with and without macro-steps: both runs keep every promise and leave the same records."""
-    fast, exact = case.run(exact_steps=False), case.run(exact_steps=True)
-    for run in (fast, exact):
-        check_run(run)
-    assert records(fast) == records(exact), f"{case}: macro-steps changed a record"
-    for column, name in zip(fast.recorder.inter_token_gaps(), ("gaps", "counts"), strict=True):
-        other = dict(zip(("gaps", "counts"), exact.recorder.inter_token_gaps(), strict=True))[name]
-        assert np.array_equal(column, other), f"{case}: macro-steps changed the inter-token {name}"
+def check_case(case: Case, policy: Policy | None = None) -> None:
+    """Serve a case step by step and with macro-steps: both keep every promise and leave the same records.
+
+    Every decision is audited. ``policy``: see ``check_policy``; by default the one that the case names. Raises
+    AssertionError, or ``PolicyFault``, with the promise that was broken.
+    """
+    exact = case.run(exact_steps=True, policy=_made(policy or case.policy, case))
+    check_run(exact)
+    fast = case.run(exact_steps=False, policy=_made(policy or case.policy, case))
+    check_run(fast)
+    check_same(fast, exact)
 
 
-def records(run: Run) -> list[tuple[Any, ...]]:
-    """Every integer that a run noted about its requests."""
-    return [tuple(getattr(request, name) for name in RECORDED) for request in run.requests]
+def check_same(fast: Run, exact: Run) -> None:
+    """Demand that two runs noted the same integers about their requests, and the same times between tokens."""
+    differs = "fast path differs from single steps"
+    for one, other in zip(fast.requests, exact.requests, strict=True):
+        for name in RECORDED:
+            got, wanted = getattr(one, name), getattr(other, name)
+            assert got == wanted, f"{differs}: request {one.index}: {name} is {got}, not {wanted}"
+    assert fast.recorder.rejected == exact.recorder.rejected, f"{differs}: who is refused"
+    for columns in zip(fast.recorder.inter_token_gaps(), exact.recorder.inter_token_gaps(), strict=True):
+        assert np.array_equal(*columns), f"{differs}: times between tokens"
 
 
 def check_run(run: Run) -> None:
     """What every finished run owes: nobody lost, no block kept, tokens counted once, and Little's law."""
+    left = why_unfinished(run.requests, run.replicas, frozenset(run.recorder.rejected))
+    assert left is None, left
     for replica in run.replicas:
         replica.check_idle()
     served = [request for request in run.requests if request.index not in run.recorder.rejected]
     for request in served:
-        assert request.known == request.total, f"{request} did not finish"
-        assert request.pending == 0, f"{request} has tokens in flight"
-        assert request.arrival_ns <= (request.scheduled_ns or 0) < (request.first_token_ns or 0)
-        assert (request.first_token_ns or 0) <= (request.last_token_ns or 0)
+        times = request.arrival_ns, request.scheduled_ns, request.first_token_ns, request.last_token_ns
+        arrival_ns, scheduled_ns, first_ns, last_ns = (-1 if time is None else time for time in times)
+        assert arrival_ns <= scheduled_ns < first_ns <= last_ns, f"times of request {request.index} run back: {times}"
     _, counts = run.recorder.inter_token_gaps()
-    assert counts.sum() == sum(request.output_tokens - 1 for request in served)
+    assert counts.sum() == sum(request.output_tokens - 1 for request in served), "tokens were lost or counted twice"
     sojourn_ns = sum((request.last_token_ns or 0) - request.arrival_ns for request in served)
     assert sojourn_ns == run.request_ns, "Little's law: time in system differs from the integral of requests in system"
 
 
-def check_policy(policy: Callable[..., Any], *, cases: int = 50, seed: int = 0) -> None:
-    """Run ``cases`` random cases under ``policy``: one of ``POLICIES``, or one's own as ``module:Name`` finds it."""
-    name = f"{policy.__module__}:{policy.__qualname__}"
+def check_policy(policy: Policy, *, cases: int = 50, seed: int = 0) -> None:
+    """Serve ``cases`` random small cases under a policy and demand what every policy owes.
+
+    ``policy``: an object (copied for each run), a class, the name of a shipped policy, or ``module:Name``. Raises
+    AssertionError that says in words which promise broke, with the smallest case found that breaks one; the case can be
+    pasted into ``check_case``.
+    """
+    label = policy if isinstance(policy, str) else "chunked_prefill"
     for stream in np.random.SeedSequence(seed).spawn(cases):
-        check_case(random_case(np.random.default_rng(stream), name))
+        case = random_case(np.random.default_rng(stream), label)
+        if _fault(case, policy):
+            case = smallest(case, lambda case: _fault(case, policy) is not None)
+            raise AssertionError(f"{_fault(case, policy)}\nsmallest case found: {case}")
+
+
+def _made(policy: Policy, case: Case) -> BatchPolicy:
+    """A policy fresh for one run, audited."""
+    scheduler = case.scheduler()
+    if isinstance(policy, str):
+        made = make_policy(scheduler.model_copy(update={"policy": policy}))
+    else:
+        made = policy(scheduler) if isinstance(policy, type) else deepcopy(policy)
+    tokens = sum(prompt + output for prompt, output in case.lengths)
+    return Audited(made, most=1_000 + 100 * tokens)
+
+
+def _fault(case: Case, policy: Policy) -> str | None:
+    """What a policy breaks in a case, in words; None when it keeps every promise."""
+    try:
+        check_case(case, policy)
+    except (AssertionError, ApexsimError) as error:
+        return str(error)
+    except Exception as error:  # a policy of the user's may fail in any way
+        return f"the policy raised {type(error).__name__}: {error}"
+    return None
+
+
+def smallest(case: Case, fails: Callable[[Case], bool], *, tries: int = 600) -> Case:
+    """A case that still ``fails`` and that no single simplification leaves failing; ``tries`` bounds the search."""
+    found = True
+    while found:
+        found = False
+        for simpler in _simpler(case):
+            tries -= 1
+            if tries < 0:
+                return case
+            if fails(simpler):
+                case, found = simpler, True
+                break
+    return case
+
+
+def _simpler(case: Case) -> Iterator[Case]:
+    """Cases with fewer requests, then with plainer settings, then with fewer tokens and earlier arrivals."""
+    count = min(len(case.arrivals_ns), len(case.lengths))
+    size = count // 2
+    while size:
+        yield from (_without(case, first, first + size) for first in range(0, count, size))
+        size //= 2
+    for setting in fields(case):
+        written = setting.name in ("policy", "arrivals_ns", "lengths", "patience_ns")
+        usual: Any = setting.default
+        if not written and getattr(case, setting.name) != usual:
+            yield replace(case, **{setting.name: usual})
+    for position, (prompt, output) in enumerate(case.lengths):
+        for fewer in ((1, output), (prompt // 2, output), (prompt, 1), (prompt, output // 2)):
+            if min(fewer) and fewer != (prompt, output):
+                yield replace(case, lengths=[*case.lengths[:position], fewer, *case.lengths[position + 1 :]])
+    if any(case.arrivals_ns):
+        yield replace(case, arrivals_ns=[0] * len(case.arrivals_ns))
+
+
+def _without(case: Case, first: int, last: int) -> Case:
+    """The case without some of its requests."""
+    arrivals_ns, lengths, patience_ns = (
+        [*rows[:first], *rows[last:]] for rows in (case.arrivals_ns, case.lengths, case.patience_ns)
+    )
+    return replace(case, arrivals_ns=arrivals_ns, lengths=lengths, patience_ns=patience_ns)
 
 
 def random_case(rng: np.random.Generator, policy: str) -> Case:
     """A case that is small, busy and full of ties."""
     count = int(rng.integers(1, 40))
+    closed = bool(rng.integers(0, 3) == 0)
     return Case(
         arrivals_ns=sorted(int(tick) * 500_000 for tick in rng.integers(0, 60, count)),
         lengths=[
@@ -236,6 +339,10 @@ def random_case(rng: np.random.Generator, policy: str) -> Case:
         step_ns=int(rng.choice([500_000, 700_001])),
         prefix_caching=bool(rng.integers(0, 2)),
         stream_interval=int(rng.choice([1, 7])),
+        receive_interval=int(rng.choice([1, 1, 5])),
+        concurrency=int(rng.integers(1, 9)) if closed else None,
+        turnaround_ns=int(rng.choice([0, 700_000])) if closed else 0,
+        patience_ns=[int(tick) * 500_000 for tick in rng.integers(0, 20, count)],
     )
 
 

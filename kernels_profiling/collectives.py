@@ -18,7 +18,7 @@ from torch.multiprocessing.spawn import start_processes
 from kernels_profiling.timers import summarised
 
 WARM_UP, REPEATS, CALLS = 3, 20, 5
-TIMEOUT = timedelta(seconds=120)
+TIMEOUT = timedelta(minutes=10)
 Outcome = dict[str, Any]
 
 

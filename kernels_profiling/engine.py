@@ -1,4 +1,4 @@
-"""The live reference engine: continuous batching with real forward passes, by the wall clock.
+"""The live reference engine: continuous batching with real forward passes, by the clock.
 
 The batching policy, the ledger, the block manager and what a ledger does to a queue are the simulator's own objects;
 here a step takes as long as the device takes. Outputs have the lengths that requests ask for: there is no end token.
@@ -6,8 +6,7 @@ here a step takes as long as the device takes. Outputs have the lengths that req
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,14 +24,11 @@ from apexsim.serving.simulator import Door, make_policy, no_cycle_collection
 from apexsim.specs.engine import SchedulerDefaults
 from apexsim.specs.model import ModelSpec
 from apexsim.specs.workload import Requests
-from apexsim.units import NS_PER_S
+from kernels_profiling.clock import Clock, HostClock
 from kernels_profiling.paged_cache import BlockTables
 from kernels_profiling.runner import Runner
 from kernels_profiling.traffic import Traffic
 from kernels_profiling.transformer import CacheShape, Transformer
-
-# The operating system wakes a sleeper late by up to this: the rest of a wait is spent looking at the clock.
-_WAKING_NS = 300_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +36,7 @@ class EngineSettings:
     """What an engine is started with. ``scheduler`` is settled: its limits are numbers.
 
     ``kv_blocks`` of ``scheduler.block_size`` tokens, for requests of up to ``longest`` tokens. ``device`` and ``dtype``
-    are torch's; ``graphs`` lets CUDA graphs replay decodes.
+    are torch's; ``graphs`` lets CUDA graphs replay decodes. Times are those of ``clock``.
     """
 
     model: ModelSpec
@@ -52,6 +48,7 @@ class EngineSettings:
     swiftkv_layers: int | None = None
     graphs: bool = True
     seed: int = 0
+    clock: Clock = field(default_factory=HostClock)
 
     @property
     def cache(self) -> CacheShape:
@@ -66,6 +63,8 @@ class LiveEngine:
         self.settings = settings
         scheduler = self._limits = settings.scheduler
         self._policy = make_policy(scheduler)
+        if self._policy.needs_deadline:
+            raise BadInput("requests here have no deadlines", key="policy", got=scheduler.policy)
         self._memory = _memory_plan(settings.kv_blocks, scheduler.block_size)
         like = torch.empty(0, dtype=settings.dtype, device=settings.device)
         self.model = Transformer(
@@ -83,7 +82,7 @@ class LiveEngine:
     def _start(self) -> None:
         """An empty replica: nothing queued, cached or recorded."""
         blocks = BlockManager(self._memory.blocks, self._memory.block_size, self._memory.blocks_for)
-        self._scheduler = Scheduler(self._limits, blocks)
+        self._scheduler = Scheduler(self._limits, blocks, self._policy.queue())
         self._cohort = Cohort(blocks)  # stays empty: every request is advanced by itself
         self._tables = BlockTables(blocks, seats=self._limits.max_num_seqs, width=self._width)
         self._recorder = Recorder(())
@@ -100,7 +99,7 @@ class LiveEngine:
         self.runner.tables = self._tables
         self.runner.known = prompts(traffic.requests, self.settings.model.vocab, self.settings.seed)
         with no_cycle_collection():
-            self._began_ns = time.perf_counter_ns()
+            self._began_ns = self.settings.clock.now_ns()
             self._loop(traffic)
         self._scheduler.check_idle()
         self.outputs = [known[r.prompt_tokens :] for known, r in zip(self.runner.known, traffic.requests, strict=True)]
@@ -109,7 +108,7 @@ class LiveEngine:
     # -- parts ------------------------------------------------------------------------------------------------
 
     def _now_ns(self) -> int:
-        return time.perf_counter_ns() - self._began_ns
+        return self.settings.clock.now_ns() - self._began_ns
 
     def _loop(self, traffic: Traffic) -> None:
         """Compose and compute until no request is left."""
@@ -123,15 +122,8 @@ class LiveEngine:
             elif traffic.next_ns is None:
                 return
             else:
-                self._wait_until(traffic.next_ns)
+                self.settings.clock.wait_until(self._began_ns + traffic.next_ns)
                 now_ns = self._now_ns()
-
-    def _wait_until(self, at_ns: int) -> None:
-        left_ns = at_ns - self._now_ns() - _WAKING_NS
-        if left_ns > 0:
-            time.sleep(left_ns / NS_PER_S)
-        while self._now_ns() < at_ns:
-            pass
 
     def _step(self) -> list[Request]:
         """One decision of the policy and the step it makes; returns who has his last token."""

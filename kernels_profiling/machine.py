@@ -17,6 +17,7 @@ from apexsim.fitting.own import DEVICE_FILE, MeasuredDevice
 from apexsim.io.yaml_files import load_spec, write_yaml
 from apexsim.specs.device import Datasheet, Price
 from apexsim.units import dtype_bytes
+from kernels_profiling.clock import Clock, seconds_since
 from kernels_profiling.power import Meter
 from kernels_profiling.rig import Rig
 from kernels_profiling.tables import Tables
@@ -65,9 +66,9 @@ def meter_of(device: torch.device) -> Meter | None:
     return Meter.of(device.index or 0) if device.type == "cuda" else None
 
 
-def rig_of(device: torch.device) -> Rig:
-    """The device ready to be measured."""
-    return Rig(device, cache_bytes(device), meter_of(device))
+def rig_of(device: torch.device, clock: Clock | None = None) -> Rig:
+    """The device ready to be measured, by the host's clock where none is given."""
+    return Rig(device, cache_bytes(device), meter_of(device), clock=clock)
 
 
 def described(folder: Path, rig: Rig) -> MeasuredDevice:
@@ -216,13 +217,14 @@ def peak_bytes_per_s(rig: Rig) -> float:
 
 def _best_s(work: Callable[[], object], rig: Rig) -> float:
     """The least seconds of a call among those of half a second or so."""
-    best, until = float("inf"), time.perf_counter() + PEAK_S
-    while time.perf_counter() < until:
-        start = time.perf_counter()
+    best, clock = float("inf"), rig.clock
+    begun_ns = clock.now_ns()
+    while seconds_since(clock, begun_ns) < PEAK_S:
+        start_ns = clock.now_ns()
         work()
         if rig.device.type == "cuda":
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, seconds_since(clock, start_ns))
     return best
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -23,7 +23,7 @@ import apexsim
 from apexsim import catalog
 from apexsim.atomic import make_folder
 from apexsim.calibration import Group, calibrate
-from apexsim.fitting.own import OwnTables
+from apexsim.fitting.own import OwnTables, TooFewRows
 from apexsim.fitting.pipeline import fit_measured
 from apexsim.io.requests import resolve_workload
 from apexsim.io.yaml_files import write_yaml
@@ -31,10 +31,12 @@ from apexsim.specs.workload import Requests
 from apexsim.validation.cases import case_of
 from apexsim.validation.loads import requests_of
 from apexsim.validation.runs import MeasuredRun, read_runs
+from kernels_profiling.clock import Clock
 from kernels_profiling.engine import LiveEngine, check_servable
 from kernels_profiling.live import EngineFlags, serve_metered, settings_for, warm_up_load, what_ran
 from kernels_profiling.machine import device_name, rig_of
 from kernels_profiling.measure import Wanted
+from kernels_profiling.noise import TooNoisyError, check_quiet
 from kernels_profiling.operators import CASES
 from kernels_profiling.points import Rank, all_points
 from kernels_profiling.records import check_folder, write_run
@@ -80,13 +82,21 @@ class Bench:
 class Proof:
     """Measures, fits, serves and compares; ``tell`` hears what is being done, ``report`` the fraction done."""
 
-    def __init__(self, plan: Plan, tell: Callable[[str], None], report: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        tell: Callable[[str], None],
+        report: Callable[[float], None],
+        *,
+        clock: Clock | None = None,
+    ) -> None:
+        """Times are those of ``clock``, of the host where none is given."""
         self._plan, self._tell, self._report = plan, tell, report
         self._place, self._spec = plan.model.place(), plan.model.spec()
         self._burst = self._checked_burst()
         self._runs = make_folder(plan.folder / "runs")
         check_folder(self._runs, plan.model.model)
-        self._rig = rig_of(self._place.device)
+        self._rig = rig_of(self._place.device, clock)
         wanted = Wanted(model=[plan.model.model], tensor=[1], quick=plan.quick)
         kind = self._place.device.type
         self._session = Session(Tables(plan.folder / "tables"), self._rig, wanted.scale(kind).point_s)
@@ -135,7 +145,13 @@ class Proof:
     def _fit(self) -> None:
         """The device profile of all that is measured by now."""
         with self._noting("fitting"):
-            profile = fit_measured("proof", OwnTables(self._plan.folder / "tables"))
+            check_quiet(self._session.tables)
+            try:
+                profile = fit_measured("proof", OwnTables(self._plan.folder / "tables"))
+            except TooFewRows as error:
+                if self._session.failed:
+                    raise
+                raise TooNoisyError(str(error)) from None
             write_yaml(self._profile, profile.model_dump(mode="json", exclude_defaults=True))
 
     def _anchor_cases(self) -> list[Any]:
@@ -159,7 +175,7 @@ class Proof:
         longest = max(loads.values(), key=lambda load: int((load.prompt_tokens + load.output_tokens).max()))
         settings = settings_for(self._spec, longest, EngineFlags(), self._place)
         check_servable(settings, longest)
-        engine = LiveEngine(settings)
+        engine = LiveEngine(replace(settings, clock=self._rig.clock))
         engine.serve(warm_up_load(longest, engine.settings.scheduler))
         return Bench(engine, loads)
 

@@ -24,6 +24,8 @@ HERE = Path(__file__).parent
 MODELS = {"cpu": str(TINY), "cuda": "llama-3.1-8b"}
 WORKLOADS = {"cpu": str(HERE / "workloads" / "short.yaml"), "cuda": "chat"}
 QUICK_S, USUAL_S = 18.0, 60.0
+# Exit status where the machine was too busy for anything to be said.
+TOO_NOISY = 4
 # Largest errors that pass, of means, by device and strictness.
 BOUNDS = {
     ("cpu", "stated"): {"ttft": 0.25, "tpot": 0.15, "e2e": 0.15},
@@ -63,9 +65,11 @@ def prove(
 ) -> None:
     """Measure this device, fit it, simulate three loads, serve them for real, and compare.
 
-    Exit status 1 where an error is beyond its bound.
+    Exit status 1 where an error is beyond its bound, 4 where the machine was too noisy to prove anything.
     """
+    from kernels_profiling.clock import HostClock
     from kernels_profiling.machine import torch_device
+    from kernels_profiling.noise import TooNoisyError
     from kernels_profiling.proof import Plan, Proof
 
     check_targets({"--json": json_target})
@@ -79,7 +83,12 @@ def prove(
             repeats=flags.repeats,
             seconds=flags.seconds or (QUICK_S if flags.quick else USUAL_S),
         )
-        found = Proof(plan, lambda said: typer.echo(said, err=True), report).verdict(BOUNDS[device, flags.bounds])
+        proof = Proof(plan, lambda said: typer.echo(said, err=True), report, clock=HostClock())
+        try:
+            found = proof.verdict(BOUNDS[device, flags.bounds])
+        except TooNoisyError as error:
+            typer.echo(f"too noisy, nothing proved: {error}", err=True)
+            raise typer.Exit(TOO_NOISY) from None
     _show(table_console(json_target), found)
     if json_target:
         emit_json(found.as_json(), json_target)

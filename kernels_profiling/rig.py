@@ -9,6 +9,7 @@ from math import prod
 import torch
 
 from kernels_profiling import attention, kernels
+from kernels_profiling.clock import Clock, HostClock
 from kernels_profiling.power import Meter
 
 BLOCK_SIZE = 16
@@ -41,17 +42,29 @@ class PagedCache:
 
 
 class Rig:
-    """Where operands lie. ``cache_bytes`` is the last cache of the device; ``content`` what weights hold."""
+    """Where operands lie, and the clock of what is timed there: the host's where none is given.
 
-    def __init__(self, device: torch.device, cache_bytes: int, meter: Meter | None, *, content: str = "normal") -> None:
+    ``cache_bytes`` is the last cache of the device; ``content`` what weights hold.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        cache_bytes: int,
+        meter: Meter | None,
+        *,
+        content: str = "normal",
+        clock: Clock | None = None,
+    ) -> None:
         self.device, self.cache_bytes, self.meter, self._content = device, cache_bytes, meter, content
+        self.clock = clock or HostClock()
         self._pools: dict[torch.dtype, torch.Tensor] = {}
         self._draw = torch.Generator(device).manual_seed(0)
         self._sweeps, self._swept = 0, _swept(self)
 
     def with_content(self, content: str) -> Rig:
         """The same device with weights of other ``content``: normal or zeros."""
-        return Rig(self.device, self.cache_bytes, self.meter, content=content)
+        return Rig(self.device, self.cache_bytes, self.meter, content=content, clock=self.clock)
 
     def hot(self, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
         """One operand of its own, which stays in the cache as far as it fits."""

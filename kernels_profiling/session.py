@@ -29,7 +29,7 @@ class Session:
     """Measures points on a device into a folder of tables."""
 
     def __init__(self, tables: Tables, rig: Rig, point_s: float) -> None:
-        self._tables, self._rig, self._point_s = tables, rig, point_s
+        self.tables, self._rig, self._point_s = tables, rig, point_s
         self._device = described(tables.folder, rig)
         self._outcomes: Counter[str] = Counter()
         self._same = {
@@ -43,13 +43,13 @@ class Session:
 
     def run(self, points: Sequence[Point], report: Callable[[float], None], budget_s: float | None) -> int:
         """Measure the points that are missing; returns how many the budget left out."""
-        done = {name: self._tables.done(name) for name in {name for name, _ in points}}
+        done = {name: self.tables.done(name) for name in {name for name, _ in points}}
         missing = [(name, point) for name, point in points if key_of(name, point) not in done[name]]
         single = [(name, point) for name, point in missing if name != "collective"]
         begun, count = time.monotonic(), 0
         try:
             for name, point in single:
-                if budget_s is not None and time.monotonic() - begun > budget_s:
+                if budget_s is not None and time.monotonic() - begun >= budget_s:
                     break
                 self._keep(name, point, self._outcome(name, point, count))
                 count += 1
@@ -58,10 +58,15 @@ class Session:
                 self._collectives([point for name, point in missing if name == "collective"])
                 count = len(missing)
         finally:
-            self._tables.flush()
-        self._tables.merge()
-        raise_peaks(self._tables)
+            self.tables.flush()
+        self.tables.merge()
+        raise_peaks(self.tables)
         return len(missing) - count
+
+    @property
+    def failed(self) -> int:
+        """Points that could not be measured so far."""
+        return self._outcomes["failed"]
 
     def summary(self, left: int) -> str:
         """One line on what became of the points."""
@@ -69,11 +74,11 @@ class Session:
             ", ".join(f"{count} {status}" for status, count in sorted(self._outcomes.items())) or "nothing to measure"
         )
         end = f"; {left} left: run again to go on" if left else ""
-        return f"{self._tables.folder}: {said}{end}"
+        return f"{self.tables.folder}: {said}{end}"
 
     def _keep(self, name: str, point: Mapping[str, Any], outcome: Mapping[str, Any]) -> None:
         self._outcomes[outcome["status"]] += 1
-        self._tables.add(name, {**point, **self._same, **outcome})
+        self.tables.add(name, {**point, **self._same, **outcome})
 
     def _collectives(self, points: Sequence[Mapping[str, Any]]) -> None:
         """All collectives at once: their ranks are processes that take seconds to start."""
@@ -95,14 +100,14 @@ class Session:
 
     def _measured(self, name: str, point: Mapping[str, Any], number: int) -> dict[str, Any]:
         if name == "launch":
-            return launches.measured(point, self._rig.device, self._point_s)
+            return launches.measured(point, self._rig, self._point_s)
         if name == "sustained":
             return held(point, self._rig, self._point_s)
         case = CASES[name](point, self._rig)
         timing = time_case(case, self._rig, self._point_s)
         meter, drawn = self._rig.meter, Drawn()
         if meter and number % POWER_EVERY == 0:
-            _, drawn = hold(case, self._rig.device, POWER_S, meter)
+            _, drawn = hold(case, self._rig, POWER_S, meter)
         clock = drawn.sm_clock_mhz or (meter.sm_clock_mhz() if meter else None)
         about = {"kernel_source": case.kernel_source, "buffers": case.buffers, "rotated_bytes": case.rotated_bytes}
         return {**timing._asdict(), **about, "power_w": drawn.power_w, "sm_clock_mhz": clock}

@@ -21,7 +21,7 @@ def held(point: Mapping[str, Any], rig: Rig, point_s: float) -> dict[str, Any]:
     """
     case = CASES[point["operator"]](_sizes(point), rig.with_content(point["content"]))
     timing = time_case(case, rig, point_s)
-    latency_s, drawn = hold(case, rig.device, float(point["held_s"]), rig.meter)
+    latency_s, drawn = hold(case, rig, float(point["held_s"]), rig.meter)
     about = {"kernel_source": case.kernel_source, "buffers": case.buffers, "rotated_bytes": case.rotated_bytes}
     measured = {"latency_s": latency_s, "burst_latency_s": timing.latency_s, "repeats": 1, "calls": timing.calls}
     measured |= {"latency_mean_s": latency_s, "latency_p10_s": latency_s}

@@ -1,13 +1,12 @@
 """Timing a case: calls over buffers that take turns, so that what serving finds cold is cold here too.
 
-On CUDA the calls are captured in one graph and replayed between two events; on a CPU ``perf_counter`` stands around
-each. Median of the repeats, with the 10th and 90th percentile beside it.
+On CUDA the calls are captured in one graph and replayed between two events; on a CPU the clock is read
+around each. Median of the repeats, with the 10th and 90th percentile beside it.
 """
 
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from kernels_profiling.clock import Clock, seconds_since
 from kernels_profiling.power import Drawn, Meter
 from kernels_profiling.rig import Rig
 
@@ -48,7 +48,7 @@ class Timing(NamedTuple):
 
 def time_case(case: Case, rig: Rig, budget_s: float) -> Timing:
     """Time a case for about ``budget_s``."""
-    return _cuda(case, budget_s) if rig.device.type == "cuda" else _cpu(case, rig, budget_s)
+    return _cuda(case, rig.clock, budget_s) if rig.device.type == "cuda" else _cpu(case, rig, budget_s)
 
 
 def _cpu(case: Case, rig: Rig, budget_s: float) -> Timing:
@@ -62,17 +62,15 @@ def _cpu(case: Case, rig: Rig, budget_s: float) -> Timing:
     def repeat() -> float:
         index = next(turn) % case.buffers
         rig.sweep()
-        start = time.perf_counter()
+        start_ns = rig.clock.now_ns()
         case.call(index)
-        return time.perf_counter() - start
+        return seconds_since(rig.clock, start_ns)
 
-    for _ in range(WARM_UP):
-        repeat()
-    return _summary(repeat, 1, budget_s)
+    return _summary(repeat, 1, rig.clock, budget_s)
 
 
-def _cuda(case: Case, budget_s: float) -> Timing:
-    once_s = _eager_cuda_s(case)
+def _cuda(case: Case, clock: Clock, budget_s: float) -> Timing:
+    once_s = _eager_cuda_s(case, clock)
     # All buffers in one graph, or a replay would find the few that it uses in the cache; long kernels fill it anyway.
     calls = max(_calls(once_s), min(case.buffers, int(MOST_REPEAT_S / once_s)))
     graph = captured(case, calls)
@@ -85,9 +83,7 @@ def _cuda(case: Case, budget_s: float) -> Timing:
         end.synchronize()
         return float(begin.elapsed_time(end)) * 1e-3 / calls
 
-    for _ in range(WARM_UP):
-        repeat()
-    return _summary(repeat, calls, budget_s)
+    return _summary(repeat, calls, clock, budget_s)
 
 
 def captured(case: Case, calls: int) -> torch.cuda.CUDAGraph:
@@ -99,15 +95,15 @@ def captured(case: Case, calls: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def hold(case: Case, device: torch.device, seconds: float, meter: Meter | None) -> tuple[float, Drawn]:
+def hold(case: Case, rig: Rig, seconds: float, meter: Meter | None) -> tuple[float, Drawn]:
     """Replay a case for ``seconds``: the mean seconds of one call, and what was drawn meanwhile."""
     calls = max(1, min(MOST_CALLS, case.buffers))
-    graph = captured(case, calls) if device.type == "cuda" else None
+    graph = captured(case, calls) if rig.device.type == "cuda" else None
     taken: list[float] = []
 
     def work() -> None:
-        start, count = time.perf_counter(), 0
-        while time.perf_counter() - start < seconds:
+        start_ns, count = rig.clock.now_ns(), 0
+        while seconds_since(rig.clock, start_ns) < seconds:
             for index in range(calls if graph is None else 0):
                 case.call(index)
             for _ in range(8 if graph else 0):
@@ -115,7 +111,7 @@ def hold(case: Case, device: torch.device, seconds: float, meter: Meter | None) 
             count += calls * (8 if graph else 1)
             if graph:
                 torch.cuda.synchronize()
-        taken.append((time.perf_counter() - start) / count)
+        taken.append(seconds_since(rig.clock, start_ns) / count)
 
     drawn = meter.during(work) if meter else _unmetered(work)
     return taken[0], drawn
@@ -131,23 +127,26 @@ def _calls(once_s: float) -> int:
     return int(np.clip(np.ceil(LEAST_REPEAT_S / max(once_s, 1e-7)), 1, MOST_CALLS))
 
 
-def _eager_cuda_s(case: Case) -> float:
+def _eager_cuda_s(case: Case, clock: Clock) -> float:
     """Seconds of one call outside a graph, after warming up on the stream that captures."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for index in range(WARM_UP):
             case.call(index % case.buffers)
         stream.synchronize()
-        start = time.perf_counter()
+        start_ns = clock.now_ns()
         case.call(0)
         stream.synchronize()
-    return time.perf_counter() - start
+    return seconds_since(clock, start_ns)
 
 
-def _summary(repeat: Callable[[], float], calls: int, budget_s: float) -> Timing:
-    start = time.perf_counter()
+def _summary(repeat: Callable[[], float], calls: int, clock: Clock, budget_s: float) -> Timing:
+    """Warm up, then repeat for about ``budget_s``."""
+    for _ in range(WARM_UP):
+        repeat()
+    start_ns = clock.now_ns()
     taken: list[float] = []
-    while len(taken) < LEAST_REPEATS or (time.perf_counter() - start < budget_s and len(taken) < MOST_REPEATS):
+    while len(taken) < LEAST_REPEATS or (seconds_since(clock, start_ns) < budget_s and len(taken) < MOST_REPEATS):
         taken.append(repeat())
     return summarised(taken, calls)
 
@@ -158,16 +157,14 @@ def summarised(seconds: Sequence[float], calls: int) -> Timing:
     return Timing(middle, low, high, float(np.mean(seconds)), len(seconds), calls)
 
 
-def clocked(work: Callable[[], object], device: torch.device, budget_s: float) -> Timing:
+def clocked(work: Callable[[], object], rig: Rig, budget_s: float) -> Timing:
     """Time work by the host's clock, until the device has done it."""
 
     def repeat() -> float:
-        start = time.perf_counter()
+        start_ns = rig.clock.now_ns()
         work()
-        if device.type == "cuda":
+        if rig.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return seconds_since(rig.clock, start_ns)
 
-    for _ in range(WARM_UP):
-        repeat()
-    return _summary(repeat, 1, budget_s)
+    return _summary(repeat, 1, rig.clock, budget_s)

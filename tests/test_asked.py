@@ -173,7 +173,11 @@ def test_prompts_pick_the_exponent_of_the_model() -> None:
     ):
         for prompts, exponent in expected.items():
             deployment = deployed("greedy", model=model, prompts=prompts, tensor=8, expert=8)
-            (experts,) = [op for op in routed_part(deployment, deployment.pools[0]) if isinstance(op, Experts)]
+            (experts,) = [
+                op
+                for op in routed_part(deployment, deployment.pools[0], deployment.model.layer_kinds[-1])
+                if isinstance(op, Experts)
+            ]
             assert experts.layer.routing_exponent == exponent
 
 

@@ -12,6 +12,7 @@ from apexsim.catalog import EngineChoice, Kind, engine_for
 from apexsim.errors import BadInput
 from apexsim.io.yaml_files import write_yaml
 from apexsim.specs.model import ModelSpec
+from apexsim.versions import begins, version_in
 
 KINDS: list[Kind] = ["model", "device", "engine", "workload"]
 PACKAGE = Path(apexsim.__file__).parent
@@ -40,7 +41,7 @@ def test_a_wheel_carries_its_data_inside_the_package(tmp_path: Path, monkeypatch
     ("name", "said"),
     [
         ("llama-3.1-80b", "did you mean llama-3.1-8b or llama-3.1-70b"),
-        ("Llama-3.1-70B", "did you mean llama-3.1-70b"),
+        ("lama-3.1-70B", "did you mean llama-3.1-70b"),
         ("zzz", "known: codellama-34b, "),
         ("", "known: codellama-34b, "),
     ],
@@ -85,7 +86,7 @@ def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("acme", "acme-old", ["0.1", "0.6"]),
         ("acme", "acme-mid", ["0.6.4", "0.8", "0.9"]),
         ("acme", "acme-new", ["0.10", "0.11"]),
-        ("other", "other-1", ["1.0.0rc2", "1"]),
+        ("other", "other-1", ["1.0", "1"]),
     ]
     for engine, name, versions in made_up:
         write_yaml(tmp_path / "engine_profiles" / f"{name}.yaml", profile(engine, name, versions))
@@ -125,6 +126,59 @@ def test_what_no_profile_answers_for_is_refused() -> None:
         engine_for("acme", "0.7.1")
     with pytest.raises(BadInput, match=r"engine: got 'acmee'; unknown engine; did you mean acme"):
         engine_for("acmee", "0.6")
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ("vllm==0.11.0", "vllm-v1-sync"),
+        ("vllm===0.11.0", "vllm-v1-sync"),
+        ("vllm == 0.11.*", "vllm-v1-sync"),
+        ("vllm-0.11.0", "vllm-v1-sync"),
+        ("vllm-v0.19.1-cu130", "vllm-v1-async"),
+        ("vLLM@0.19", "vllm-v1-async"),
+        ("vLLM", "vllm-v1-async"),
+        ("sglang==0.4.9", "sglang-0.4"),
+        ("sglang-0.5.8.post1", "sglang-0.5"),
+        ("tensorrt_llm==1.0.0rc3", "trtllm-1.0"),
+        ("TensorRT-LLM-1.2.0", "trtllm-1.1"),
+        ("vllm-0.6", "vllm-0.6"),
+    ],
+)
+def test_engines_are_known_as_their_packages_are_installed(asked: str, name: str) -> None:
+    assert catalog.load("engine", asked).name == name
+
+
+def test_a_version_in_any_spelling_has_its_memory_terms() -> None:
+    wanted = catalog.load("engine", "vllm@0.8.5").memory
+    assert wanted != catalog.load("engine", "vllm@0.11.0").memory
+    assert catalog.load("engine", "vllm==0.8.5").memory == catalog.load("engine", "vllm-0.8.5").memory == wanted
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("vllm>=0.11", "got 'vllm>=0.11'; give one version, as vllm@0.11.0"),
+        ("vllm~=0.11.0", "give one version, as vllm@0.11.0"),
+        ("vllm==9.0", "no profile lists it; known: 0.4, 0.5, "),
+        ("vlm==0.11", "unknown engine; did you mean vllm"),
+        ("vllm-v1", "did you mean vllm-v1-sync or vllm-v1-async"),
+    ],
+)
+def test_what_names_no_version_is_answered(asked: str, said: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        catalog.load("engine", asked)
+    assert said in str(caught.value)
+
+
+def test_versions_are_found_at_the_head_of_what_people_write() -> None:
+    found = {text: version_in(text) for text in ("v0.19.1-cu130", "0.6.4.post1", "1.0.0rc3", "0.11.0+cu128", "0.11.x")}
+    assert [str(version) for version in found.values()] == ["0.19.1", "0.6.4.post1", "1.0.0rc3", "0.11.0+cu128", "0.11"]
+    assert [version_in(text) for text in ("", "nightly-0.11", "5b8c30d62b", "gpt-oss-dev")] == [None] * 4
+    assert begins("0.1rc2", "0.1")
+    assert not begins("0.11", "0.1")
+    assert not begins("0.6", "0.6.4")
+    assert not begins("nightly", "0.6")
 
 
 def test_a_choice_is_a_value() -> None:

@@ -117,7 +117,7 @@ def test_an_unreadable_trace_is_told(tmp_path: Path, fails: Callable[..., str]) 
         (["--router", "os:path"], ["router", "give a class with choose"]),
         (["--replicas", "10001"], ["replicas", "10000"]),
         (["--tensor", "1000000000000"], ["tensor", "got 1000000000000", "up to 10000 devices"]),
-        (["--requests", "100000000000000000000"], ["--requests", "at most 100000000"]),
+        (["--requests", "100000000000000000000"], ["--requests", "at most 10000000"]),
         (["--slo", "tfft_s=1"], ["--slo", "ttft_s"]),
         (["--slo", "ttft_s=fast"], ["--slo", "got 'fast'"]),
         (["--slo", ""], ["--slo", "at least one limit"]),
@@ -182,6 +182,11 @@ def test_show_list_and_import_refuse_what_they_do_not_know(tmp_path: Path, fails
     assert "did you mean gpt-oss-20b" in fails("show", "model", "gpt-oss-21b")
     assert "models" in fails("list", "modells")
     assert "--graph" in fails("show", "engine", "vllm-0.6", "--graph")
+    assert "give the name of a device" in fails("show", "device")
+    assert "--tensor" in fails("show", "model", "gpt-oss-20b", "--tensor", "2")
+    assert "--device" in fails("show", "model", "gpt-oss-20b", "--graph", "--device", "h100-sxm")
+    assert "only memory" in fails("show", "model", "gpt-oss-20b", "--json", "-")
+    assert "--device" in fails("show", "memory", "--model", "gpt-oss-20b")
     assert "show: tensor: got 0" in fails("show", "model", "gpt-oss-20b", "--graph", "--tensor", "0")
     for text in ("{}", '{"a":' * 5000):
         (tmp_path / "config.json").write_text(text)
@@ -357,6 +362,32 @@ def test_show_device_tells_fit_quality(capsys: pytest.CaptureFixture[str]) -> No
     gemm = [line for line in said.splitlines() if line.startswith("gemm ")]
     assert any("bf16" in line and "fitted" in line for line in gemm)
     assert any("bf16" in line and "served_shapes" in line and "%" in line for line in gemm)
+
+
+def test_show_memory_needs_no_workload(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", "qwen3-32b", "--device", "h100-sxm", "--engine", "vllm@0.7.3"]
+    assert main(["show", "memory", *flags]) == 0
+    said = capsys.readouterr().out
+    assert "KV tokens" in said
+    assert "note: max_model_len" in said
+    assert main(["show", "memory", *flags, "--json", "-"]) == 0
+    written = capsys.readouterr()
+    found = json.loads(written.out)
+    assert found["memory"]["max_model_len"] == found["memory"]["kv_tokens"]
+    assert found["notes"][0].startswith("max_model_len")
+    assert "KV tokens" in written.err
+    file = tmp_path / "one.yaml"
+    file.write_text("model: qwen3-32b\ndevice: h100-sxm\ntensor: 2\n")
+    assert main(["show", "memory", str(file)]) == 0
+    assert "tp2-pp1" in capsys.readouterr().out
+    assert main(["show", "memory", "--model", "llama-3.1-70b", "--device", "h100-sxm"]) == 1
+    assert "starts with tensor degree 2" in capsys.readouterr().err
+
+
+def test_simulate_tells_the_memory_of_a_replica(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "--model", "llama-3.1-8b", "--device", "h100-sxm", "--workload", trace]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory ")]
+    assert "15 GiB of weights a replica" in line
 
 
 def test_import_model_writes_a_spec_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,7 +49,19 @@ ENGINES = [catalog.load("engine", name) for name in catalog.names("engine")]
 def test_an_engine_is_named_by_version_wherever_a_profile_is(asked: str, profile: str) -> None:
     assert catalog.load("engine", asked).name == profile
     made = deployment_from(None, {"model": "llama-3.1-8b", "device": "h100-sxm", "engine": asked})
-    assert made.engine == catalog.load("engine", profile)
+    assert made.engine == catalog.load("engine", asked)
+    shipped = catalog.load("engine", profile)
+    assert made.engine.model_copy(update={"memory": shipped.memory}) == shipped
+
+
+@pytest.mark.parametrize(
+    ("asked", "copies"),
+    [("vllm@0.8.0", 2.5), ("vllm@0.8.5.post1", 2.5), ("vllm@0.11.0", 9.5), ("vllm-v1-sync", 9.5),
+     ("vllm@0.14.1", 9.5), ("vllm@0.19.0", 3.5), ("vllm-v1-async", 3.5), ("vllm@0.25.1", 0.5), ("vllm", 0.5),
+     ("vllm@nightly-1", 0.5)],
+)  # fmt: skip
+def test_memory_terms_follow_the_version(asked: str, copies: float) -> None:
+    assert catalog.load("engine", asked).memory.sampler_logit_copies == copies
 
 
 @pytest.mark.parametrize(

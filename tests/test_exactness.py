@@ -34,6 +34,8 @@ cases = st.builds(
     frontend_ns=st.sampled_from([0, TICK]),
     concurrency=st.sampled_from([None, None, 1, 5]),
     waves=st.booleans(),
+    turnaround_ns=st.sampled_from([0, TICK]),
+    patience_ns=st.lists(st.integers(0, 8).map(lambda tick: tick * TICK), min_size=24, max_size=24),
     prefix_caching=st.booleans(),
     stream_interval=st.sampled_from([1, 1, 4, 50]),
     receive_interval=st.sampled_from([1, 1, 3, 20]),

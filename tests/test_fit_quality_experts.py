@@ -137,20 +137,24 @@ def test_collectives_give_back_every_cleaned_point(name, data):
 def test_exchanges_of_experts_are_known_where_they_were_measured():
     for name in HOPPER:
         for kind in ("deepep_dispatch", "deepep_combine", "deepep_ll_dispatch", "deepep_ll_combine"):
-            assert set(PROFILES[name].operators[kind]) == {"ranks_8", "ranks_16", "ranks_32", "ranks_64"}
+            measured = {"ranks_8", "ranks_16_over_2", "ranks_32_over_4", "ranks_64_over_8"}
+            assert set(PROFILES[name].operators[kind]) == measured
     assert "ranks_64" in PROFILES["gb200"].operators["trtllm_combine"]
     sent = 64 * 7168 * 2 * copies_sent(8, 8)
     out, back = (COSTS["h100-sxm"].collective_s(f"deepep_{phase}", 8, sent) for phase in ("dispatch", "combine"))
     assert 20e-6 < out < back < 200e-6
-    slower = COSTS["h100-sxm"].collective_s("deepep_dispatch", 64, sent)
+    slower = COSTS["h100-sxm"].collective_s("deepep_dispatch", 64, sent, nodes=8)
     assert slower > out
     with pytest.raises(Unsupported, match="no deepep_dispatch cost for ranks_8"):
         COSTS["l40s"].collective_s("deepep_dispatch", 8, sent)
 
 
 def test_what_nobody_measured_between_devices_is_refused_or_marked():
-    with pytest.raises(Unsupported, match="rtx-4090 has no all_reduce cost"):
-        COSTS["rtx-4090"].collective_s("all_reduce", 2, 1e6)
+    with pytest.raises(Unsupported, match="rtx-4090 has no all_reduce cost for custom_2"):
+        COSTS["rtx-4090"].collective_s("all_reduce", 2, 1e6, custom_allowed=True)
+    links = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv", "send_recv_across_nodes")
+    for kind in links:
+        assert {op.evidence for op in PROFILES["rtx-4090"].operators[kind].values()} == {"estimated"}
     assert COSTS["gb200"].evidence("all_reduce", "nccl_4") == "fitted"
     assert COSTS["gb200"].evidence("all_reduce", "nccl_8") == "estimated"
     assert COSTS["rtx-4090"].evidence("moe", "bf16") == "estimated"

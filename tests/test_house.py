@@ -18,10 +18,10 @@ PACKAGE = ROOT / "apexsim"
 # above: not inside functions, and not for types alone.
 FLOORS = (
     {"errors"},
-    {"units", "atomic", "metrics"},  # numbers, files and arithmetic that know nothing of serving
+    {"units", "atomic", "reading", "metrics", "versions"},  # numbers, files, arithmetic that know nothing of serving
     {"specs"},
     {"costs"},
-    {"results", "steady", "batch_means", "summary", "uncertainty"},
+    {"results", "result_files", "steady", "batch_means", "summary", "uncertainty"},
     {"serving"},
     {"search"},
     {
@@ -319,3 +319,15 @@ def test_public_things_say_what_they_are() -> None:
 def test_nothing_is_left_to_do() -> None:
     unfinished = re.compile(r"\b(TODO|FIXME|XXX|HACK|NotImplementedError)\b")
     assert not [path.name for path in (*OURS, *PROFILER) if unfinished.search(path.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("path", modules(ROOT / "tests"), ids=lambda path: path.name)
+def test_no_test_depends_on_how_busy_the_machine_is(path: Path) -> None:
+    """None reads a clock to compare with, gives an example a deadline, or lets hypothesis find an example too slow."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "time":
+            assert node.attr not in ("time", "perf_counter", "perf_counter_ns", "process_time"), node.lineno
+        if isinstance(node, ast.keyword) and node.arg == "deadline":
+            assert ast.unparse(node.value) == "None", node.lineno
+        if isinstance(node, ast.keyword) and node.arg == "suppress_health_check":
+            assert "too_slow" in ast.unparse(node.value), node.value.lineno

@@ -73,7 +73,7 @@ def test_what_was_done_is_not_done_again(path: Path) -> None:
     assert all(json.loads(line) for line in path.read_text().split("\n") if line)
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_one_bad_byte_costs_one_record(path: Path, data: st.DataObject) -> None:
     """Whatever byte becomes whatever other one, is lost, or comes in between."""

@@ -10,12 +10,16 @@ import pytest
 
 from apexsim.errors import BadInput, Unsupported
 from apexsim.specs.engine import SchedulerDefaults
-from apexsim.specs.model import ModelSpec, MoESpec
+from apexsim.specs.experts import MoESpec
+from apexsim.specs.model import ModelSpec
 from apexsim.specs.workload import Requests
 
 torch = pytest.importorskip("torch")
 
+from made_up_machine import MadeUpMachine  # noqa: E402
+
 from kernels_profiling import attention  # noqa: E402
+from kernels_profiling.clock import Clock, HostClock  # noqa: E402
 from kernels_profiling.engine import EngineSettings, LiveEngine  # noqa: E402
 from kernels_profiling.transformer import Packed  # noqa: E402
 
@@ -34,12 +38,24 @@ LOAD = Requests(
 
 
 def engine(
-    model: ModelSpec = DENSE, *, blocks: int = 100, swiftkv: int | None = None, **scheduler: object
+    model: ModelSpec = DENSE,
+    *,
+    blocks: int = 100,
+    swiftkv: int | None = None,
+    clock: Clock | None = None,
+    **scheduler: object,
 ) -> LiveEngine:
     given = {"policy": "chunked_prefill", "max_num_batched_tokens": 16, "max_num_seqs": 4, "block_size": BLOCK}
     limits = SchedulerDefaults.model_validate({**given, **scheduler})
     return LiveEngine(
-        EngineSettings(model=model, scheduler=limits, kv_blocks=blocks, longest=64, swiftkv_layers=swiftkv)
+        EngineSettings(
+            model=model,
+            scheduler=limits,
+            kv_blocks=blocks,
+            longest=64,
+            swiftkv_layers=swiftkv,
+            clock=clock or HostClock(),
+        )
     )
 
 
@@ -171,10 +187,18 @@ def test_an_idle_engine_waits_for_arrivals() -> None:
     late = Requests(
         name="late", prompt_tokens=np.array([5, 5]), output_tokens=np.array([2, 2]), arrival_s=np.array([0.05, 0.3])
     )
-    requests, _ = engine().serve(late)
-    for request, arrival_s in zip(requests, (0.05, 0.3), strict=True):
-        assert request.scheduled_ns is not None
-        assert 0 <= request.scheduled_ns / 1e9 - arrival_s < 0.05
+    with MadeUpMachine() as clock:
+        requests, recorder = engine(clock=clock).serve(late)
+    assert [request.scheduled_ns for request in requests] == [50_000_000, 300_000_000]
+    assert recorder.steps()["start_ns"].tolist()[::2] == [50_000_000, 300_000_000]
+
+
+def test_the_clock_of_the_host_waits() -> None:
+    clock = HostClock()
+    at_ns = clock.now_ns() + 2_000_000
+    clock.wait_until(at_ns)
+    assert clock.now_ns() >= at_ns
+    clock.wait_until(at_ns)  # past already
 
 
 def test_requests_that_can_never_be_served_are_refused_before_any_work() -> None:

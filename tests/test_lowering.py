@@ -15,14 +15,16 @@ from apexsim import catalog
 from apexsim.costs.fitted import OperatorCosts
 from apexsim.costs.forms.prefill import causal_pairs
 from apexsim.costs.lowering import Lowered, lower, split_layers
-from apexsim.costs.operators import Collective, Experts, Gemm
+from apexsim.costs.operators import Collective, Elementwise, Experts, Gemm
 from apexsim.costs.steps import BatchStats, build_step_cost
 from apexsim.errors import InfeasiblePlan
 from apexsim.io.deployments import with_engine_options
+from apexsim.specs.base import parse_spec
 from apexsim.specs.cluster import Cluster
 from apexsim.specs.deployment import Deployment, Plan, Pool
 from apexsim.specs.engine import CommunicationDefaults
-from apexsim.specs.model import MoESpec
+from apexsim.specs.experts import MoESpec
+from apexsim.specs.model import ModelSpec
 
 ONE = np.ones(1)
 H100 = catalog.load("device", "h100-sxm")
@@ -247,6 +249,33 @@ def test_shared_experts_run_beside_the_routed_ones() -> None:
     assert set(block.graph.predecessors("add_shared")) == {"experts", "shared_down"}
     assert set(block.graph.successors("ffn_norm")) == {"router", "shared_gate_up"}
     assert list(block.graph.successors("add_shared")) == ["ffn_all_reduce"]
+
+
+def small(**shape: Any) -> ModelSpec:
+    sizes = {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "ffn": 96, "vocab": 100}
+    return parse_spec(ModelSpec, {"name": "small", "source": "made up", "max_context": 512, **sizes, **shape}, "small")
+
+
+def test_norms_after_blocks_alone_leave_sums_before_them() -> None:
+    (block,) = lowered(small(pre_norms=False, post_norms=True)).blocks
+    bytes_per_row = {op.name: op.bytes_per_row for op in block.rows if isinstance(op, Elementwise)}
+    assert {name for name in bytes_per_row if "norm" in name} == {"attention_post_norm", "ffn_post_norm"}
+    assert bytes_per_row["attention_residual"] == bytes_per_row["ffn_residual"] == 3 * 2 * 64
+    assert list(block.graph.successors("attention_post_norm")) == ["ffn_residual"]
+
+
+def test_attention_and_ffn_side_by_side_read_one_norm() -> None:
+    low = lowered(small(parallel=True), Plan(tensor=2))
+    (block,) = low.blocks
+    assert set(block.graph.successors("attention_norm")) == {"qkv", "gate_up"}
+    assert set(block.graph.predecessors("add_parallel")) == {"attention_all_reduce", "ffn_all_reduce"}
+    assert [op.name for op in block.rows if op.name.endswith("norm")] == ["attention_norm"]
+
+
+def test_layers_without_positions_rotate_nothing() -> None:
+    low = lowered(small(layers=8, nope_every=4))
+    found = {count: "rope" in {op.name for op in block.rows} for block, count in low.stages[0].blocks}
+    assert found == {6: True, 2: False}
 
 
 # Latent attention multiplies in another order than its model says, one for decodes and one for chunks.

@@ -90,13 +90,13 @@ def test_a_latent_vector_is_cached_whole_on_every_rank() -> None:
 def test_parameters_of_a_layer_by_hand() -> None:
     down = 7168 * 1536 + 7168 * (512 + 64)
     up = 1536 * 128 * (128 + 64) + 512 * 128 * (128 + 128)
-    assert DEEPSEEK.attention_params == down + up + 128 * 128 * 7168 == 187_105_280
+    assert DEEPSEEK.mixer_params(DEEPSEEK.layer_kinds[0]) == down + up + 128 * 128 * 7168 == 187_105_280
     assert DEEPSEEK.layer_kinds[0].count == 3
     assert not DEEPSEEK.layer_kinds[0].moe
     scorer = 2048 * 32 * 128 + 6144 * (128 + 32)
     assert GLM.mla is not None
     without = GLM.mla.model_copy(update={"indexer": None})
-    assert GLM.attention_params - without.params(6144, 64) == scorer
+    assert GLM.mixer_params(GLM.layer_kinds[0]) - without.params(6144, 64, indexed=False) == scorer
 
 
 def test_flops_of_a_token_stop_growing_where_keys_are_picked() -> None:
@@ -109,7 +109,7 @@ def test_flops_of_a_token_stop_growing_where_keys_are_picked() -> None:
 @pytest.mark.parametrize(("weights", "expected"), [("fp8_block", 1.0), ("nvfp4", 2.0), ("int4_wo", 2.0), ("bf16", 2.0)])
 def test_projections_stay_bf16_in_four_bit_checkpoints(weights: str, expected: float) -> None:
     assert DEEPSEEK.mla is not None
-    before, _ = projections(DEEPSEEK.mla, 7168, 16, weights)
+    before, _ = projections(DEEPSEEK.mla, (7168, 16), weights, indexed=False)
     found = {op.name: op for op in before if isinstance(op, Gemm)}
     assert found["qkv_a"].weight_bytes == expected * 7168 * (1536 + 576)
     assert found["kv_b_keys"].weight_bytes == 2.0 * 512 * 16 * 128
@@ -122,6 +122,39 @@ def test_a_spec_that_contradicts_itself_is_refused() -> None:
 
 
 # Lowering
+
+
+def test_queries_may_be_projected_at_once() -> None:
+    """Moonlight: no rank between hidden state and queries."""
+    assert DEEPSEEK.mla is not None
+    sizes = DEEPSEEK.mla.model_copy(update={"q_lora_rank": None})
+    before, _ = projections(sizes, (2048, 16), "bf16", indexed=False)
+    found = {op.name: (op.n, op.k) for op in before if isinstance(op, Gemm)}
+    assert (found["q"], found["kv_a"]) == ((16 * 192, 2048), (576, 2048))
+    assert "q_norm" not in {op.name for op in before}
+    assert sizes.params(2048, 16, indexed=False) == 2048 * (16 * 192 + 576) + 16 * 512 * 256 + 16 * 128 * 2048
+
+
+def test_layers_that_share_an_indexer_neither_score_nor_cache() -> None:
+    assert GLM.mla is not None
+    assert GLM.mla.indexer is not None
+    owners = tuple(range(0, 78, 4))
+    indexer = GLM.mla.indexer.model_copy(update={"layers": owners})
+    shared = GLM.model_copy(update={"mla": GLM.mla.model_copy(update={"indexer": indexer})})
+    share = len(owners) / 78
+    (group,) = shared.kv_groups
+    assert group.bytes_per_token("bf16") == 2 * (78 * 576 + len(owners) * 128)
+    assert [group.index_keys for group in shared.kv_groups_of(range(1, 4))] == [0]
+    deployment = deployed(shared)
+    low = lower(deployment, deployment.pools[0])
+    scored = {block.kind.indexed: "indexer_q" in {op.name for op in block.rows} for block in low.blocks}
+    assert scored == {True: True, False: False}
+    (mixed,) = low.attentions
+    assert isinstance(mixed, LatentMixing)
+    assert mixed.indexed == share
+    pairs = np.array([8192.0])
+    whole, part = mixing(GLM, 8).indexer_s(COSTS, pairs, pairs), mixed.indexer_s(COSTS, pairs, pairs)
+    assert part == pytest.approx(share * whole)
 
 
 def test_heads_are_split_and_down_projections_repeated() -> None:

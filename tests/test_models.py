@@ -339,7 +339,7 @@ SHIPPED = {
 SHIPPED |= {"DeepSeek-V3": "deepseek-v3", "DeepSeek-R1": "deepseek-r1", "Kimi-K2.5": "kimi-k2.5", "GLM-5": "glm-5"}
 SHIPPED |= {"MiniMax-M2.5": "minimax-m2.5", "Qwen3-VL-8B-Instruct": "qwen3-vl-8b"}
 SHIPPED |= {"Llama-4-Scout-17B-16E-Instruct": "llama-4-scout-17b-16e", "Qwen3.5-397B-A17B": "qwen3.5-397b-a17b"}
-BESIDE_THE_SHAPE = ("attention_bf16", "name", "source", "published_params", "published_active_params")
+BESIDE_THE_SHAPE = ("attention_bf16", "checkpoint", "name", "source", "published_params", "published_active_params")
 
 
 def shape(spec: ModelSpec) -> dict[str, Any]:
@@ -375,7 +375,8 @@ def test_minimax_is_imported_without_its_draft_layers() -> None:
     assert spec.active_params == pytest.approx(11e9, rel=0.01)  # 10B on its card, embeddings apart
     assert spec.qk_norm == "layer"
     assert "multi-token prediction layers are left out" in spec.source
-    assert "quantised with fp8" in spec.source
+    assert spec.checkpoint is not None
+    assert (spec.checkpoint.dtype, spec.checkpoint.kept, spec.checkpoint.method) == ("fp8_block", {}, "fp8")
 
 
 def write(tmp_path: Path, config: object) -> Path:
@@ -422,6 +423,8 @@ QWEN_MOE = LLAMA | {
 
 NEMOTRON = LLAMA | {
     "model_type": "nemotron_h",
+    "num_key_value_heads": 4,
+    "head_dim": 16,
     "num_hidden_layers": 4,
     "mlp_hidden_act": "relu2",
     "hybrid_override_pattern": "M*M-",
@@ -616,4 +619,4 @@ def test_checkpoints_may_leave_attention_in_bf16() -> None:
     model = catalog.load("model", "llama-3.1-405b")
     ffn = 126 * 3 * 16384 * 53248
     assert model.weight_bytes("fp8", "fp8") == pytest.approx(ffn + 2 * (model.params - ffn))
-    assert model.attention_dtype("fp8") == "bf16"
+    assert model.part_dtype("mixer", model.layer_kinds[0], "fp8") == "bf16"

@@ -23,10 +23,12 @@ TENSOR = {"qwen3-next-80b-a3b": 4, "nvidia-nemotron-nano-9b-v2": 1}
 
 
 def deployed(name: str, *, tensor: int | None = None, pipeline: int = 1) -> Deployment:
+    """On H100, with as many seats as have room for their states."""
+    engine = catalog.load("engine", "vllm-v1-async")
     return Deployment(
         model=catalog.load("model", name),
         cluster=Cluster(device=H100, devices_per_node=8),
-        engine=catalog.load("engine", "vllm-v1-async"),
+        engine=engine.model_copy(update={"scheduler": engine.scheduler.model_copy(update={"max_num_seqs": 128})}),
         pools=(Pool(plan=Plan(tensor=tensor or TENSOR[name], pipeline=pipeline)),),
     )
 

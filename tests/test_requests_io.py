@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import cProfile
 import json
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def requests(draw: st.DrawFn) -> Requests:
 
 @pytest.mark.parametrize("form", FORMATS)
 @given(made=requests())
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_what_is_written_is_read_back(tmp_path: Path, form: str, made: Requests) -> None:
     path = tmp_path / f"x.{form}"
     write_requests(path, made)
@@ -126,15 +126,15 @@ def test_equal_arrival_times_are_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_twenty_thousand_rows_are_read_in_no_time(tmp_path: Path, form: str) -> None:
+def test_twenty_thousand_rows_are_read_in_fewer_calls_than_rows(tmp_path: Path, form: str) -> None:
     count = 20_000
     path = tmp_path / f"big.{form}"
     ones = np.ones(count)
     write_requests(path, Requests(name="big", prompt_tokens=ones, output_tokens=ones, arrival_s=np.arange(count)))
     read_requests(path)
-    start = time.perf_counter()
-    assert len(read_requests(path)) == count
-    assert time.perf_counter() - start < 0.2
+    calls = cProfile.Profile()
+    assert len(calls.runcall(read_requests, path)) == count
+    assert sum(entry.callcount for entry in calls.getstats()) < count
 
 
 def test_reference_traces_read_whole(data: Path) -> None:
@@ -241,7 +241,7 @@ def test_unreadable_files_are_refused(tmp_path: Path, form: str) -> None:
     assert refusal(lambda: read_requests(path)).startswith(f"{path}: ")
     absent = tmp_path / f"absent.{form}"
     line = refusal(lambda: read_requests(absent))
-    assert line == f"{absent}: cannot be read as {form}: No such file or directory"
+    assert line == f"{absent}: cannot be read: No such file or directory"
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
@@ -288,7 +288,7 @@ def test_directories_and_unknown_extensions_are_refused(tmp_path: Path) -> None:
     made = Requests(name="x", prompt_tokens=np.ones(1), output_tokens=np.ones(1), arrival_s=np.zeros(1))
     assert "give a file ending in" in refusal(lambda: write_requests(sheet, made))
     nowhere = tmp_path / "no" / "x.csv"
-    assert refusal(lambda: write_requests(nowhere, made)) == f"{nowhere}: cannot be written: No such file or directory"
+    assert refusal(lambda: write_requests(nowhere, made)).endswith("its folder does not exist; create it first")
 
 
 # ---- lengths without arrivals

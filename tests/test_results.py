@@ -25,6 +25,7 @@ from apexsim.specs.engine import EngineProfile
 from apexsim.specs.slo import SLO
 from apexsim.specs.workload import Offered
 from apexsim.steady import Steady
+from apexsim.testing import made_up_memory
 
 NS = 1_000_000_000
 
@@ -120,7 +121,7 @@ def result(**changed: Any) -> SimulationResult:
         "steps": STEPS,
         "chunks": {},
         "accounting": ACCOUNTING,
-        "memory": SimpleNamespace(blocks=100),
+        "memory": made_up_memory(100),
         "timing": {"wall_s": 0.25},
         "notes": ("column x was left out",),
     }
@@ -140,6 +141,10 @@ SECTIONS = {
     },
     "cost": {"billed_devices", "usd_per_hour", "usd_per_million_output_tokens"},
     "steady": set(Steady.__dataclass_fields__),
+    "memory": {
+        *("weights_bytes", "kv_bytes", "kv_tokens", "kv_tokens_range"),
+        *("max_model_len", "max_concurrency_at_context", "device"),
+    },
     "utilization": {"mfu", "mbu", "busy", "kv_cache_mean", "kv_cache_peak"},
     "preemptions": None,
     "prefix_hit_rate": None,

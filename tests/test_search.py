@@ -134,10 +134,16 @@ def test_unlawful_plans_stay_with_their_reasons() -> None:
     assert any("64 attention heads" in reason for reason in by_name["tp3-pp1-dp2"].reasons)
 
 
-def test_tensor_parallelism_does_not_cross_nodes() -> None:
+def test_tensor_degrees_go_to_a_node_and_by_whole_nodes_beyond() -> None:
     by_name = {c.name: c for c in space(nodes=2).candidates()}
-    assert by_name["tp8-pp2-dp1"].reasons == ()
-    assert any("crosses nodes" in reason for reason in by_name["tp16-pp1-dp1"].reasons)
+    assert by_name["tp8-pp2-dp1"].reasons == by_name["tp16-pp1-dp1"].reasons == ()
+    cut = {c.name: c for c in space(devices=4, nodes=6, allow_idle=True).candidates()}
+    assert not cut["tp4-pp6-dp1"].reasons
+    assert not cut["tp8-pp3-dp1"].reasons
+    uneven = {c.name: c for c in space(devices=6, nodes=4).candidates()}
+    assert uneven["tp8-pp3-dp1"].reasons == (
+        "tensor degree 8 takes a part of a node: give up to 6, or a multiple of its 6 devices",
+    )
 
 
 def test_divisors() -> None:
@@ -280,6 +286,9 @@ def test_headline_says_what_is_taken_for_granted_of_the_best_plan() -> None:
     assert line.startswith("best by latency: tp1-adp4-pp1")
     assert "estimated: 4 attention-data ranks are taken to be evenly loaded" in line
     assert "estimated" not in headline(search(question(), evaluate=toy))
+    wide = headline(search(question(space=space(nodes=2)), evaluate=toy))
+    assert wide.startswith("best by latency: tp16-pp1-dp1")
+    assert wide.endswith("estimated: collectives of tensor ranks on several nodes")
 
 
 def test_headline_gives_the_margin_over_the_second_and_the_usual_choice() -> None:
@@ -437,6 +446,7 @@ def test_a_plan_that_does_not_fit_says_which_bytes() -> None:
     row = next(row for row in study.rows if row.candidate.name == "tp1-pp1-dp2")
     assert row.outcome.verdict == "infeasible"
     assert "GiB" in row.outcome.reason
+    assert "starts with tensor degree 2" in row.outcome.reason
     assert study.best is not None
 
 

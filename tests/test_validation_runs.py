@@ -198,7 +198,10 @@ MINIMAX: dict[str, Any] = {"engine_version": "0.19.0", "model": "minimax-m2.5", 
 def test_runs_of_inferencex_are_launched_as_its_scripts_do() -> None:
     launched = inferencex(**R1)
     assert (launched.deployment.scheduler.token_budget, launched.deployment.kv_cache) == (16_384, "fp8")
-    options = "max_num_batched_tokens 16384, max_num_seqs 256, fused_norm_max_bytes 33554432, receive_interval 10"
+    options = (
+        "gpu_memory_utilization 0.85, max_num_batched_tokens 16384, max_num_seqs 256, "
+        "fused_norm_max_bytes 33554432, receive_interval 10"
+    )
     assert f"as its benchmark launches it: {options}" in launched.notes
     intervals = [
         inferencex(**R1 | {"device": device, "concurrency": clients}).deployment.scheduler.receive_interval
@@ -293,9 +296,9 @@ def test_what_a_row_states_outweighs_its_recipe() -> None:
     stated = inferencex(**R1, flags="--max-num-batched-tokens 4096")
     assert stated.deployment.scheduler.token_budget == 4096
     assert (
-        "as its benchmark launches it: max_num_seqs 256, fused_norm_max_bytes 33554432, receive_interval 10"
-        in stated.notes
-    )
+        "as its benchmark launches it: gpu_memory_utilization 0.85, max_num_seqs 256, "
+        "fused_norm_max_bytes 33554432, receive_interval 10"
+    ) in stated.notes
     budget = case(engine="trtllm", engine_version="1.0.0rc3", source="nvidia_gap_analysis",
                   flags="--max-num-batched-tokens 4096").deployment  # fmt: skip
     assert budget.for_load(1000, 4).scheduler.token_budget == 4096

@@ -104,7 +104,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path, text: str, said: str)
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"none\.yaml: cannot be read: No such file"):
         read_yaml(tmp_path / "none.yaml")
-    with pytest.raises(BadInput, match="cannot be read: Is a directory"):
+    with pytest.raises(BadInput, match="is a directory; give the path of a file"):
         read_yaml(tmp_path)
     (tmp_path / "latin.yaml").write_bytes("name: é".encode("latin-1"))
     with pytest.raises(BadInput, match=r"latin\.yaml: is not UTF-8 text"):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from apexsim.cli.options import check_targets, progress_bar, with_flags
+from apexsim.cli.options import AllowPluginsFlag, check_targets, progress_bar, with_flags
 
 if TYPE_CHECKING:
     from apexsim.specs.engine import CalibrationReport
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DrawFlags:
-    """Flags that say which rows are used."""
+    """Flags that say which rows are used, and what their files may do."""
 
     rows_per_group: Annotated[int, typer.Option(help="Most rows drawn of one model on one device.", min=1)] = 20
     seed: Annotated[int, typer.Option(help="Seed of the draw.", min=0)] = 0
     where: Annotated[
         list[str] | None, typer.Option(help="Only rows whose column has this value, as device=h100-sxm (repeatable).")
     ] = None
+    allow_plugins: AllowPluginsFlag = False
 
 
 @with_flags
@@ -41,12 +42,18 @@ def calibrate(
     from apexsim import catalog
     from apexsim.calibration import calibrate as run_calibration
     from apexsim.calibration import drawn_groups
+    from apexsim.io.deployments import check_engine
     from apexsim.io.yaml_files import write_yaml
     from apexsim.validation.runs import read_runs, selected
 
     check_targets({"--out": out})
+    check_engine(engine, allowed=draw.allow_plugins)
     profile = catalog.load("engine", engine)
-    rows = [run for file in runs for run in selected(read_runs(file), draw.where or (), file)]
+    rows = [
+        run
+        for file in runs
+        for run in selected(read_runs(file, allow_plugins=draw.allow_plugins), draw.where or (), file)
+    ]
     groups = drawn_groups(rows, profile, draw.rows_per_group, draw.seed)
     with progress_bar("Calibrating") as report:
         wanted = None if terms is None else terms.split(",")

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from apexsim.cli import facts
-from apexsim.cli.options import with_flags
+from apexsim.cli.options import (
+    AllowPluginsFlag,
+    DeploymentFlags,
+    JsonFlag,
+    check_targets,
+    deployment_from_flags,
+    emit_json,
+    table_console,
+    with_flags,
+)
 from apexsim.errors import BadInput
+
+if TYPE_CHECKING:
+    from apexsim import catalog
+    from apexsim.specs.deployment import Deployment
 
 
 class Listing(StrEnum):
@@ -31,6 +43,7 @@ class Kind(StrEnum):
     device = "device"
     engine = "engine"
     workload = "workload"
+    memory = "memory"
 
 
 def list_names(listing: Annotated[Listing, typer.Argument(metavar="KIND", help="What to list.")]) -> None:
@@ -38,41 +51,78 @@ def list_names(listing: Annotated[Listing, typer.Argument(metavar="KIND", help="
     facts.print_tables(facts.LISTINGS[listing.value]())
 
 
-@dataclass(frozen=True)
-class GraphFlags:
-    """What ``show`` lowers a model under, to print its operators."""
-
-    graph: Annotated[bool, typer.Option("--graph", help="Operators of the blocks of a model.")] = False
-    tensor: Annotated[int, typer.Option(help="Tensor degree of the graph.")] = 1
-    attention_data: Annotated[int, typer.Option(help="Attention-data ranks of the graph.")] = 1
-    expert: Annotated[int, typer.Option(help="Expert degree of the graph.")] = 1
-    weights: Annotated[str, typer.Option(help="Dtype of the weights in the graph.")] = "bf16"
-
-
 @with_flags
 def show(
-    kind: Annotated[Kind, typer.Argument(metavar="KIND", help="model, device, engine or workload.")],
-    name: Annotated[str, typer.Argument(help="A listed name, or a YAML file.")],
+    kind: Annotated[Kind, typer.Argument(metavar="KIND", help="model, device, engine, workload, or memory.")],
+    name: Annotated[
+        str | None, typer.Argument(help="A listed name, or a YAML file; of memory a deployment YAML.")
+    ] = None,
     *,
-    plan: GraphFlags,
+    plan: DeploymentFlags,
+    graph: Annotated[bool, typer.Option("--graph", help="Operators of the blocks of a model.")] = False,
+    json: JsonFlag = None,
+    allow_plugins: AllowPluginsFlag = False,
 ) -> None:
-    """Show one model, device, engine or workload: its spec and what follows from it."""
+    """Show one model, device, engine or workload: its spec and what follows from it.
+
+    memory: what a replica of a deployment holds, and whether its engine would start.
+    """
+    given = {key: value for key, value in vars(plan).items() if value is not None}
+    if kind is Kind.memory:
+        check_targets({"--json": json})
+        _show_memory(deployment_from_flags(Path(name) if name else None, plan, allow_plugins=allow_plugins), json)
+        return
+    if name is None:
+        raise BadInput(f"give the name of a {kind.value}", where="show")
+    if json is not None:
+        raise BadInput("only memory is written as JSON", where="--json", got=kind.value)
+    if graph:
+        if kind is not Kind.model:
+            raise BadInput("only a model has a graph", where="--graph", got=kind.value)
+        facts.print_tables(*facts.graph_tables(name, _layout_choices(given)))
+        return
+    if given:
+        raise BadInput("describes a deployment: give it with memory or --graph", where=_flag(next(iter(given))))
+    _show_spec(cast("catalog.Kind", kind.value), name)
+
+
+def _flag(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
+def _layout_choices(given: dict[str, Any]) -> dict[str, Any]:
+    """The flags that a graph depends on; ``BadInput`` on any other."""
+    known = ("tensor", "attention_data", "expert", "weights")
+    for key in given:
+        if key not in known:
+            raise BadInput(f"a graph depends on {', '.join(map(_flag, known))} alone", where=_flag(key))
+    return given
+
+
+def _show_spec(kind: catalog.Kind, name: str) -> None:
     from apexsim import catalog
     from apexsim.io.yaml_files import format_yaml
 
-    if plan.graph:
-        if kind is not Kind.model:
-            raise BadInput("only a model has a graph", where="--graph", got=kind.value)
-        choices = {key: value for key, value in vars(plan).items() if key != "graph"}
-        facts.print_tables(*facts.graph_tables(name, choices))
-        return
-    spec: Any = catalog.load(kind.value, name)
-    if kind is Kind.device:
+    spec: Any = catalog.load(kind, name)
+    if kind == "device":
         facts.print_tables(*facts.device_tables(spec))
         return
     typer.echo(format_yaml(spec.model_dump(mode="json", exclude_defaults=True)), nl=False)
-    if kind is Kind.model:
+    if kind == "model":
         facts.print_tables(facts.model_table(spec))
+
+
+def _show_memory(deployment: Deployment, json: str | None) -> None:
+    """Memory of a replica, device by device; ``InfeasiblePlan`` where its engine would not start."""
+    from apexsim.costs.starting import start
+
+    engine = start(deployment)
+    figures = engine.memory.figures(engine.deployment.context_limit)
+    if json:
+        emit_json({"memory": figures, "notes": list(engine.notes)}, json)
+    table_console(json).print(facts.memory_table(engine.deployment, figures))
+    for note in engine.notes:
+        typer.echo(f"note: {note}", err=json == "-")
 
 
 def import_model(
@@ -91,5 +141,7 @@ def import_model(
     data = spec.model_dump(mode="json", exclude_defaults=True)
     if out:
         write_yaml(out, data)
+        weights = f"; weights {spec.checkpoint.described}" if spec.checkpoint else ""
+        typer.echo(f"{spec.name}: written to {out}: {spec.source}{weights}", err=True)
     else:
         typer.echo(format_yaml(data), nl=False)

@@ -1,6 +1,7 @@
 """The ``apexsim`` command: which commands there are, and how a run ends.
 
-Exit status: 0 done, 1 nothing feasible, 2 bad input (one line that says what would do), 3 internal error.
+Exit status: 0 done, 1 nothing feasible, 2 bad input (one line that says what would do), 3 internal error,
+130 and 143 ended by Ctrl-C and SIGTERM.
 A command's module is imported only when the command is asked for, so that ``apexsim --help`` is quick.
 """
 
@@ -8,14 +9,17 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from apexsim.errors import ApexsimError, BadInput, InfeasiblePlan, nearest
+from apexsim.errors import ApexsimError, BadInput, InfeasiblePlan, nearest, printable
 
 # Name of a command: the function that it is. Its module must stay light: heavy imports belong inside the function.
 COMMANDS = {
@@ -34,6 +38,14 @@ COMMANDS = {
 
 # Every fault in the use of flags is one of these, in all releases of typer.
 _UsageError: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "UsageError")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: ends a run as Ctrl-C does, so that scratch files and workers go and what is kept is said."""
+
+
+class _InterruptedRun(Exception):
+    """Raised from a KeyboardInterrupt."""
 
 
 class LazyGroup(TyperGroup):
@@ -58,6 +70,12 @@ class LazyGroup(TyperGroup):
         if args[0] not in self.table:
             raise BadInput(f"unknown command; {nearest(args[0], self.table)}", got=args[0])
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:  # typer would end with 130 and say nothing
+            raise _InterruptedRun from error
 
 
 app = typer.Typer(cls=LazyGroup, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -86,42 +104,83 @@ def main(args: Sequence[str] | None = None) -> int:
 def run_line(commands: typer.Typer, given: Sequence[str], name: str) -> int:
     """Run one command line of the program ``name`` and return its exit status; a fault is one line on stderr."""
     try:
-        status = int(commands(given or ["--help"], prog_name=name, standalone_mode=False) or 0)
-        sys.stdout.flush()
+        with _terminable():
+            status = int(commands(given or ["--help"], prog_name=name, standalone_mode=False) or 0)
+            sys.stdout.flush()
         return status
     except (BrokenPipeError, SystemExit) as error:
         # The reader of our output left (``| head``): not a fault, and nothing more can be said to it. typer turns
         # a broken pipe that it meets itself into SystemExit.
         if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _drop_stdout()
         return 0
     except (Exception, KeyboardInterrupt) as error:
         status, line = _verdict(error, name)
+        if isinstance(error, OSError):  # it may be stdout that is full, and the rest of it would be tried again
+            _drop_stdout()
         if status == 3 and os.environ.get("APEXSIM_TRACEBACK"):
             raise
         typer.echo(f"{name}: {line}", err=True)
         return status
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Turn SIGTERM into ``Terminated`` meanwhile; elsewhere than in the main thread there is no way to."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the clearing up
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _drop_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def _verdict(error: BaseException, name: str) -> tuple[int, str]:
     """Exit status of a failed run, and its one line."""
     if isinstance(error, InfeasiblePlan):
-        return 1, f"infeasible: {error}"
-    if isinstance(error, ApexsimError):
-        return 2, " ".join(str(error).split())
-    if isinstance(error, _UsageError):
-        return 2, _usage_line(error, name)
-    if isinstance(error, KeyboardInterrupt | typer.Abort):
-        return 130, "interrupted"
-    said = " ".join(str(error).split())
+        return 1, printable(f"infeasible: {error}")
+    if isinstance(error, ApexsimError | _UsageError):
+        return 2, printable(str(error) if isinstance(error, ApexsimError) else _usage_line(error, name))
+    if isinstance(error, KeyboardInterrupt | _InterruptedRun | typer.Abort):
+        return _interrupted(error.__cause__ or error)
+    if isinstance(error, MemoryError):
+        return 2, "there is not enough memory for this; give fewer requests or a smaller file"
+    said = printable(str(error))
+    if isinstance(error, OSError) and error.strerror:  # a full disk, a folder taken away
+        return 2, said
     return 3, f"internal error: {type(error).__name__}: {said}; set APEXSIM_TRACEBACK=1 to see where"
+
+
+def _interrupted(error: BaseException) -> tuple[int, str]:
+    status, what = (143, "terminated") if isinstance(error, Terminated) else (130, "interrupted")
+    return status, "; ".join([what, *getattr(error, "__notes__", ("no file is left half-written",))])
 
 
 def _usage_line(error: Any, name: str) -> str:
     command = error.ctx.command_path.removeprefix(name).strip() if error.ctx else ""
     said = " ".join(error.format_message().split())
+    if would_do := _word_for(getattr(error, "option_name", None)):
+        said = f"no such option: {error.option_name}; say {would_do}"
     return f"{command}: {said}" if command else said
+
+
+def _word_for(option: str | None) -> str | None:
+    """What a flag of an engine is called here; None for other options, and where it is no option that is at fault."""
+    from apexsim.io.words import FLAGS
+
+    return FLAGS.get((option or "").lstrip("-").replace("-", "_"))
 
 
 def run() -> None:

@@ -19,7 +19,7 @@ from apexsim.errors import BadInput
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from apexsim.io.deployments import EngineOption
+    from apexsim.io.words import EngineOption
     from apexsim.specs.deployment import Deployment
     from apexsim.specs.slo import SLO
     from apexsim.specs.workload import Requests
@@ -129,6 +129,10 @@ JsonFlag = Annotated[
     str | None, typer.Option("--json", help="Write JSON to this file, or to stdout with -.", rich_help_panel=_OUTPUT)
 ]
 
+AllowPluginsFlag = Annotated[
+    bool, typer.Option("--allow-plugins", help="Import code that a file names, as module:Name.")
+]
+
 
 def with_flags(command: Command) -> Command:
     """Let ``command`` take groups of flags: a parameter whose type is a dataclass stands for all of its fields.
@@ -161,12 +165,13 @@ def _flags_of(kind: Any) -> list[inspect.Parameter]:
     return [p.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY) for name, p in parameters.items()]
 
 
-def deployment_from_flags(path: Path | None, flags: DeploymentFlags) -> Deployment:
+def deployment_from_flags(path: Path | None, flags: DeploymentFlags, *, allow_plugins: bool) -> Deployment:
     """The lawful deployment that a YAML file, flags, or both describe; a flag outweighs the file."""
     from apexsim.io.deployments import deployment_from
 
     choices = {key: value for key, value in vars(flags).items() if value is not None and key != "engine_option"}
-    return deployment_from(path, {**choices, "engine_options": parse_engine_options(flags.engine_option or ())})
+    options = parse_engine_options(flags.engine_option or ())
+    return deployment_from(path, {**choices, "engine_options": options}, allow_plugins=allow_plugins)
 
 
 def parse_engine_options(items: Iterable[str]) -> dict[str, EngineOption]:
@@ -194,14 +199,16 @@ def _plain(text: str) -> EngineOption:
 
 def check_targets(targets: Mapping[str, Path | str | None]) -> None:
     """Refuse an output file that could not be written before any work is done; keys are the flags."""
-    from apexsim.atomic import check_writable
+    from apexsim.atomic import check_writable, is_stream
 
     taken: dict[str, str] = {}
     for flag, target in targets.items():
         if target is None or (flag == "--json" and target == "-"):
             continue
         check_writable(target, where=flag)
-        first = taken.setdefault(os.path.abspath(target), flag)
+        if is_stream(target):
+            continue
+        first = taken.setdefault(os.path.realpath(target), flag)
         if first != flag:
             raise BadInput(f"is the file of {first} too; give each its own", where=flag, got=str(target))
 
@@ -223,6 +230,26 @@ def table_console(json_target: str | None) -> Console:
 
     console = Console(stderr=json_target == "-")
     return console if console.is_terminal else Console(stderr=console.stderr, width=_FILE_WIDTH)
+
+
+@contextmanager
+def keeping(folder: Path | None, what: str, report: Callable[[float], None]) -> Iterator[Callable[[int, int], None]]:
+    """Give a callback that takes (done, all) and reports the share; an interrupt then says what ``folder`` keeps."""
+    counted = ""
+
+    def count(done: int, total: int) -> None:
+        nonlocal counted
+        counted = f"{done} of {total} "
+        report(done / total)
+
+    try:
+        yield count
+    except KeyboardInterrupt as error:
+        if folder is None:
+            error.add_note(f"{counted}{what} were done and are lost: give --out to keep them")
+        else:
+            error.add_note(f"{counted}{what} are kept in {folder}; continue with --resume")
+        raise
 
 
 @contextmanager

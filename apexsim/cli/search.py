@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from apexsim.cli.options import (
+    AllowPluginsFlag,
     JsonFlag,
     check_targets,
     emit_json,
+    keeping,
     parse_engine_options,
     progress_bar,
     table_console,
@@ -97,6 +99,7 @@ class RunFlags:
     )
     jobs: Annotated[int | None, typer.Option(help="Processes; the cores at hand.", min=1, rich_help_panel=_RUN)] = None
     executor: Annotated[str, typer.Option(help="local, or ray (extra [ray]).", rich_help_panel=_RUN)] = "local"
+    allow_plugins: AllowPluginsFlag = False
     top: Annotated[int | None, typer.Option(help="Show only so many plans.", min=1, rich_help_panel=_RUN)] = None
     json: JsonFlag = None
 
@@ -116,14 +119,15 @@ def search(
     from apexsim.planning import search as find
 
     check_targets({"--json": run.json})
-    with progress_bar("Searching") as report:
+    with progress_bar("Searching") as report, keeping(run.out, "plans", report) as count:
         study = find(
             search_file,
             out=run.out,
             resume=run.resume,
             jobs=run.jobs,
             executor=run.executor,
-            progress=lambda judged, plans: report(judged / plans),
+            progress=count,
+            allow_plugins=run.allow_plugins,
             **question.choices(),
         )
     if run.json:

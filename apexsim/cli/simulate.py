@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from apexsim.cli.options import (
+    AllowPluginsFlag,
     DeploymentFlags,
     JsonFlag,
     WorkloadFlags,
@@ -88,11 +89,12 @@ def simulate(
         Path | None, typer.Argument(help="Deployment YAML; flags outweigh it.", metavar="[DEPLOYMENT.yaml]")
     ] = None,
     exact_steps: Annotated[bool, typer.Option("--exact-steps", help="Simulate every step singly (slow).")] = False,
+    allow_plugins: AllowPluginsFlag = False,
 ) -> None:
     """Serve a workload with one deployment: latencies, throughput, SLO, energy, cost and utilization."""
     output_flags.check()
     slo = workload_flags.read_slo()
-    served = deployment_from_flags(deployment, deployment_flags)
+    served = deployment_from_flags(deployment, deployment_flags, allow_plugins=allow_plugins)
     requests = workload_flags.read()
 
     from rich.text import Text
@@ -145,7 +147,7 @@ def _figure_table(summary: dict[str, Any], result: SimulationResult) -> Table:
 
 def _figures(summary: dict[str, Any], result: SimulationResult) -> list[tuple[str, str]]:
     counts, rates, slo = summary["requests"], summary["throughput"], summary["slo"]
-    energy, cost, used = summary["energy"], summary["cost"], summary["utilization"]
+    used, steady = summary["utilization"], summary["steady"]
     others = "".join(f", {counts[verdict]:,} {verdict}" for verdict in ("rejected", "unfinished") if counts[verdict])
     duration = f"{summary['duration_s']:,.1f} s"
     return [
@@ -156,17 +158,9 @@ def _figures(summary: dict[str, Any], result: SimulationResult) -> list[tuple[st
             f"{_figure(rates['total_tokens_per_s'])} tokens/s",
         ),
         ("SLO", _slo_line(result, slo)),
-        (
-            "energy",
-            f"{_figure(energy['per_output_token_j'])} J/output token, {_figure(energy['mean_power_w'])} W on average; "
-            f"with servers {_figure(energy['server']['per_output_token_j'])}, "
-            f"building {_figure(energy['facility']['per_output_token_j'])} J/output token",
-        ),
-        (
-            "cost",
-            f"{_figure(cost['usd_per_million_output_tokens'])} USD/million output tokens "
-            f"at {_figure(cost['usd_per_hour'])} USD/hour",
-        ),
+        ("steady", _steady_line(steady)),
+        ("energy", _energy_line(summary["energy"], steady)),
+        ("cost", _cost_line(summary["cost"], steady)),
         ("memory", memory_line(summary["memory"])),
         ("utilization", ", ".join(f"{name} {_percent(used[key])}" for key, name in _UTILIZATION.items())),
         ("preemptions", f"{summary['preemptions']:,}"),
@@ -183,6 +177,40 @@ def memory_line(memory: dict[str, Any]) -> str:
     most = f"{_figure(memory['max_concurrency_at_context'])} requests of {memory['max_model_len']:,} tokens"
     bytes_of = {name: format_bytes(memory[f"{name}_bytes"]) for name in ("weights", "kv")}
     return f"{bytes_of['weights']} of weights a replica, {bytes_of['kv']} of KV cache: {tokens}, {most}"
+
+
+def _steady_line(steady: dict[str, Any]) -> str:
+    """Where the steady part lies, and why it may decide nothing."""
+    if steady["kind"] == "all_at_once" or steady["window_s"] is None:
+        return f"{steady['kind'].replace('_', ' ')}: {steady['reason']}"
+    window = f"{_figure(steady['from_s'])} to {_figure(steady['to_s'])} s, {_percent(steady['share'])} of the run"
+    said = f"{window}, {steady['requests']:,} requests"
+    return said if steady["kind"] == "steady" else f"{steady['kind']}: {said}; {steady['reason']}"
+
+
+def _energy_line(energy: dict[str, Any], steady: dict[str, Any]) -> str:
+    figure = _with_whole(steady, "energy_per_output_token_j", energy["per_output_token_j"], "J/output token")
+    return (
+        f"{figure}, {_figure(energy['mean_power_w'])} W on average; "
+        f"with servers {_figure(energy['server']['per_output_token_j'])}, "
+        f"building {_figure(energy['facility']['per_output_token_j'])} J/output token (whole run)"
+    )
+
+
+def _cost_line(cost: dict[str, Any], steady: dict[str, Any]) -> str:
+    whole = cost["usd_per_million_output_tokens"]
+    figure = _with_whole(steady, "usd_per_million_output_tokens", whole, "USD/million output tokens")
+    devices = f"{cost['billed_devices']:,} billed device{'s' if cost['billed_devices'] > 1 else ''}"
+    return f"{figure} at {_figure(cost['usd_per_hour'])} USD/hour for {devices}"
+
+
+def _with_whole(steady: dict[str, Any], key: str, whole: float | None, unit: str) -> str:
+    """The steady figure with its half-width, and that of the whole run beside it."""
+    if steady["kind"] == "all_at_once" or steady[key] is None:
+        return f"{_figure(whole)} {unit} (whole run)"
+    width = steady["half_width"][key]
+    error = "" if width is None else f" +- {_figure(width * steady[key])}"
+    return f"{_figure(steady[key])}{error} {unit} (whole run {_figure(whole)})"
 
 
 def _slo_line(result: SimulationResult, slo: dict[str, float | None]) -> str:

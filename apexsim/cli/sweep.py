@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from apexsim.cli.options import progress_bar
+from apexsim.cli.options import AllowPluginsFlag, keeping, progress_bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,6 +28,7 @@ def sweep(
     out: Annotated[Path, typer.Option(help="Folder for sweep.parquet and the journal.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in --out.")] = False,
     jobs: Annotated[int | None, typer.Option(help="Processes; the cores at hand.", min=1)] = None,
+    allow_plugins: AllowPluginsFlag = False,
 ) -> None:
     """Simulate every point of a grid; a run that fails is a row with its error.
 
@@ -36,10 +37,8 @@ def sweep(
     from apexsim.sweep import TABLE
     from apexsim.sweep import sweep as run_sweep
 
-    with progress_bar("Sweeping") as report:
-        table = run_sweep(
-            sweep_file, out=out, resume=resume, jobs=jobs, progress=lambda done, runs: report(done / runs)
-        )
+    with progress_bar("Sweeping") as report, keeping(out, "runs", report) as count:
+        table = run_sweep(sweep_file, out=out, resume=resume, jobs=jobs, progress=count, allow_plugins=allow_plugins)
     done = int((table["verdict"] == "ok").sum())
     _show(table)
     typer.echo(f"{done} of {len(table)} runs done, written to {out / TABLE}")

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from apexsim.cli.options import JsonFlag, check_targets, emit_json, progress_bar, table_console, with_flags
+from apexsim.cli.options import (
+    AllowPluginsFlag,
+    JsonFlag,
+    check_targets,
+    emit_json,
+    progress_bar,
+    table_console,
+    with_flags,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,12 +45,13 @@ class RowFlags:
     seed: Annotated[
         int, typer.Option(help="Seed of lengths that are drawn, and of --sample.", rich_help_panel=_ROWS)
     ] = 0
+    allow_plugins: AllowPluginsFlag = False
 
     def read(self, files: Sequence[Path]) -> list[MeasuredRun]:
         """The rows asked for, in the order of the files."""
         from apexsim.validation.runs import read_runs, sampled, selected
 
-        chosen = [selected(read_runs(file), self.where or (), file) for file in files]
+        chosen = [selected(read_runs(file, allow_plugins=self.allow_plugins), self.where or (), file) for file in files]
         return [run for runs in chosen for run in (sampled(runs, self.sample, self.seed) if self.sample else runs)]
 
 

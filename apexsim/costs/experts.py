@@ -16,9 +16,11 @@ from apexsim.costs.operators import (
     Rows,
 )
 from apexsim.specs.deployment import Deployment, Plan, Pool
+from apexsim.specs.placement import Spans, pool_spans
 
 if TYPE_CHECKING:
-    from apexsim.specs.model import MoESpec
+    from apexsim.specs.experts import MoESpec
+    from apexsim.specs.layers import LayerKind
 
 # Measured exchanges of expert layers, by what an engine profile calls them.
 EXCHANGES: dict[tuple[str, str], CollectiveKind] = {
@@ -33,7 +35,7 @@ EXCHANGES: dict[tuple[str, str], CollectiveKind] = {
 }
 
 
-def routed_part(deployment: Deployment, pool: Pool) -> list[RowOperator]:
+def routed_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> list[RowOperator]:
     """Router and routed experts of one layer on one rank.
 
     With ``all_reduce`` every rank holds all tokens already, or gathers those of the other attention-data ranks and
@@ -41,21 +43,35 @@ def routed_part(deployment: Deployment, pool: Pool) -> list[RowOperator]:
     share of the tokens to the ranks of their experts and gets them back.
     """
     model, plan, moe = deployment.model, pool.plan, moe_of(deployment)
-    random, kernels = deployment.prompts == "random_tokens", deployment.engine.kernels
+    dtype = model.part_dtype("experts", kind, deployment.expert_dtype)
+    random = deployment.prompts == "random_tokens"
     layer = MoeLayer(
         hidden=model.hidden,
         inter=moe.ffn // plan.moe_tensor,
         topk=moe.active,
         experts=moe.experts,
         ep=plan.expert,
-        dtype=deployment.expert_dtype,
+        dtype=dtype,
         routing_exponent=moe.random_routing_exponent if random else moe.routing_exponent,
         gated=model.gated,
-        kernel="int4_wo" if deployment.expert_dtype == "mxfp4" and kernels.marlin_experts else None,
+        kernel=_stand_in_kernel(deployment, dtype),
     )
     choice_s = deployment.engine.expert_choice_s(deployment.cluster.device.datasheet)
     experts = Experts("experts", layer, rows=_expert_rows(plan), choice_s=choice_s)
     return [Gemm("router", moe.experts, model.hidden, "bf16"), *_carried(deployment, pool, experts)]
+
+
+def _stand_in_kernel(deployment: Deployment, dtype: str) -> str | None:
+    """The dtype whose kernels of experts stand for those of MXFP4, where no others were timed.
+
+    Marlin, which multiplies 4-bit weights in bf16, is what an engine may ask for, and all that devices before Hopper
+    have; its int4 kernel reads as many bytes.
+    """
+    if dtype != "mxfp4":
+        return None
+    known = deployment.cluster.device.operators.get("moe", {})
+    only_int4 = "mxfp4" not in known and "int4_wo" in known
+    return "int4_wo" if deployment.engine.kernels.marlin_experts or only_int4 else None
 
 
 def dispatches(deployment: Deployment, pool: Pool) -> bool:
@@ -81,8 +97,14 @@ def _carried(deployment: Deployment, pool: Pool, experts: Experts) -> list[RowOp
     ranks, width = pool.plan.attention_data, ACTIVATION_BYTES * deployment.model.hidden
     if ranks == 1:
         return [experts]
-    gather = Collective("gather", "all_gather", ranks, width, rows="all_tokens")
-    return [gather, experts, Collective("scatter", "reduce_scatter", ranks, width, rows="all_tokens")]
+    nodes = _spans(deployment, pool).attention_data
+    gather = Collective("gather", "all_gather", ranks, width, rows="all_tokens", nodes=nodes)
+    scatter = Collective("scatter", "reduce_scatter", ranks, width, rows="all_tokens", nodes=nodes)
+    return [gather, experts, scatter]
+
+
+def _spans(deployment: Deployment, pool: Pool) -> Spans:
+    return pool_spans(pool, deployment.cluster.devices_per_node, deployment.cluster.nodes)
 
 
 def _exchange(deployment: Deployment, pool: Pool, phase: Literal["dispatch", "combine"]) -> Collective:
@@ -90,4 +112,5 @@ def _exchange(deployment: Deployment, pool: Pool, phase: Literal["dispatch", "co
     library, ranks, active = deployment.engine.communication.moe_dispatch, pool.plan.expert, moe_of(deployment).active
     copies = copies_sent(active, ranks) if library in ("deepep", "trtllm") else active
     sent, rows = ACTIVATION_BYTES * deployment.model.hidden * copies / ranks, _expert_rows(pool.plan)
-    return Collective(phase, EXCHANGES[library, phase], ranks, sent, rows=rows)
+    nodes = _spans(deployment, pool).stage
+    return Collective(phase, EXCHANGES[library, phase], ranks, sent, rows=rows, nodes=nodes)

@@ -240,18 +240,20 @@ class OperatorCosts:
         )
         return np.asarray(np.where(np.asarray(sequences) > 0, seconds, 0.0))
 
-    def collective_s(self, kind: str, group: int, message_bytes: Any, custom_allowed: Any = False) -> Array:
-        """Seconds of a collective over ``group`` devices of a node; zero for one device or nothing to send.
+    def collective_s(
+        self, kind: str, group: int, message_bytes: Any, custom_allowed: Any = False, *, nodes: int = 1
+    ) -> Array:
+        """Seconds of a collective over ``group`` devices on ``nodes`` nodes; zero for one device or nothing to send.
 
         ``kind``: all_reduce, all_gather, reduce_scatter, all_to_all (bytes as nccl-tests counts them: the largest
         buffer of a rank), send_recv (group 2), send_recv_across_nodes, or an exchange of expert layers (bytes that a
         rank sends, see ``copies_sent``): deepep, deepep_ll or trtllm with _dispatch or _combine. ``custom_allowed``
-        (may be an array): the engine's own all-reduce kernel may be used.
+        (may be an array): the engine's own all-reduce kernel, which needs one node, may be used.
         """
         size = np.asarray(message_bytes, dtype=float)
         if group == 1:
             return np.zeros(size.shape)
-        seconds = self._table(kind, self.collective_key(kind, group))(size)
+        seconds = self._table(kind, self.collective_key(kind, group, nodes=nodes))(size)
         if kind == "all_reduce" and np.any(custom_allowed):
             custom = self._table(kind, self.collective_key(kind, group, custom=True))(size)
             seconds = np.where(custom_allowed, custom, seconds)
@@ -270,13 +272,17 @@ class OperatorCosts:
         return np.asarray(table(np.minimum(size, largest)) + s_per_byte * np.maximum(0.0, size - largest))
 
     @staticmethod
-    def collective_key(kind: str, group: int, *, custom: bool = False) -> str:
-        """Key of a collective's table: the library, where it is not in the kind, and the group size."""
+    def collective_key(kind: str, group: int, *, custom: bool = False, nodes: int = 1) -> str:
+        """Key of a collective's table: the library, where it is not in the kind, the group size, and ``nodes`` above 1.
+
+        TensorRT-LLM's exchanges were measured between the nodes of one NVLink domain, however many those are.
+        """
         if kind.startswith("send_recv"):
             return "p2p"
+        across = f"_over_{nodes}" if nodes > 1 and not kind.startswith("trtllm") else ""
         if kind.endswith(("_dispatch", "_combine")):
-            return f"ranks_{group}"
-        return f"{'custom' if custom else 'nccl'}_{group}"
+            return f"ranks_{group}{across}"
+        return f"{'custom' if custom else 'nccl'}_{group}{across}"
 
     def sustained_factor(self, rows: Any, dtype: str) -> Array:
         """How much slower than a short burst a product of ``rows`` rows in ``dtype`` runs under sustained load."""

@@ -3,6 +3,7 @@
 Tensor parallelism follows Megatron-LM (arXiv 1909.08053): QKV and gate/up split by columns, output and down
 projections by rows, an all-reduce after each; embedding and LM head split by vocabulary. KV heads are repeated where
 there are more ranks than heads. A graph describes one block; a stage counts its blocks, so cost is flat in depth.
+On which nodes the groups of ranks lie says ``specs/placement.py``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from apexsim.costs.operators import (
     ACTIVATION_BYTES,
     Attention,
     Collective,
+    CollectiveKind,
     Elementwise,
     Experts,
     Gemm,
@@ -30,6 +32,7 @@ from apexsim.costs.operators import (
 from apexsim.costs.recurrent import StateUpdate
 from apexsim.errors import InfeasiblePlan
 from apexsim.specs.deployment import Deployment, Pool
+from apexsim.specs.placement import Spans, pool_spans
 
 if TYPE_CHECKING:
     from apexsim.specs.layers import LayerKind
@@ -112,12 +115,17 @@ def lower(deployment: Deployment, pool: Pool) -> Lowered:
         raise InfeasiblePlan(reasons)
     if pool.devices > cluster.devices:
         raise InfeasiblePlan([f"the replicas use {pool.devices} devices, the cluster has {cluster.devices}"])
+    spans = _spans(deployment, pool)
+    if spans.tensor > math.ceil(plan.tensor / cluster.devices_per_node):
+        free = f"{pool.replicas} replicas leave no node with room for {plan.tensor} tensor ranks"
+        raise InfeasiblePlan([f"{free}; give fewer replicas, or another tensor degree"])
     blocks = {kind.one: _block(deployment, pool, kind.one) for kind in model.layer_kinds}
     stages = []
     for index, layers in enumerate(split_layers(model.layers, plan.pipeline)):
         counted = tuple((blocks[kind.one], kind.count) for kind in model.kinds_of(layers))
         last = index == plan.pipeline - 1
-        once = (*(_entry(deployment, pool) if index == 0 else ()), *_exit(deployment, last))
+        end = (_last_norm(deployment),) if last else (_hand_over(deployment, across_nodes=spans.hand_overs[index]),)
+        once = (*(_entry(deployment, pool) if index == 0 else ()), *end)
         stages.append(StageLayers(layers, counted, once, _head(deployment, pool) if last else ()))
     return Lowered(plan.tensor, plan.attention_data, tuple(blocks.values()), tuple(stages))
 
@@ -135,12 +143,20 @@ def _entry(deployment: Deployment, pool: Pool) -> tuple[RowOperator, ...]:
     return (Elementwise("embedding", 2 * width), *_all_reduce(deployment, pool, "embedding_all_reduce"))
 
 
-def _exit(deployment: Deployment, last: bool) -> tuple[RowOperator, ...]:
-    """The last norm, or the hand-over to the next stage in the sender's time."""
-    width = ACTIVATION_BYTES * deployment.model.hidden
-    if last:
-        return (Elementwise("last_norm", 4 * width),)
-    return (Collective("send", "send_recv", 2, width),)
+def _spans(deployment: Deployment, pool: Pool) -> Spans:
+    """The nodes that the groups of the pool's worst-placed replica lie on."""
+    cluster = deployment.cluster
+    return pool_spans(pool, cluster.devices_per_node, cluster.nodes)
+
+
+def _last_norm(deployment: Deployment) -> Elementwise:
+    return Elementwise("last_norm", 4 * ACTIVATION_BYTES * deployment.model.hidden)
+
+
+def _hand_over(deployment: Deployment, *, across_nodes: bool) -> Collective:
+    """Activations to the next stage, in the sender's time."""
+    kind: CollectiveKind = "send_recv_across_nodes" if across_nodes else "send_recv"
+    return Collective("send", kind, 2, ACTIVATION_BYTES * deployment.model.hidden)
 
 
 def _head(deployment: Deployment, pool: Pool) -> tuple[RowOperator, ...]:
@@ -151,7 +167,8 @@ def _head(deployment: Deployment, pool: Pool) -> tuple[RowOperator, ...]:
     sampling = Sampling("sampling", model.vocab, passes)
     if tensor == 1:
         return (lm_head, sampling)
-    gathered = Collective("logits_all_gather", "all_gather", tensor, ACTIVATION_BYTES * model.vocab, rows="survivors")
+    width, nodes = ACTIVATION_BYTES * model.vocab, _spans(deployment, pool).tensor
+    gathered = Collective("logits_all_gather", "all_gather", tensor, width, rows="survivors", nodes=nodes)
     return (lm_head, gathered, sampling)
 
 
@@ -161,12 +178,22 @@ def _all_reduce(
     """The all-reduce that ends a row-split product, or of ``row_bytes`` a token; nothing on one rank."""
     if pool.plan.tensor == 1:
         return ()
-    communication = deployment.engine.communication
-    custom = communication.custom_all_reduce_max_bytes if communication.custom_all_reduce else 0
+    communication, nodes = deployment.engine.communication, _spans(deployment, pool).tensor
     width = row_bytes or ACTIVATION_BYTES * deployment.model.hidden
-    ranks = pool.plan.tensor
-    at_once = communication.one_shot_bytes(width)
-    return (Collective(name, "all_reduce", ranks, width, custom_max_bytes=custom, one_shot_max_bytes=at_once),)
+    plain = Collective(name, "all_reduce", pool.plan.tensor, width, nodes=nodes)
+    if not (communication.custom_all_reduce and _own_kernel(deployment, pool)):
+        return (plain,)
+    custom, at_once = communication.custom_all_reduce_max_bytes, communication.one_shot_bytes(width)
+    return (replace(plain, custom_max_bytes=custom, one_shot_max_bytes=at_once),)
+
+
+def _own_kernel(deployment: Deployment, pool: Pool) -> bool:
+    """Whether an engine's own all-reduce runs: in one node, on a device that has its times.
+
+    Such kernels read the memory of other devices, which those on consumer boards and on other nodes do not allow.
+    """
+    known = deployment.cluster.device.operators.get("all_reduce", {})
+    return f"custom_{pool.plan.tensor}" in known and _spans(deployment, pool).tensor == 1
 
 
 def _block(deployment: Deployment, pool: Pool, kind: LayerKind) -> Block:
@@ -174,19 +201,24 @@ def _block(deployment: Deployment, pool: Pool, kind: LayerKind) -> Block:
     import networkx as nx
 
     attention, before, after = _mixer_part(deployment, pool, kind)
-    norm = [_norm(deployment, pool, "ffn_norm")] if kind.ffn else []
+    beside = deployment.model.parallel and bool(before)
+    norm = [_entry_of(deployment, pool, "ffn")] if kind.ffn and not beside else []
     flat: list[Operator] = [*before, *([attention] if attention else []), *after, *norm]
     graph = nx.DiGraph(window=kind.window, moe=kind.moe)
     _chain(graph, flat)
     ffn = _ffn_part(deployment, pool, kind)
     for branch in ffn:
-        _chain(graph, [flat[-1], *branch])
+        _chain(graph, [before[0] if beside else flat[-1], *branch])
     ends = [branch[-1].name for branch in ffn]
     closing = _closing(deployment, pool, kind, len(ffn))
     for operator in closing:
         graph.add_node(operator.name, operator=operator)
         graph.add_edges_from((end, operator.name) for end in ends)
         ends = [operator.name]
+    if beside:
+        closing.append(_sum("add_parallel", deployment))
+        graph.add_node("add_parallel", operator=closing[-1])
+        graph.add_edges_from((end, "add_parallel") for end in (*ends, flat[-1].name))
     if before and norm:
         graph.add_edge(before[0].name, norm[0].name, residual=True)
     rows = [*before, *after, *norm, *(op for branch in ffn for op in branch), *closing]
@@ -199,13 +231,25 @@ def _chain(graph: Any, operators: list[Operator]) -> None:
     graph.add_edges_from((a.name, b.name) for a, b in pairwise(operators))
 
 
+def _entry_of(deployment: Deployment, pool: Pool, part: str) -> Elementwise:
+    """What comes before attention or FFN: the residual stream takes up what was computed, and is normed if at all."""
+    if deployment.model.pre_norms:
+        return _norm(deployment, pool, f"{part}_norm")
+    return _sum(f"{part}_residual", deployment)
+
+
+def _sum(name: str, deployment: Deployment) -> Elementwise:
+    """A sum of two hidden states: two read, one written."""
+    return Elementwise(name, 3 * ACTIVATION_BYTES * deployment.model.hidden)
+
+
 def _norm(deployment: Deployment, pool: Pool, name: str) -> Elementwise:
     """A fused residual-add and norm: reads and writes both the hidden state and the residual.
 
     Some engines do it in the all-reduce that comes before it.
     """
     width = ACTIVATION_BYTES * deployment.model.hidden
-    fused_bytes = deployment.engine.communication.fused_norm_max_bytes if pool.plan.tensor > 1 else 0
+    fused_bytes = deployment.engine.communication.fused_norm_max_bytes if _own_kernel(deployment, pool) else 0
     return Elementwise(name, 4 * width, hidden_rows=fused_bytes / width)
 
 
@@ -227,14 +271,14 @@ def _mixer_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixed:
     attention, before, after = part(deployment, pool, kind)
     after += _all_reduce(deployment, pool, "attention_all_reduce")
     after += _post_norm(deployment, "attention_post_norm")
-    return attention, [_norm(deployment, pool, "attention_norm"), *before], after
+    return attention, [_entry_of(deployment, pool, "attention"), *before], after
 
 
 def _attention_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixed:
     """QKV (an output gate with the queries), QK norm, rotation; the gate and the output projection."""
     model, tensor = deployment.model, pool.plan.tensor
     heads, kv_heads = model.heads // tensor, max(1, model.kv_heads // tensor)
-    dtype, gates = model.attention_dtype(deployment.weights), heads if model.output_gate else 0
+    dtype, gates = model.part_dtype("mixer", kind, deployment.weights), heads if model.output_gate else 0
     qk_bytes = 2 * ACTIVATION_BYTES * (heads + kv_heads)
     before: list[RowOperator] = [
         _gemm(deployment, "qkv", (heads + gates + 2 * kv_heads) * model.head_dim, model.hidden, dtype)
@@ -277,10 +321,14 @@ def _latent_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixed:
     """Latent attention, its heads split over ranks; down-projections and latent vectors whole on every rank."""
     model, heads = deployment.model, deployment.model.heads // pool.plan.tensor
     assert model.mla is not None, "the caller has seen it"
-    before, after = projections(model.mla, model.hidden, heads, deployment.weights, partial(_gemm, deployment))
+    dtype, product = model.part_dtype("mixer", kind, deployment.weights), partial(_gemm, deployment)
+    shape = (model.hidden, heads)
+    before, after = projections(model.mla, shape, dtype, indexed=kind.indexed, product=product)
     if "rope" not in deployment.engine.fusions:
         before += latent_copies(model.mla)
-    return LatentMixing("attention", model.mla, model.hidden, heads, deployment.kv_cache), before, after
+    indexed = sum(each.count for each in model.layer_kinds if each.indexed) / model.layers
+    share = indexed if model.mla.indexer else 1.0
+    return LatentMixing("attention", model.mla, model.hidden, heads, deployment.kv_cache, share), before, after
 
 
 def _recurrent_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixed:
@@ -288,17 +336,16 @@ def _recurrent_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> Mixe
     model, tensor, layer = deployment.model, pool.plan.tensor, deployment.model.recurrent
     assert layer is not None, "a recurrent layer belongs to a model that says of which kind"
     inner = layer.inner(tensor)
-    before: list[RowOperator] = [
-        _gemm(deployment, "state_in", layer.projected(tensor), model.hidden, deployment.weights)
-    ]
+    dtype = model.part_dtype("mixer", kind, deployment.weights)
+    before: list[RowOperator] = [_gemm(deployment, "state_in", layer.projected(tensor), model.hidden, dtype)]
     gated = Elementwise("state_norm", 3 * ACTIVATION_BYTES * inner)
-    after: list[RowOperator] = [gated, _gemm(deployment, "state_out", model.hidden, inner, deployment.weights)]
+    after: list[RowOperator] = [gated, _gemm(deployment, "state_out", model.hidden, inner, dtype)]
     return StateUpdate("state", layer, tensor), before, after
 
 
-def _ffn(deployment: Deployment, width: int, prefix: str = "") -> list[Gemm | Elementwise]:
+def _ffn(deployment: Deployment, width: int, dtype: str, prefix: str = "") -> list[Gemm | Elementwise]:
     """A dense FFN whose shard on this rank is ``width`` wide."""
-    model, dtype = deployment.model, deployment.weights
+    model = deployment.model
     up, inputs = ("gate_up", 2) if model.gated else ("up", 1)
     return [
         _gemm(deployment, prefix + up, inputs * width, model.hidden, dtype),
@@ -312,17 +359,19 @@ def _ffn_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> list[list[
     if not kind.ffn:
         return []
     if kind.moe:
-        return _moe_part(deployment, pool)
-    return [[*_ffn(deployment, (deployment.model.ffn or 0) // pool.plan.tensor)]]
+        return _moe_part(deployment, pool, kind)
+    dtype = deployment.model.part_dtype("ffn", kind, deployment.weights)
+    return [[*_ffn(deployment, (deployment.model.ffn or 0) // pool.plan.tensor, dtype)]]
 
 
-def _moe_part(deployment: Deployment, pool: Pool) -> list[list[RowOperator]]:
+def _moe_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> list[list[RowOperator]]:
     """Router and routed experts; shared experts as one dense FFN, hidden by them in small steps of some engines."""
     model, moe = deployment.model, moe_of(deployment)
-    routed = routed_part(deployment, pool)
+    routed = routed_part(deployment, pool, kind)
     if not moe.shared_width:
         return [routed]
-    shared = _ffn(deployment, moe.shared_width // pool.plan.tensor, "shared_")
+    dtype = model.part_dtype("shared", kind, deployment.weights)
+    shared = _ffn(deployment, moe.shared_width // pool.plan.tensor, dtype, "shared_")
     if moe.shared_gate:
         shared.append(Gemm("shared_gate", 1, model.hidden, "bf16"))
     beside = deployment.engine.host.beside_tokens
@@ -339,5 +388,6 @@ def _closing(deployment: Deployment, pool: Pool, kind: LayerKind, branches: int)
     if kind.moe and dispatches(deployment, pool):
         if pool.plan.tensor == 1:
             return [*joined, *post]
-        return [*joined, Collective("ffn_all_gather", "all_gather", pool.plan.tensor, width), *post]
+        nodes = _spans(deployment, pool).tensor
+        return [*joined, Collective("ffn_all_gather", "all_gather", pool.plan.tensor, width, nodes=nodes), *post]
     return [*joined, *_all_reduce(deployment, pool, "ffn_all_reduce"), *post]

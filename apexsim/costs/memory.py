@@ -185,8 +185,8 @@ class _Budget:
         """How ``offered`` comes about, in words."""
         if self.share_of == "started":
             free = self.memory_bytes - self.reserve - self.collectives
-            return f"{format_bytes(free)} free before weights are loaded x {self.share:g}"
-        share = f" x {self.share:g}" if self.share_of == "total" else ""
+            return f"{format_bytes(free)} free before weights are loaded x {self.share:.3g}"
+        share = f" x {self.share:.3g}" if self.share_of == "total" else ""
         return f"{format_bytes(self.memory_bytes)}{share}"
 
     @property
@@ -224,7 +224,7 @@ def _budget(deployment: Deployment, pool: Pool, lowered: Lowered, stage: int) ->
     memory = engine.memory
     return _Budget(
         memory_bytes=sheet.memory_bytes,
-        share=memory.gpu_memory_utilization,
+        share=memory.share_on(sheet.memory_bytes),
         share_of=memory.share_of,
         weights=weights_bytes(deployment, pool, lowered, stage),
         activations=activation_bytes(deployment, lowered, stage),
@@ -270,11 +270,11 @@ def _loaded_bytes(deployment: Deployment, op: RowOperator) -> float:
 def activation_bytes(deployment: Deployment, lowered: Lowered, stage: int) -> float:
     """Peak of a full step, which an engine finds by running one before it sizes its cache.
 
-    It is the larger of two moments. In the layers every token holds its hidden state and residual, and the widest pair of tensors alive together inside a block: QKV
-    and the attention output, gate/up and its activation, or the expert buffers (one row per visited expert; gate/up
-    and output share one buffer, as in vLLM's fused experts). When the last stage samples, every token still holds its
-    hidden state, and every sequence the copies of its logits that the engine makes. Tokens and sequences are those of
-    an attention-data rank; its experts meet the tokens of all ranks.
+    It is the larger of two moments. In the layers every token holds its hidden state and residual, and the widest pair
+    of tensors alive together inside a block: QKV and the attention output, gate/up and its activation, or the expert
+    buffers (one row per visited expert; gate/up and output share one buffer, as in vLLM's fused experts). When the last
+    stage samples, every token still holds its hidden state, and every sequence the copies of its logits that the engine
+    makes. Tokens and sequences are those of an attention-data rank; its experts meet the tokens of all ranks.
     """
     model, scheduler, ranks = deployment.model, deployment.scheduler, lowered.attention_data
     budget, seats = scheduler.token_budget // ranks, scheduler.max_num_seqs // ranks

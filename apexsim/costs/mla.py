@@ -36,30 +36,45 @@ Product = Callable[[str, int, int, str], Gemm]
 
 
 def projections(
-    sizes: LatentAttention, hidden: int, heads: int, dtype: str, product: Product = Gemm
+    sizes: LatentAttention, shape: tuple[int, int], dtype: str, *, indexed: bool, product: Product = Gemm
 ) -> tuple[list[RowOperator], ...]:
-    """Row operators before and after the attention of ``heads`` heads on one rank.
+    """Row operators before and after the attention of one rank; ``shape`` is the hidden size and the rank's heads.
 
     The down-projections are repeated on every rank. ``dtype`` is the checkpoint's: see
-    ``LatentAttention.projection_dtype`` for what it leaves as bf16. ``product`` makes the products.
+    ``LatentAttention.projection_dtype`` for what it leaves as bf16. ``indexed``: the layer has an indexer of its own.
+    ``product`` makes the products.
     """
+    hidden, heads = shape
     compressed, dtype = sizes.kv_lora_rank, sizes.projection_dtype(dtype)
     before: list[RowOperator] = [
-        product("qkv_a", sizes.q_lora_rank + sizes.latent, hidden, dtype),
-        Elementwise("q_norm", 2 * ACTIVATION_BYTES * sizes.q_lora_rank),
-        Elementwise("kv_norm", 2 * ACTIVATION_BYTES * compressed),
-        product("q_b", heads * sizes.qk_head_dim, sizes.q_lora_rank, dtype),
+        *_queries(sizes, shape, dtype, product),
         Elementwise("rope", 2 * ACTIVATION_BYTES * (heads + 1) * sizes.qk_rope_head_dim),
         Gemm("kv_b_keys", heads * sizes.qk_nope_head_dim, compressed, "bf16"),
     ]
-    if scorer := sizes.indexer:
-        before.append(product("indexer_q", scorer.heads * scorer.head_dim, sizes.q_lora_rank, dtype))
+    if sizes.indexer and indexed:
+        scorer, queries = sizes.indexer, sizes.q_lora_rank or hidden
+        before.append(product("indexer_q", scorer.heads * scorer.head_dim, queries, dtype))
         before.append(product("indexer_k", scorer.head_dim + scorer.heads, hidden, dtype))
     after: list[RowOperator] = [
         Gemm("kv_b_values", heads * sizes.v_head_dim, compressed, "bf16"),
         product("o", hidden, heads * sizes.v_head_dim, dtype),
     ]
     return before, after
+
+
+def _queries(sizes: LatentAttention, shape: tuple[int, int], dtype: str, product: Product) -> list[RowOperator]:
+    """Queries and the latent vector: both down-projections in one product, or queries projected at once beside it."""
+    hidden, heads = shape
+    kv_norm = Elementwise("kv_norm", 2 * ACTIVATION_BYTES * sizes.kv_lora_rank)
+    if sizes.q_lora_rank is None:
+        queries = product("q", heads * sizes.qk_head_dim, hidden, dtype)
+        return [queries, product("kv_a", sizes.latent, hidden, dtype), kv_norm]
+    return [
+        product("qkv_a", sizes.q_lora_rank + sizes.latent, hidden, dtype),
+        Elementwise("q_norm", 2 * ACTIVATION_BYTES * sizes.q_lora_rank),
+        kv_norm,
+        product("q_b", heads * sizes.qk_head_dim, sizes.q_lora_rank, dtype),
+    ]
 
 
 def latent_copies(sizes: LatentAttention) -> list[RowOperator]:
@@ -73,13 +88,18 @@ def latent_copies(sizes: LatentAttention) -> list[RowOperator]:
 
 @dataclass(frozen=True, slots=True)
 class LatentMixing:
-    """Latent attention of one layer on one rank: ``heads`` are the rank's, the latent cache is whole on every rank."""
+    """Latent attention of one layer on one rank: ``heads`` are the rank's, the latent cache is whole on every rank.
+
+    ``indexed`` is the share of the model's layers that have an indexer of their own: the cost of scoring is spread
+    evenly over all, which adds up to that of the model (and is a little off for stages of a pipeline).
+    """
 
     name: str
     shape: LatentAttention
     hidden: int
     heads: int
     kv_dtype: str
+    indexed: float = 1.0
     weight_bytes = 0.0
     kind = "attention"
     kinds = ("mla_decode", "mla_prefill")
@@ -154,7 +174,8 @@ class LatentMixing:
         if self.shape.indexer is None:
             return 0.0 * pairs, 0.0 * keys
         scorer = self.shape.indexer
-        return 2.0 * scorer.heads * scorer.head_dim * pairs, dtype_bytes(self.kv_dtype) * scorer.head_dim * keys
+        flops = 2.0 * scorer.heads * scorer.head_dim * pairs
+        return self.indexed * flops, self.indexed * dtype_bytes(self.kv_dtype) * scorer.head_dim * keys
 
     def indexer_s(self, costs: OperatorCosts, pairs: Any, keys: Any) -> Any:
         """Seconds of the indexer, 0 without one: a roofline at an assumed share of the peaks, and its launches."""
@@ -163,7 +184,7 @@ class LatentMixing:
             return flops
         hw = _hardware(costs, self.kv_dtype)
         busy = np.maximum(flops / hw.flops_per_s, moved / hw.bytes_per_s) / INDEXER_EFFICIENCY
-        return busy + INDEXER_KERNELS * costs.elementwise_s(0.0)
+        return busy + self.indexed * INDEXER_KERNELS * costs.elementwise_s(0.0)
 
 
 class LatentChunkCost:

@@ -31,6 +31,7 @@ CollectiveKind = Literal[
     "reduce_scatter",
     "all_to_all",
     "send_recv",
+    "send_recv_across_nodes",
     "deepep_dispatch",
     "deepep_combine",
     "deepep_ll_dispatch",
@@ -213,7 +214,8 @@ class Collective:
 
     That is: the buffer of a rank for all-reduce and send/recv, the gathered whole for all-gather, all that one rank
     sends for all-to-all. All-reduce uses the engine's own kernel up to ``custom_max_bytes``, the library's above; up to
-    ``one_shot_max_bytes`` every rank sends everything to every other at once.
+    ``one_shot_max_bytes`` every rank sends everything to every other at once. The ranks lie on ``nodes`` nodes, as many
+    on each.
     """
 
     name: str
@@ -223,12 +225,19 @@ class Collective:
     custom_max_bytes: float = 0.0
     one_shot_max_bytes: float = 0.0
     rows: Rows = "tokens"
+    nodes: int = 1
     launches = 1
     weight_bytes = 0.0
 
     @property
     def key(self) -> str:
-        return OperatorCosts.collective_key(self.kind, self.group, custom=self.custom_max_bytes > 0)
+        custom = self.custom_max_bytes > 0
+        return OperatorCosts.collective_key(self.kind, self.group, custom=custom, nodes=self.nodes)
+
+    @property
+    def crosses_nodes(self) -> bool:
+        """Whether its ranks lie on more than one node."""
+        return self.nodes > 1 or self.kind == "send_recv_across_nodes"
 
     @property
     def largest_measured_at_once(self) -> float:
@@ -242,7 +251,8 @@ class Collective:
 
     def seconds(self, costs: OperatorCosts, rows: Array) -> Array:
         payload = self.bytes_per_row * rows
-        seconds = costs.collective_s(self.kind, self.group, payload, payload <= self.custom_max_bytes)
+        custom = payload <= self.custom_max_bytes
+        seconds = costs.collective_s(self.kind, self.group, payload, custom, nodes=self.nodes)
         if not self.one_shot_max_bytes:
             return seconds
         at_once = (payload > 0) & (payload <= self.one_shot_max_bytes)

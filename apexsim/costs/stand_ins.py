@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+from apexsim.costs.collectives import ACROSS_NODES, across_nodes
 from apexsim.specs.device import DeviceProfile, FittedOperator
 
 _ATTENTION = ("prefill_attention", "decode_attention")
@@ -20,10 +21,13 @@ def stand_in(profile: DeviceProfile, kind: str, key: str) -> FittedOperator | No
     Attention of a head size that was not measured follows the nearest one that was, in the same dtype: its form counts
     bytes and FLOPs of the size asked for, only its coefficients are borrowed. Recurrent layers are made of the device's
     element-wise kernels (see ``costs/recurrent.py``), sparse latent attention of the dense one (see ``costs/mla.py``).
+    Collectives over nodes are made of those inside a node and hand-overs between nodes (see ``costs/collectives.py``).
     """
     known = profile.operators.get(kind, {})
     found = None
-    if kind == "recurrent":
+    if ACROSS_NODES.fullmatch(key):
+        found = across_nodes(profile, kind, key)
+    elif kind == "recurrent":
         found = profile.operators.get("elementwise", {}).get("any")
     elif kind in _LATENT and key.endswith(SPARSE):
         found = known.get(key.removesuffix(SPARSE))

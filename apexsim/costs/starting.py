@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from apexsim.costs.memory import MemoryPlan, plan_memory
 from apexsim.errors import InfeasiblePlan
@@ -15,26 +16,27 @@ NODE_DEVICES = 8
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A deployment as its engine serves it, the memory of its replicas, and what differs from what was asked for."""
+    """A deployment as its engine serves it, and the memory of its replicas.
+
+    ``options`` are what the engine must be told to start, and ``notes`` why; empty where it starts as it was asked to.
+    """
 
     deployment: Deployment
     memory: MemoryPlan
+    options: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-    @property
-    def reduced_context(self) -> int | None:
-        """The ``max_model_len`` that it takes to start; None where it starts as it was asked for."""
-        return self.deployment.context_limit if self.notes else None
 
 
 def start(deployment: Deployment) -> Started:
     """Start a deployment's engine, if it would: one sequence as long as the context must fit in the KV cache.
 
-    Where no ``max_model_len`` is given and the model's own context does not start, the longest that does is taken, with
-    a note. Raises ``InfeasiblePlan`` with what would do: a ``max_model_len`` in place of one that does not start, fewer
-    seats where their states do not fit, the smallest tensor degree that would start.
+    Where no ``max_model_len`` is given and the model's own context does not fit, the longest that does is taken, with a
+    note; so is it where the engine starts with any. Seats that no option gives yield to the states of recurrent layers
+    in the same way. Raises ``InfeasiblePlan`` with what would do: a ``max_model_len`` in place of one that does not
+    start, fewer seats, the smallest tensor degree that would start.
     """
-    wanted, explicit = deployment.context_limit, deployment.engine.scheduler.max_model_len is not None
+    wanted, asked = deployment.context_limit, deployment.engine.scheduler.max_model_len
+    explicit = asked is not None and deployment.engine.memory.context_must_fit
     shortage: tuple[str, ...] = ()
     try:
         memory = plan_memory(deployment, deployment.pools[0])
@@ -42,35 +44,47 @@ def start(deployment: Deployment) -> Started:
         shortage = error.reasons
     else:
         if memory.holds(wanted):
-            _check_seats(deployment, memory)
-            return Started(deployment, memory)
+            return _seated(Started(deployment, memory))
     longest = _longest_below(deployment, wanted)
     if explicit or not longest:
         raise InfeasiblePlan([_refusal(deployment, shortage, longest)])
     reduced = _with_context(deployment, longest)
-    memory = plan_memory(reduced, reduced.pools[0])
-    _check_seats(reduced, memory)
-    note = f"max_model_len {longest:,}: the model's context of {wanted:,} tokens does not fit in the KV cache"
-    return Started(reduced, memory, (f"{note}; longer requests are rejected",))
+    note = f"max_model_len {longest:,}: a context of {wanted:,} tokens does not fit in the KV cache"
+    memory, notes = plan_memory(reduced, reduced.pools[0]), (f"{note}; longer requests are rejected",)
+    return _seated(Started(reduced, memory, {"max_model_len": longest}, notes))
 
 
 def _refusal(deployment: Deployment, shortage: tuple[str, ...], longest: int) -> str:
     """Why the engine does not start, and what would do."""
-    would_do = [f"needs max_model_len <= {longest:,}"] if longest else []
+    would_do = []
+    if longest:
+        would_do.append(f"needs max_model_len <= {longest:,}")
+    elif seats := _most_seats(deployment):
+        would_do.append(f"starts with max_num_seqs <= {seats:,}")
     if degree := _smallest_tensor(deployment):
         would_do.append(f"starts with tensor degree {degree}")
     why = "; ".join(shortage) or f"a context of {deployment.context_limit:,} tokens does not fit in the KV cache"
     return "; ".join([why, *would_do])
 
 
-def _check_seats(deployment: Deployment, memory: MemoryPlan) -> None:
-    """Refuse more seats than there are states of recurrent layers, where the engine does."""
-    if not (memory.fixed_blocks and deployment.engine.memory.seats_need_states):
-        return
-    seats, room = deployment.rank_scheduler.max_num_seqs, memory.rank_blocks // memory.fixed_blocks
-    if seats > room:
+def _seated(started: Started) -> Started:
+    """The same engine, with no more seats than states of recurrent layers fit, where it refuses more.
+
+    Seats given as an option stand: with too many of them the engine does not start.
+    """
+    deployment, memory = started.deployment, started.memory
+    needed = memory.fixed_blocks if deployment.engine.memory.seats_need_states else 0
+    seats, room = deployment.rank_scheduler.max_num_seqs, memory.rank_blocks // max(1, needed)
+    if not needed or seats <= room:
+        return started
+    if "max_num_seqs" in deployment.engine.given or not room:
         states = f"states of recurrent layers for {room:,} sequences fit, not for max_num_seqs {seats:,}"
         raise InfeasiblePlan([f"{states}; needs max_num_seqs <= {room:,}"])
+    # Fewer seats leave more memory, never less: what is planned for them holds at least as many states.
+    fewer = _with_seats(deployment, room)
+    note = f"max_num_seqs {room:,}: states of recurrent layers for {seats:,} sequences do not fit"
+    options, notes = {**started.options, "max_num_seqs": room}, (*started.notes, note)
+    return Started(fewer, plan_memory(fewer, fewer.pools[0]), options, notes)
 
 
 def _longest_below(deployment: Deployment, wanted: int) -> int:
@@ -121,6 +135,24 @@ def _smallest_tensor(deployment: Deployment) -> int | None:
         if not plan.lawful(tried.model, room) and _fits(tried):
             return tensor
     return None
+
+
+def _most_seats(deployment: Deployment) -> int:
+    """Most seats, fewer than it has, with which a replica has room for a cache; 0 where none leave any.
+
+    An engine that samples for all its seats before it sizes its cache keeps that memory.
+    """
+    seats = deployment.rank_scheduler.max_num_seqs
+    return bisect_right(range(1, seats), False, key=lambda fewer: not _fits(_with_seats(deployment, fewer)))
+
+
+def _with_seats(deployment: Deployment, seats: int) -> Deployment:
+    engine = deployment.engine
+    scheduler = engine.scheduler.model_copy(update={"max_num_seqs": seats})
+    changes = tuple(change.model_copy(update={"max_num_seqs": None}) for change in engine.changes)
+    return deployment.model_copy(
+        update={"engine": engine.model_copy(update={"scheduler": scheduler, "changes": changes})}
+    )
 
 
 def _fits(deployment: Deployment) -> bool:

@@ -32,7 +32,14 @@ DEEPEP_SMS = 20
 DEVICES_PER_NODE = {"gb200": 4, "gb300": 4}
 # Points are left out that those kept give back within this; shapes that send alike already differ by more.
 TOLERANCE, EXCHANGE_TOLERANCE = 0.01, 0.08
-PCIE = ("l40s", "rtx_pro_6000_server")
+PCIE = ("l40s", "rtx_pro_6000_server", "rtx_4090")
+# Boards whose links nobody measured, and those with the same link: L40S and RTX 4090 are one chip on PCIe 4.0 x16.
+# GeForce boards have no access to each other's memory. Nor had the L40S in groups of 8, by their times (README of the
+# tables). An all-to-all of a few bytes between two RTX 4090 takes 11.3 to 11.9 us
+# (github.com/tinygrad/open-gpu-kernel-modules/issues/17).
+SAME_LINK = {"rtx_4090": "l40s"}
+# Trays of these reach each other over the NVLink that joins the devices of a tray.
+ONE_NVLINK = ("gb200", "gb300")
 
 
 class Curve(NamedTuple):
@@ -61,6 +68,10 @@ def operators(device: Facts, kernels: Path) -> Operators:
 
 def _collectives(folder: Path) -> Iterator[Curve]:
     """NCCL, and the engine's all-reduce inside a CUDA graph; groups of 8 from kin where the table stops at 4."""
+    if folder.name in SAME_LINK:
+        # Not an engine's own all-reduce, which reads the memory of other devices.
+        yield from _library(folder.parent / SAME_LINK[folder.name], "estimated")
+        return
     if not (folder / "nccl.parquet").is_file():
         return
     yield from _own_collectives(folder, "fitted")
@@ -77,6 +88,10 @@ def _own_collectives(folder: Path, evidence: Evidence) -> Iterator[Curve]:
     for group in np.unique(custom["num_gpus"]).astype(int):
         rows = custom[custom["num_gpus"] == group]
         yield Curve("all_reduce", f"custom_{group}", _sized(rows), source, evidence)
+    yield from _library(folder, evidence)
+
+
+def _library(folder: Path, evidence: Evidence) -> Iterator[Curve]:
     table = folder / "nccl.parquet"
     nccl = read_table(table, ["num_gpus", "bytes", "latency_us"], ["collective"])
     source = f"{folder.name}/{table.name} ({table_version(table)})"
@@ -117,9 +132,10 @@ def _deepep(table: Path, per_node: int, *, low_latency: bool) -> Iterator[Curve]
         copies = rows["topk"] if low_latency else copies_sent(rows["topk"].to_numpy(), ranks)
         size = (rows["tokens"] * rows["hidden"] * ACTIVATION_BYTES * copies).to_numpy()
         source = f"{table.parent.name}/{table.name} ({table_version(table)})"
+        group = f"ranks_{ranks}_over_{int(nodes)}" if nodes > 1 else f"ranks_{ranks}"
         for column, phase in zip(columns, ("dispatch", "combine"), strict=True):
             points = _by_octave(size, rows[column].to_numpy() * SECONDS_PER_US)
-            yield Curve(f"{'deepep_ll' if low_latency else 'deepep'}_{phase}", f"ranks_{ranks}", points, source)
+            yield Curve(f"{'deepep_ll' if low_latency else 'deepep'}_{phase}", group, points, source)
 
 
 def _trtllm(table: Path) -> Iterator[Curve]:
@@ -155,36 +171,47 @@ def _across_nodes(kernels: Path, folder: str) -> Iterator[Curve]:
     frame = read_table(table, ["num_workers", "size", column])
     frame = frame[frame["num_workers"] == 16]
     points = _octaves(frame["size"].to_numpy(), frame[column].to_numpy() * SECONDS_PER_MS)
-    yield Curve("all_reduce", "nccl_16", points, f"{table.parent.name}/{table.name} (2024), two nodes")
+    yield Curve("all_reduce", "nccl_16_over_2", points, f"{table.parent.name}/{table.name} (2024), two nodes")
 
 
 def _hand_overs(kernels: Path, folder: str) -> Iterator[Curve]:
     """Send/receive between two devices, inside a node and across: of A100 and H100, the others take the latter's.
 
-    Devices on PCIe have no such links inside a node: there half of an all-to-all over two ranks stands in, which is
-    20 to 80 % slower where both are measured.
+    Across nodes that one NVLink joins it is as inside; across nodes of PCIe boards, whose network cards share the bus,
+    no faster than inside.
     """
     near = "a100_dgx" if folder.startswith("a100") else "h100_dgx"
     evidence: Evidence = "fitted" if folder[:4] == near[:4] else "estimated"
     table = kernels / "a100_h100_2024" / "network" / near / "send_recv.parquet"
     column = "time_stats.send_recv.median"
     frame = read_table(table, ["devices_per_node", "size", column])
-    for kind, per_node in (("send_recv", 2), ("send_recv_across_nodes", 1)):
+
+    def curve(kind: str, per_node: int) -> Curve:
         rows = frame[frame["devices_per_node"] == per_node]
         points = _octaves(rows["size"].to_numpy(), rows[column].to_numpy() * SECONDS_PER_MS)
-        yield Curve(kind, "p2p", points, f"{table.parent.name}/{table.name} (2024)", evidence)
-    if folder in PCIE:
-        (curve,) = (
-            curve
-            for curve in _own_collectives(kernels / "datacenter" / folder, "estimated")
-            if (curve.kind, curve.key) == ("all_to_all", "nccl_2")
-        )
-        yield curve._replace(
-            kind="send_recv",
-            key="p2p",
-            points=[(size / 2, s) for size, s in curve.points],
-            source=f"half of {curve.source}",
-        )
+        return Curve(kind, "p2p", points, f"{table.parent.name}/{table.name} (2024)", evidence)
+
+    inside = _over_pcie(kernels, folder) if folder in PCIE else curve("send_recv", 2)
+    across = curve("send_recv_across_nodes", 2 if folder in ONE_NVLINK else 1)
+    yield inside
+    yield across._replace(points=_no_faster(across.points, inside.points)) if folder in PCIE else across
+
+
+def _over_pcie(kernels: Path, folder: str) -> Curve:
+    """Hand-over inside a node over PCIe: half of an all-to-all over two ranks.
+
+    That is 20 to 80 % slower where both are measured.
+    """
+    table = kernels / "datacenter" / SAME_LINK.get(folder, folder)
+    (both,) = (each for each in _library(table, "estimated") if (each.kind, each.key) == ("all_to_all", "nccl_2"))
+    points = [(size / 2, s) for size, s in both.points]
+    return both._replace(kind="send_recv", key="p2p", points=points, source=f"half of {both.source}")
+
+
+def _no_faster(points: list[tuple[float, float]], than: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """``points``, raised to the curve ``than`` where it is slower."""
+    slower = CollectiveTable(_points(clean_points(than)[0]))
+    return [(size, max(seconds, float(slower(size)))) for size, seconds in points]
 
 
 def _octaves(sizes: Array, seconds: Array) -> list[tuple[float, float]]:

@@ -244,7 +244,7 @@ def _projections_s(frame: pd.DataFrame, costs: OperatorCosts) -> Array:
     tokens = (frame["batch"] * frame["q_len"]).to_numpy(dtype=float)
     for dtype, count in sorted(set(zip(dtypes.tolist(), heads.tolist(), strict=True))):
         at = (dtypes == dtype) & (heads == count)
-        before, after = projections(SIZES, HIDDEN, int(count), dtype)
+        before, after = projections(SIZES, (HIDDEN, int(count)), dtype, indexed=False)
         out[at] = sum(op.seconds(costs, tokens[at]) for op in [*before, *after])
     return out
 

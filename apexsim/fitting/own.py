@@ -45,6 +45,10 @@ class MeasuredDevice(Spec):
     date: str
 
 
+class TooFewRows(BadInput):
+    """Tables with too few rows that a fit can use: those beyond the roofline are noise and count for nothing."""
+
+
 class OwnTables:
     """The tables of a measured device in their folder."""
 

@@ -14,14 +14,13 @@ import pandas as pd
 from apexsim import catalog
 from apexsim.costs.forms.hardware import COMPUTE_DTYPE, Array, Coefficient, Coefficients, Hardware
 from apexsim.costs.forms.small import ELEMENTWISE, SAMPLING, sampling_s
-from apexsim.errors import BadInput
 from apexsim.fitting import gemm, links, moe
 from apexsim.fitting.attention import Heads, chunk_problem, cold_decode_problem
 from apexsim.fitting.few import fitted_to_rows, loosened
 from apexsim.fitting.fit import fit_coefficients
 from apexsim.fitting.links import Curve
 from apexsim.fitting.mixed import shared_launch
-from apexsim.fitting.own import ONE_LAUNCH, OwnTables
+from apexsim.fitting.own import ONE_LAUNCH, OwnTables, TooFewRows
 from apexsim.fitting.power import prior
 from apexsim.fitting.problems import Operators, Problem, summary
 from apexsim.fitting.small import memory_bound
@@ -43,7 +42,7 @@ def problems(own: OwnTables) -> Iterator[Problem]:
     for problem in (*_products(own), *_attention(own), *_experts(own)):
         if len(problem.frame) < LEAST_ROWS:
             would_do = f"measure it again: {LEAST_ROWS} rows within the roofline are the least that can be fitted"
-            raise BadInput(would_do, where=own.folder, key=f"{problem.kind} {problem.key}", got=len(problem.frame))
+            raise TooFewRows(would_do, where=own.folder, key=f"{problem.kind} {problem.key}", got=len(problem.frame))
         yield fitted_to_rows(problem, loose=_loose(own, problem.frame))
 
 
@@ -154,10 +153,10 @@ def _small(own: OwnTables) -> Operators:
 
 
 def _check_rows(own: OwnTables, name: str, rows: pd.DataFrame, coefficients: Sequence[Coefficient]) -> None:
-    """Raise BadInput where there are fewer rows than coefficients to tell apart."""
+    """Raise TooFewRows where there are fewer rows than coefficients to tell apart."""
     if len(rows) < len(coefficients):
         would_do = f"measure it again: {len(coefficients)} rows are the least that can be fitted"
-        raise BadInput(would_do, where=own.folder, key=name, got=len(rows))
+        raise TooFewRows(would_do, where=own.folder, key=name, got=len(rows))
 
 
 def _elementwise(own: OwnTables, rows: pd.DataFrame) -> FittedOperator:

@@ -203,7 +203,7 @@ def scaled_points(points: Points, factor: float) -> Points:
 def _link_rate(sheet: Datasheet, kind: str, key: str) -> float:
     """Bytes/s of the links that a collective is bound by: of the network where its group is larger than a node."""
     group = re.search(r"_(\d+)$", key)
-    across = kind in _ACROSS or (group is not None and int(group[1]) > _NODE)
+    across = kind in _ACROSS or "_over_" in key or (group is not None and int(group[1]) > _NODE)
     return sheet.inter_node_bytes_per_s if across else sheet.intra_node_bytes_per_s
 
 

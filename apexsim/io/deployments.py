@@ -11,6 +11,7 @@ engine_options: {max_num_seqs: 128}
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pydantic import Field
 
 from apexsim import catalog
 from apexsim.errors import BadInput, nearest
+from apexsim.io.words import Dtype, EngineOption, EngineOptions, outweighing
 from apexsim.io.yaml_files import load_spec, write_yaml
 from apexsim.specs.base import Spec, parse_spec
 from apexsim.specs.cluster import MAX_DEVICES, Cluster, Overhead
@@ -30,8 +32,7 @@ from apexsim.units import DTYPE_BYTES
 
 DEFAULT_ENGINE = "vllm-v1-async"
 DEVICES_PER_NODE = 8
-
-EngineOption = bool | int | float | str | None
+ALLOW_PLUGINS = "--allow-plugins"
 
 # Parts of an engine profile whose fields are engine options; no two of them share a field name.
 _OPTION_SECTIONS = ("scheduler", "memory", "communication", "host", "sampler", "kernels")
@@ -43,8 +44,9 @@ class DeploymentFile(Spec):
     ``nodes`` and ``devices_per_node`` describe the cluster. With neither given the cluster is one node of exactly the
     devices used, or, above 8 devices, as many whole nodes of 8 as hold them. ``bill`` says whose price and power count:
     of the devices ``used``, of every ``node`` that holds them (of 8 devices unless said), or of the whole ``fleet``
-    (which must be given). ``engine`` is a profile, ``vllm@0.19.0``, or ``vllm`` for the
-    newest; ``engine_options`` are fields of the profile. Without ``kv_cache`` the engine's own default holds.
+    (which must be given). ``engine`` is a profile, ``vllm@0.19.0``, or ``vllm`` for the newest; ``engine_options`` are
+    fields of the profile. Without ``weights`` they are as the model was published, and without ``kv_cache`` the
+    engine's own default holds.
     ``clock_mhz`` holds the multiprocessors at a lower clock than the highest, ``overhead`` is what servers and building
     draw beside the devices.
     """
@@ -54,16 +56,16 @@ class DeploymentFile(Spec):
     nodes: int | None = Field(None, ge=1, le=MAX_DEVICES)
     devices_per_node: int | None = Field(None, ge=1, le=MAX_DEVICES)
     engine: str = DEFAULT_ENGINE
-    engine_options: dict[str, EngineOption] = Field(default_factory=dict)
+    engine_options: EngineOptions = Field(default_factory=dict)
     tensor: int = Field(1, ge=1)
     attention_data: int = Field(1, ge=1)
     pipeline: int = Field(1, ge=1)
     expert: int = Field(1, ge=1)
     replicas: int = Field(1, ge=1, le=MAX_DEVICES)
     router: str = "round_robin"
-    weights: str = "bf16"
-    moe_weights: str | None = None
-    kv_cache: str | None = None
+    weights: Dtype = None
+    moe_weights: Dtype = None
+    kv_cache: Dtype = None
     sampling: TokenChoice = "greedy"
     prompts: Prompts = "text"
     bill: Bill = "used"
@@ -84,37 +86,86 @@ def read_deployment(path: Path | str) -> DeploymentFile:
 def beside(name: str, path: Path | str) -> str:
     """``name`` as the path of a file beside ``path`` where there is one; else unchanged."""
     near = Path(path).parent / name
-    return str(near.resolve()) if near.is_file() else name
+    return str(near.resolve()) if os.path.isfile(near) else name
 
 
 def write_deployment(path: Path | str, file: DeploymentFile) -> None:
-    """Write a deployment YAML atomically: the plan in full, other keys only where they differ from their default."""
+    """Write a deployment YAML atomically: the plan in full, other keys only where they differ from their default.
+
+    A comment at its head says so where it names code of the user's.
+    """
     always = {"model", "device", "engine", "tensor", "pipeline", "replicas"}
     given = file.model_dump(exclude_defaults=True).keys() | always
-    write_yaml(Path(path), {key: value for key, value in file.model_dump().items() if key in given})
+    named = plugins({"router": file.router, "engine_options": file.engine_options}) | engine_plugins(file.engine)
+    names = ", ".join(f"{key} {name}" for key, name in named.items())
+    head = f"It runs code of yours ({names}), which apexsim imports with {ALLOW_PLUGINS} only." if names else None
+    write_yaml(Path(path), {key: value for key, value in file.model_dump().items() if key in given}, head=head)
 
 
-def load_deployment(path: Path | str) -> Deployment:
+def load_deployment(path: Path | str, *, allow_plugins: bool = False) -> Deployment:
     """Read a deployment YAML into a ``Deployment`` whose plan is lawful."""
-    return deployment_from(path, {})
+    return deployment_from(path, {}, allow_plugins=allow_plugins)
 
 
-def deployment_from(path: Path | str | None, choices: Mapping[str, Any]) -> Deployment:
-    """The lawful deployment that a YAML file, ``choices`` of its keys, or both describe; choices outweigh the file."""
+def plugins(data: Mapping[str, Any]) -> dict[str, str]:
+    """Names of the user's own code (``module:Name``) in keys of a deployment or search: key -> name."""
+    options = data.get("engine_options")
+    policy = options.get("policy") if isinstance(options, Mapping) else None
+    named = {"router": data.get("router"), "engine_options.policy": policy}
+    return {key: name for key, name in named.items() if isinstance(name, str) and ":" in name}
+
+
+def engine_plugins(engine: str) -> dict[str, str]:
+    """The same for an engine profile by name or path."""
+    profile: EngineProfile = catalog.load("engine", engine)
+    named = {"scheduler.policy": profile.scheduler.policy}
+    named |= {f"changes.{at}.policy": change.policy or "" for at, change in enumerate(profile.changes)}
+    return {key: name for key, name in named.items() if ":" in name}
+
+
+def check_named_code(written: Mapping[str, Any], choices: Mapping[str, Any], where: object, *, allowed: bool) -> None:
+    """Raise BadInput for code named by the keys of a file, where nobody has said that it may be imported.
+
+    Keys that the user's own ``choices`` outweigh do not count.
+    """
+    replaced = {"router": "router" in choices, "engine_options.policy": "policy" in choices.get("engine_options", {})}
+    _check_allowed({key: name for key, name in plugins(written).items() if not replaced[key]}, where, allowed)
+
+
+def check_engine(engine: str, *, allowed: bool) -> None:
+    """The same for the profile of an engine, by name or path."""
+    _check_allowed(engine_plugins(engine), catalog.locate("engine", engine), allowed)
+
+
+def _check_allowed(named: Mapping[str, str], where: object, allowed: bool) -> None:
+    for key, name in ({} if allowed else named).items():
+        would_do = f"the file names code to import; {ALLOW_PLUGINS} lets it (allow_plugins=True in Python)"
+        raise BadInput(would_do, where=where, key=key, got=name)
+
+
+def deployment_from(path: Path | str | None, choices: Mapping[str, Any], *, allow_plugins: bool = False) -> Deployment:
+    """The lawful deployment that a YAML file, ``choices`` of its keys, or both describe; choices outweigh the file.
+
+    Code that a file names (``module:Name``) is imported only if ``allow_plugins``; what ``choices`` name, always.
+    """
     base = read_deployment(path).model_dump(exclude_unset=True) if path else {}
+    check_named_code(base, choices, path, allowed=allow_plugins)
     for key in ("model", "device"):
         if key not in {**base, **choices}:
             raise BadInput("give a deployment file, or a model and a device", where=f"--{key}")
-    options = {**base.get("engine_options", {}), **choices.get("engine_options", {})}
     where = path or "deployment"
+    options = outweighing(base.get("engine_options", {}), choices.get("engine_options", {}), where)
     file = parse_spec(DeploymentFile, {**base, **choices, "engine_options": options}, where)
-    deployment = resolve_deployment(file, where)
+    deployment = resolve_deployment(file, where, allow_plugins=allow_plugins)
     check_lawful(deployment, where)
     return deployment
 
 
-def resolve_deployment(file: DeploymentFile, where: object) -> Deployment:
-    """Look every name up; ``BadInput`` at ``where`` on the first that means nothing. Lawfulness is not checked."""
+def resolve_deployment(file: DeploymentFile, where: object, *, allow_plugins: bool = False) -> Deployment:
+    """Look every name up; ``BadInput`` at ``where`` on the first that means nothing. Lawfulness is not checked.
+
+    Code that the engine's file names is imported only if ``allow_plugins``; keys of ``file`` are the caller's affair.
+    """
     for key in ("weights", "moe_weights", "kv_cache"):
         _check_known(getattr(file, key), DTYPE_BYTES, where, key)
     _check_class(file.router, "router", where)
@@ -122,6 +173,8 @@ def resolve_deployment(file: DeploymentFile, where: object) -> Deployment:
     _check_catalog("device", file.device, where)
     _check_catalog("engine", file.engine, where)
     engine: EngineProfile = catalog.load("engine", file.engine)
+    if "policy" not in file.engine_options:
+        check_engine(file.engine, allowed=allow_plugins)
     model: ModelSpec = catalog.load("model", file.model)
     device = _clocked(catalog.load("device", file.device), file.clock_mhz, where)
     deployment = Deployment(
@@ -130,7 +183,7 @@ def resolve_deployment(file: DeploymentFile, where: object) -> Deployment:
         engine=with_engine_options(engine, file.engine_options, where),
         pools=(Pool(plan=file.plan, replicas=file.replicas),),
         router=file.router,
-        weights=file.weights,
+        weights=file.weights or _as_published(model, device, where),
         moe_weights=file.moe_weights,
         sampling=file.sampling,
         prompts=file.prompts,
@@ -139,6 +192,18 @@ def resolve_deployment(file: DeploymentFile, where: object) -> Deployment:
     weights = (deployment.weights, deployment.expert_dtype)
     kv_cache = file.kv_cache or engine.kv_dtype_for(weights, device.datasheet)
     return deployment.model_copy(update={"kv_cache": kv_cache})
+
+
+def _as_published(model: ModelSpec, device: DeviceProfile, where: object) -> str:
+    """Dtype that the model's checkpoint was published in; bf16 where it names none."""
+    if model.checkpoint is None:
+        return "bf16"
+    dtype, known = model.checkpoint.dtype, device.operators.get("gemm", {})
+    if known and dtype not in known:
+        have = f"{device.name} has no products in {dtype}; it has: {', '.join(sorted(known))}"
+        published = f"{model.name} was published in it: give weights of another dtype, or another device"
+        raise BadInput(f"{have}; {published}", where=where, key="weights")
+    return dtype
 
 
 def check_lawful(deployment: Deployment, where: object) -> None:
@@ -169,6 +234,7 @@ def with_engine_options(engine: EngineProfile, options: Mapping[str, EngineOptio
         data[sections[key]][key] = value
         for change in data["changes"]:
             change.pop(key, None)
+    data["given"] = tuple(sorted({*data["given"], *options}))
     profile = parse_spec(EngineProfile, data, where)
     _check_class(profile.scheduler.policy, "policy", where)
     return profile

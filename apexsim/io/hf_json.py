@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from apexsim.errors import BadInput, Unsupported
+from apexsim.reading import read_object
 
 
 @dataclass(frozen=True)
 class Config:
-    """A config.json, or the ``text_config`` inside one: every question names its key when the answer is missing."""
+    """A config.json, or the ``text_config`` inside one: every question names its key when the answer is missing.
+
+    ``seen`` collects the keys that were asked for: what is left was not understood.
+    """
 
     where: str
     data: Mapping[str, Any]
     prefix: str = ""
+    seen: set[str] = field(default_factory=set)
 
     def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key; ``default`` where it is missing or null."""
+        self.seen.add(key)
         value = self.data.get(key)
         return default if value is None else value
 
@@ -55,12 +60,4 @@ class Config:
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object in a file; raises BadInput naming the file without one."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"cannot be read: {error.strerror}", where=os.fspath(path)) from None
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"not valid JSON: {error}", where=os.fspath(path)) from None
-    if not isinstance(data, dict):
-        raise BadInput("give a JSON object: the config.json of a model", where=os.fspath(path))
-    return data
+    return read_object(path, would_do="give a JSON object: the config.json of a model")

@@ -15,13 +15,27 @@ _TYPES: dict[str, LayerType] = {
     "full_attention": "full",
     "sliding_attention": "window",
     "chunked_attention": "window",
+    "indexed_attention": "full",
     "linear_attention": "recurrent",
 }
+
+
+# What says which layers are which where ``layer_types`` does not.
+LAYER_KEYS = (
+    *("sliding_window", "use_sliding_window", "sliding_window_pattern", "max_window_layers", "hybrid_override_pattern"),
+    *("full_attention_interval", "no_rope_layers", "no_rope_layer_interval"),
+)
+
+# Nemotron-H: one letter a layer, and how newer configs spell them.
+_LETTERS: dict[str, LayerType] = {"M": "recurrent", "*": "full", "-": "ffn", "E": "ffn"}
+_SPELT = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "mlp": "-", "moe": "E"}
 
 
 def layer_fields(config: Config, default: Callable[[Config], Layers]) -> dict[str, Any]:
     """``layer_pattern`` and ``window`` of a spec, from ``layer_types`` or what the family means without it."""
     types = config.listed("layer_types")
+    described = LAYER_KEYS if types is not None else ()
+    config.seen.update(described)  # of no account beside layer_types
     if types is not None and (strange := [kind for kind in types if str(kind) not in _TYPES]):
         raise config.refuse("layer_types", f"{strange[0]} layers are not modelled")
     layers = default(config) if types is None else [_TYPES[kind] for kind in types]
@@ -38,8 +52,14 @@ def layer_fields(config: Config, default: Callable[[Config], Layers]) -> dict[st
 
 def _shortest_pattern(layers: Layers) -> tuple[LayerType, ...]:
     """The shortest run that, repeated over the layers, gives them all."""
-    period = next(p for p in range(1, len(layers) + 1) if all(s == layers[i % p] for i, s in enumerate(layers)))
-    return tuple(layers[:period])
+    # Borders of every prefix (Knuth, Morris, Pratt): what is left beside the longest one is the period.
+    borders = [0] * len(layers)
+    for at in range(1, len(layers)):
+        length = borders[at - 1]
+        while length and layers[at] != layers[length]:
+            length = borders[length - 1]
+        borders[at] = length + (layers[at] == layers[length])
+    return tuple(layers[: len(layers) - borders[-1]])
 
 
 def _layers(config: Config, kind: LayerType, chosen: Callable[[int], bool]) -> Layers:
@@ -63,9 +83,17 @@ def every_layer(config: Config) -> Layers:
     return _layers(config, "window", lambda layer: bool(config.get("sliding_window")))
 
 
+def unused_window(config: Config) -> Layers:
+    """SmolLM3: full attention, whatever the window is, as long as a switch leaves it unused."""
+    config.demand("use_sliding_window", False, "windows are not known for this family")
+    config.seen.add("sliding_window")
+    return _layers(config, "window", lambda layer: False)
+
+
 def late_layers(config: Config) -> Layers:
     """Qwen: layers from ``max_window_layers`` on, where windows are used."""
-    if not config.get("use_sliding_window") or not config.get("sliding_window"):
+    window = config.get("sliding_window")
+    if not config.get("use_sliding_window") or not window:
         return _layers(config, "window", lambda layer: False)
     first = config.whole("max_window_layers")
     return _layers(config, "window", lambda layer: layer >= first)
@@ -94,10 +122,38 @@ def recurrent_layers(config: Config) -> Layers:
     return _all_but_every(config, "recurrent", config.whole("full_attention_interval", 4))
 
 
+def every_fourth(config: Config) -> Layers:
+    """OLMo 3, Cohere 2 and EXAONE 4: every ``sliding_window_pattern``-th layer attends to everything, else the fourth.
+
+    EXAONE spells the pattern with a letter a layer too: L = windowed (local), G = full (global).
+    """
+    pattern = config.get("sliding_window_pattern", 4)
+    if not config.get("sliding_window"):
+        return _layers(config, "window", lambda layer: False)
+    if not isinstance(pattern, str):
+        return _all_but_every(config, "window", config.whole("sliding_window_pattern", 4))
+    if not pattern or set(pattern) - {"L", "G"}:
+        raise config.refuse("sliding_window_pattern", f"got {pattern!r}; known: L and G, a letter a layer")
+    return _layers(config, "window", lambda layer: pattern[layer % len(pattern)] == "L")
+
+
 def spelt_layers(config: Config) -> Layers:
-    """Nemotron-H: one letter a layer; M = Mamba-2, * = attention, - = FFN, E = experts."""
-    letters: dict[str, LayerType] = {"M": "recurrent", "*": "full", "-": "ffn", "E": "ffn"}
-    spelt = str(config.get("hybrid_override_pattern", ""))
-    if strange := [letter for letter in spelt if letter not in letters]:
+    """Nemotron-H: M = Mamba-2, * = attention, - = FFN, E = experts."""
+    return [_LETTERS[letter] for letter in spelt_pattern(config)[1]]
+
+
+def spelt_pattern(config: Config) -> tuple[str, str]:
+    """The key that says what Nemotron-H's layers are, and one letter a layer."""
+    words = config.listed("layers_block_type")
+    if words is not None:
+        if strange := [word for word in words if str(word) not in _SPELT]:
+            raise config.refuse("layers_block_type", f"{strange[0]} layers are not modelled")
+        return "layers_block_type", "".join(_SPELT[word] for word in words)
+    spelt = config.get("hybrid_override_pattern")
+    if not isinstance(spelt, str):
+        raise BadInput(
+            "give one letter a layer", where=config.where, key=config.prefix + "hybrid_override_pattern", got=spelt
+        )
+    if strange := [letter for letter in spelt if letter not in _LETTERS]:
         raise config.refuse("hybrid_override_pattern", f"{strange[0]} layers are not modelled")
-    return [letters[letter] for letter in spelt]
+    return "hybrid_override_pattern", spelt

@@ -13,7 +13,6 @@ Rows are numbered from 1 in every message; a CSV header is not a row. Columns of
 
 from __future__ import annotations
 
-import codecs
 import json
 import os
 import re
@@ -30,10 +29,14 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from apexsim import catalog
+from apexsim.atomic import atomic_path
 from apexsim.errors import BadInput, nearest
-from apexsim.specs.laws import AllAtOnce, ClosedLoop, Floats, PoissonArrivals, RenewalArrivals
+from apexsim.io.bounds import check_csv, check_ids, check_jsonl, check_parquet
+from apexsim.reading import check_regular
+from apexsim.specs.laws import MAX_CONCURRENCY, AllAtOnce, ClosedLoop, Floats, PoissonArrivals, RenewalArrivals
 from apexsim.specs.supply import Supply
 from apexsim.specs.workload import (
+    DEADLINE,
     MAX_REQUESTS,
     Requests,
     Workload,
@@ -41,6 +44,7 @@ from apexsim.specs.workload import (
     check_rate,
     checked_arrivals,
     checked_counts,
+    checked_deadlines,
 )
 
 REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens")
@@ -48,12 +52,8 @@ REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens")
 _COUNTS = {"turn": 0, "num_images": 0, "image_tokens": 0, "num_samples": 1}
 _IDS = ("session_id", "client_id")
 _PREFIX = "prefix_hash_ids"
-OPTIONAL = (*_COUNTS, *_IDS, _PREFIX)
-
-# pyarrow takes a block size as a 32-bit integer. One block for a whole file: types are then inferred over all rows.
-_MAX_BLOCK_BYTES = 2**31 - 1
-# Enough of a file to tell whether it is text.
-_PEEK_BYTES = 1 << 16
+OPTIONAL = (*_COUNTS, *_IDS, _PREFIX, DEADLINE)
+_FLAT_LIST = re.compile(r"\s*\[[^\[\]]*\]\s*")
 
 _Wanted = PoissonArrivals | ClosedLoop | AllAtOnce
 
@@ -115,7 +115,7 @@ def _wanted_arrivals(rate_per_s: float | None, concurrency: int | None, all_at_o
         check_rate(rate_per_s, "--rate-per-s")
         return PoissonArrivals(rate_per_s=rate_per_s)
     if concurrency is not None:
-        check_count(concurrency, "--concurrency")
+        check_count(concurrency, "--concurrency", most=MAX_CONCURRENCY)
         return ClosedLoop(concurrency=concurrency)
     return AllAtOnce() if all_at_once else None
 
@@ -125,7 +125,7 @@ def _find(text: str, *, lengths_will_do: bool) -> Workload | Requests:
     path = Path(text)
     if text in known or path.suffix in (".yaml", ".yml"):
         return catalog.load("workload", text)
-    if path.suffix in _READERS or os.sep in text or (text and path.exists()):
+    if path.suffix in _READERS or os.sep in text or (text and os.path.exists(path)):
         return read_requests(path, lengths_will_do=lengths_will_do)
     would_do = f"unknown workload; {nearest(text, known)} The path of a request file ({_formats()}) would do as well"
     raise BadInput(would_do, where="--workload", got=text)
@@ -193,14 +193,8 @@ def write_requests(path: str | os.PathLike[str], requests: Requests) -> None:
         **{key: values.tolist() if values.dtype == object else values for key, values in requests.extra.items()},
     }
     table = pa.table(columns)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_path(path) as scratch:
         _WRITERS[path.suffix](table, scratch)
-        os.replace(scratch, path)
-    except OSError as error:
-        raise BadInput(f"cannot be written: {_reason(error)}", where=path) from None
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _write_csv(table: pa.Table, path: Path) -> None:
@@ -227,13 +221,11 @@ def _formats() -> str:
 
 def _read_table(path: Path) -> tuple[pa.Table, list[str]]:
     """The known columns of a file and the names of the others; BadInput unless every required one is there."""
-    if path.is_dir():
-        raise BadInput(f"is a directory; give a file ending in {_formats()}", where=path)
-    if path.suffix not in _READERS:
+    if not path.is_dir() and path.suffix not in _READERS:
         raise BadInput(f"unknown extension; give a file ending in {_formats()}", where=path, got=path.suffix)
+    if not check_regular(path, would_do=f"give a file ending in {_formats()}"):
+        raise BadInput("is empty; give at least one request", where=path)
     try:
-        if not path.stat().st_size:
-            raise BadInput("is empty; give at least one request", where=path)
         table = _READERS[path.suffix](path)
     except (pa.ArrowException, OSError) as error:
         raise BadInput(f"cannot be read as {path.suffix[1:]}: {_reason(error)}", where=path) from None
@@ -265,8 +257,11 @@ def _reason(error: Exception) -> str:
 
 
 def _read_parquet(path: Path) -> pa.Table:
-    with pq.ParquetFile(path) as file:
+    # Ids stay dictionaries until their lengths are known: a file may hold one long text a million times.
+    ids = [name for name in pq.read_schema(path).names if name in _IDS]
+    with pq.ParquetFile(path, read_dictionary=ids) as file:
         known = [name for name in file.schema_arrow.names if name in (*REQUIRED, *OPTIONAL)]
+        check_parquet(file, known, path)
         table = file.read(columns=known, use_threads=False)
         for name in file.schema_arrow.names:
             if name not in known:  # its name is all that is needed
@@ -275,11 +270,12 @@ def _read_parquet(path: Path) -> pa.Table:
 
 
 def _read_csv(path: Path) -> pa.Table:
-    _check_text(path)
+    check_csv(path)
     ragged: list[Any] = []
 
     def note(row: Any) -> str:
-        ragged.append(row)
+        if not ragged:
+            ragged.append(row)
         return "skip"
 
     table = pa_csv.read_csv(
@@ -296,25 +292,14 @@ def _read_csv(path: Path) -> pa.Table:
 
 
 def _read_jsonl(path: Path) -> pa.Table:
-    beginning = _check_text(path).lstrip()
-    if beginning and not beginning.startswith("{"):  # pyarrow dies of a file of nulls
-        raise BadInput("give one JSON object a line", where=path, got=beginning)
+    check_jsonl(path)
     options = pa_json.ReadOptions(use_threads=False, block_size=_block_bytes(path))
     return pa_json.read_json(path, read_options=options)
 
 
-def _check_text(path: Path) -> str:
-    """The beginning of a text file. Of bytes that are no text pyarrow complains on stderr by itself."""
-    with path.open("rb") as file:
-        beginning = file.read(_PEEK_BYTES)
-    try:
-        return codecs.getincrementaldecoder("utf-8-sig")().decode(beginning)
-    except UnicodeDecodeError:
-        raise BadInput("is not UTF-8 text", where=path) from None
-
-
 def _block_bytes(path: Path) -> int:
-    return min(path.stat().st_size + 1, _MAX_BLOCK_BYTES)
+    """One block for a whole file: types are then inferred over all rows."""
+    return path.stat().st_size + 1
 
 
 _READERS: dict[str, Callable[[Path], pa.Table]] = {
@@ -366,9 +351,12 @@ def _extra(table: pa.Table, path: Path) -> dict[str, npt.NDArray[Any]]:
             continue
         if name in _COUNTS:
             extra[name] = checked_counts(_numbers(table, name, path), name, path, least=_COUNTS[name])
+        elif name == DEADLINE:
+            extra[name] = checked_deadlines(_numbers(table, name, path), path)
         elif name == _PREFIX:
             extra[name] = _id_lists(column, path)
         else:
+            check_ids(column, name, path)
             extra[name] = _objects(column.to_pylist()) if column.null_count else np.array(column.to_pylist())
     return extra
 
@@ -391,9 +379,13 @@ def _id_lists(column: pa.ChunkedArray, path: Path) -> npt.NDArray[Any]:
 
 def _parsed_lists(column: pa.ChunkedArray, path: Path) -> pa.ChunkedArray:
     """Lists from a CSV column of JSON text, parsed in one go."""
-    texts = ["null" if text is None else text for text in column.to_pylist()]
+    texts = column.to_pylist()
+    for row, text in enumerate(texts, 1):
+        if text is not None and not _FLAT_LIST.fullmatch(text):
+            key = f"{_PREFIX}, row {row} (the first data row is 1)"
+            raise BadInput("give a list of whole numbers as JSON text such as [0, 7]", where=path, key=key, got=text)
     try:
-        lists = pa.array(json.loads(f"[{','.join(texts)}]"))
+        lists = pa.array(json.loads(f"[{','.join('null' if text is None else text for text in texts)}]"))
     except (ValueError, pa.ArrowException):
         lists = ()
     if len(lists) != len(column):

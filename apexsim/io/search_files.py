@@ -10,6 +10,7 @@ objective: latency
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,18 @@ from pydantic import Field
 
 from apexsim import __version__
 from apexsim.atomic import atomic_path, write_json
+from apexsim.costs.starting import start
 from apexsim.errors import BadInput
 from apexsim.io.deployments import (
     DEFAULT_ENGINE,
     DEVICES_PER_NODE,
     DeploymentFile,
-    EngineOption,
     beside,
     resolve_deployment,
     write_deployment,
 )
 from apexsim.io.requests import resolve_supply
+from apexsim.io.words import Dtype, EngineOption, EngineOptions
 from apexsim.io.yaml_files import load_spec
 from apexsim.search.headline import headline
 from apexsim.search.objective import objective_named
@@ -75,11 +77,11 @@ class SearchFile(Traffic):
     allow_idle: bool = False
     objective: str = "latency"
     engine: str = DEFAULT_ENGINE
-    engine_options: dict[str, EngineOption] = Field(default_factory=dict)
+    engine_options: EngineOptions = Field(default_factory=dict)
     router: str = "round_robin"
-    weights: str = "bf16"
-    moe_weights: str | None = None
-    kv_cache: str | None = None
+    weights: Dtype = None
+    moe_weights: Dtype = None
+    kv_cache: Dtype = None
     sampling: TokenChoice = "greedy"
     prompts: Prompts = "text"
     bill: Bill = "used"
@@ -91,10 +93,10 @@ def read_search(path: Path | str) -> SearchFile:
     return file.model_copy(update={key: beside(getattr(file, key), path) for key in ("model", "engine", "workload")})
 
 
-def resolve_search(file: SearchFile, where: object) -> Question:
+def resolve_search(file: SearchFile, where: object, *, allow_plugins: bool = False) -> Question:
     """Look every name up; ``BadInput`` at ``where`` on the first that means nothing."""
     objective = objective_named(file.objective, f"{where}: objective")
-    base = resolve_deployment(deployment_file(file, where), where)
+    base = resolve_deployment(deployment_file(file, where), where, allow_plugins=allow_plugins)
     space = SearchSpace(base=base, allow_idle=file.allow_idle)
     return Question(space=space, supply=file.supply(), objective=objective, slo=file.slo, seed=file.seed)
 
@@ -124,7 +126,15 @@ def write_study(out: Path, study: Study, file: SearchFile) -> None:
     if study.winner:
         candidate = study.winner.candidate
         degrees = {**candidate.plan.model_dump(), "replicas": candidate.replicas}
-        write_deployment(best, deployment_file(file, out).model_copy(update=degrees))
+        options = {**file.engine_options, **_starting_options(study)}
+        write_deployment(best, deployment_file(file, out).model_copy(update={**degrees, "engine_options": options}))
+
+
+def _starting_options(study: Study) -> Mapping[str, EngineOption]:
+    """What the best plan's engine must be given to start, as ``max_model_len``; empty where it starts without."""
+    requests, best = study.question.requests, study.best
+    assert best is not None, "a study with a winner has a best deployment"
+    return start(best.for_load(int(requests.prompt_tokens.max()), requests.concurrency)).options
 
 
 def study_data(study: Study) -> dict[str, Any]:

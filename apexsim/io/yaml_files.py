@@ -6,6 +6,8 @@ no, on, yes, off are booleans             strings; only true and false are boole
 a key given twice: the last one wins      refused, naming file, line and key
 010 is 8, 1:30 is 90, 2024-07-23 a date   strings
 << merges mappings                        an ordinary key
+!!python, !!set, !!binary make objects    refused, as every tag but those of plain data
+deep nesting kills the process            refused, as is what aliases blow up
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from apexsim.atomic import atomic_path
-from apexsim.errors import BadInput
+from apexsim.errors import BadInput, printable
+from apexsim.reading import read_text
 from apexsim.specs.base import SpecT, parse_spec
 
 if TYPE_CHECKING:
@@ -37,6 +40,9 @@ _ODD_BREAKS = re.compile("[\r\x85\u2028\u2029]")
 _SCALARS = (str, int, float, bool, type(None))
 # Long enough that indenting the grids of numbers in a profile costs little.
 LINE_WIDTH = 320
+# The largest profile has 60 KB, a few levels and no alias. PyYAML takes 200 bytes of memory for one of a file.
+MAX_YAML_BYTES = 2 << 20
+_MAX_DEPTH, _MAX_NODES = 100, 1_000_000
 
 
 class _Loader(_FastLoader):
@@ -52,6 +58,12 @@ class _Loader(_FastLoader):
                 raise _DuplicateKeyError(str(key), key_node.start_mark.line + 1)
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+    # What plain data are made of; any other tag is told as one that this loader does not know.
+    yaml_constructors = {  # noqa: RUF012 (PyYAML's own name)
+        tag: _FastLoader.yaml_constructors[tag]
+        for tag in (None, *(_TAG + kind for kind in ("null", "bool", "int", "float", "str", "seq", "map")))
+    }
 
 
 class _Dumper(yaml.SafeDumper):
@@ -109,19 +121,36 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises BadInput, in one line, for a file that cannot be read, is not YAML, gives a key twice, or holds no mapping.
     """
     where = os.fspath(path)
+    text = read_text(path, most_bytes=MAX_YAML_BYTES)
     try:
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
-    except OSError as error:
-        raise BadInput(f"cannot be read: {error.strerror}", where=where) from None
-    except UnicodeDecodeError:
-        raise BadInput("is not UTF-8 text", where=where) from None
+        _check_size(text)
+        data = yaml.load(text, Loader=_Loader)  # a SafeLoader
     except _DuplicateKeyError as error:
         raise BadInput(f"is given twice, again on line {error.line}; keep one", where=where, key=error.key) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError) as error:  # LookupError: !!bool of another word
         raise BadInput(_syntax_message(error), where=where) from None
     if not isinstance(data, dict):
         raise BadInput("give a YAML mapping of keys to values", where=where, got=data)
     return data
+
+
+def _check_size(text: str) -> None:
+    """Raise ValueError for text nested too deep for the loader, or blown up by aliases of aliases."""
+    sizes, anchors = [0], [""]  # nodes and anchor of every collection that is open, the whole file first
+    known: dict[str, int] = {}
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            sizes.append(1)
+            anchors.append(event.anchor or "")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            size = known[anchors.pop()] = sizes.pop()
+            sizes[-1] += size
+        elif isinstance(event, yaml.NodeEvent):
+            sizes[-1] += known.get(event.anchor or "", 1) if isinstance(event, yaml.AliasEvent) else 1
+        if len(sizes) > _MAX_DEPTH or sizes[-1] > _MAX_NODES:
+            most = f"{_MAX_DEPTH} levels and {_MAX_NODES:,} values"
+            line = event.start_mark.line + 1 if event.start_mark else 1
+            raise ValueError(f"line {line}: give at most {most}")
 
 
 def _syntax_message(error: Exception) -> str:
@@ -140,8 +169,11 @@ def format_yaml(data: Mapping[str, Any]) -> str:
     return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=LINE_WIDTH)
 
 
-def write_yaml(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
-    """Write ``format_yaml(data)``: the file appears whole or not at all. Raises BadInput where it cannot be written."""
-    text = format_yaml(data)
+def write_yaml(path: str | os.PathLike[str], data: Mapping[str, Any], *, head: str | None = None) -> None:
+    """Write ``format_yaml(data)``, under ``head`` as a comment: the file appears whole or not at all.
+
+    Raises BadInput where it cannot be written.
+    """
+    text = format_yaml(data) if head is None else f"# {printable(head)}\n{format_yaml(data)}"
     with atomic_path(Path(path)) as scratch:
         scratch.write_text(text, encoding="utf-8")

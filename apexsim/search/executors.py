@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -117,8 +118,11 @@ class _Crew:
     def __enter__(self) -> _Crew:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, fault: type[BaseException] | None, *_: object) -> None:
         for worker in (*self._idle, *(worker for _, worker in self._busy.values())):
+            # Whoever interrupts does not wait for what is running.
+            for process in list((worker._processes or {}).values()) if fault else ():
+                process.terminate()
             worker.shutdown(cancel_futures=True)
 
     def ended(self) -> list[tuple[int, Any]]:
@@ -165,7 +169,11 @@ def _worker() -> ProcessPoolExecutor:
 
 
 def _leave_with_parent() -> None:
-    """In a worker: end when the process that started it is gone, so that a killed search leaves nobody behind."""
+    """In a worker: end when the process that started it is gone, so that a killed search leaves nobody behind.
+
+    Ctrl-C reaches the workers too, but who answers it is the process that started them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def wait() -> None:

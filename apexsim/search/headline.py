@@ -26,6 +26,8 @@ def headline(study: Study) -> str:
     if len(study.question.requests) > study.asked:
         parts.append(f"{len(study.question.requests)} requests drawn in place of {study.asked}: windows were too short")
     parts += best.candidate.plan.assumptions
+    if best.candidate.plan.tensor > study.question.space.base.cluster.devices_per_node:
+        parts.append("estimated: collectives of tensor ranks on several nodes")
     return "; ".join(parts)
 
 
@@ -106,9 +108,9 @@ def usual_choice(study: Study) -> Row | None:
     devices used, no expert or attention-data parallelism. None when no such plan is lawful."""
     devices = study.question.space.base.cluster.devices
     lawful = [row for row in study.rows if not row.candidate.reasons and row.candidate.devices == devices]
-    plain = [row for row in lawful if row.candidate.plan.expert == row.candidate.plan.attention_data == 1]
     node = study.question.space.base.cluster.devices_per_node
-    plain = [row for row in plain if row.candidate.plan.tensor <= node]
+    inside = [row for row in lawful if row.candidate.plan.tensor <= node]
+    plain = [row for row in inside if row.candidate.plan.expert == row.candidate.plan.attention_data == 1]
     return max(plain, key=lambda row: (row.candidate.plan.tensor, row.candidate.plan.pipeline), default=None)
 
 

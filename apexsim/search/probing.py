@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from apexsim.results import with_latencies
 from apexsim.serving.request import Request
-from apexsim.serving.simulator import Run, no_cycle_collection, set_up
+from apexsim.serving.simulator import How, Run, no_cycle_collection, set_up
 from apexsim.specs.deployment import Deployment
 from apexsim.specs.slo import SLO
 from apexsim.specs.workload import Requests
@@ -30,7 +30,7 @@ def probe(deployment: Deployment, requests: Requests, slo: SLO) -> Mapping[str, 
     target that the requests seen so far allow.
     """
     engine, cost = set_up(deployment, requests)
-    run = Run(engine.deployment, requests, cost=cost, memory=engine.memory)
+    run = Run(engine.deployment, requests, cost=cost, memory=engine.memory, how=How(slo=slo))
     watch = run.watch = Watch(run, slo, to_ns(engine.deployment.engine.host.response_s))
     with no_cycle_collection():
         run.go()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 
 from apexsim.serving.cohort import Cohort
 from apexsim.serving.kv_cache import BlockManager
+from apexsim.serving.queues import Fifo, Ordered, Queue
 from apexsim.serving.request import Request
 from apexsim.specs.engine import SchedulerDefaults
 
@@ -15,15 +17,16 @@ class Ledger:
     """One scheduling decision: what is left of the token, seat and block budgets, and who was given what.
 
     ``decodes`` get the one token that brings them to the end of what they know; ``chunks`` are everybody else with
-    their tokens, the ``admitted`` last of them fresh from the queue; ``recovered`` are the tokens that a request
-    preempted before finds computed. ``marching`` is the size of the cohort, the first of the running requests, if it
+    their tokens, the ``admitted`` among them fresh from the queue; ``recovered`` are the tokens that a request
+    preempted before finds computed. Requests are named, never counted off: any that runs may be ``preempted`` and any
+    that waits ``admitted``. ``marching`` is the size of the cohort, the first of the running requests, if it
     decodes as one. Nothing here touches a request or the block manager; the replica applies a filled ledger in one go.
     ``lookahead`` is how many sampled tokens of a request may still be in flight when it is given the next.
     """
 
     __slots__ = (
-        "_cohort", "_full", "_manager", "_most", "admitted", "blocks", "chunks", "decodes", "lookahead", "marching",
-        "preempted", "recovered", "seats", "sequences", "tokens",
+        "_full", "_manager", "_most", "admitted", "blocks", "chunked", "chunks", "cohort", "decodes", "lookahead",
+        "marching", "preempted", "recovered", "seats", "sequences", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -39,12 +42,13 @@ class Ledger:
         self.decodes: list[Request] = []
         self.chunks: list[tuple[Request, int]] = []
         self.preempted: list[Request] = []
-        self.admitted = 0
+        self.admitted: list[tuple[Request, int]] = []
         self.recovered: dict[Request, int] = {}
         self._manager = manager
         self._full = scheduler.admission == "full"
-        self._most = scheduler.max_chunk_tokens if scheduler.chunked_prefill else None
-        self._cohort = cohort
+        self.chunked = scheduler.chunked_prefill
+        self._most = scheduler.max_chunk_tokens if self.chunked else None
+        self.cohort = cohort
 
     def wants(self, request: Request) -> int:
         """Tokens that ``request`` could compute in this step; 0 while the token it would start from is in flight."""
@@ -79,11 +83,11 @@ class Ledger:
         Returns the position of the first that got none. Equal to ``give(request, 1)`` one by one, but a cohort at the
         head of ``running`` is served as one (the replica has seen to it that an untouched ledger can).
         """
-        if position == 0 and self._cohort is not None:
-            position = self.marching = self._cohort.size
+        if position == 0 and self.cohort is not None:
+            position = self.marching = self.cohort.size
             self.tokens -= position
             self.sequences -= position
-            self.blocks -= self._cohort.missing(1)
+            self.blocks -= self.cohort.missing(1)
         last = min(len(running), position + max(0, min(self.tokens, self.sequences)))
         first, add = position, self.decodes.append
         while position < last:
@@ -107,6 +111,16 @@ class Ledger:
         needed = self._manager.missing(request, request.total if self._full else request.known)
         return self.seats > 0 and needed <= self.blocks
 
+    def lacks(self, request: Request) -> str:
+        """What a waiting request does not find here."""
+        if self.seats <= 0:
+            return "a seat"
+        if not self.can_admit(request):
+            return f"KV blocks ({self.blocks} are free)"
+        if self.wants(request) > self.tokens and not self.chunked:
+            return f"a step of more than {self.tokens} tokens"
+        return "the policy, which left it waiting"
+
     def admit(self, request: Request, tokens: int) -> None:
         """Seat a waiting request and give it ``tokens``; only their blocks are taken, unless admission is full."""
         if request.preemptions:
@@ -115,15 +129,20 @@ class Ledger:
         self.seats -= 1
         self.tokens -= tokens
         self.sequences -= 1
-        self.admitted += 1
+        self.admitted.append((request, tokens))
         self.chunks.append((request, tokens))
 
     def held_after(self, request: Request, tokens: int) -> int:
         """Cached tokens that a request has blocks for once it is admitted with ``tokens``."""
         return request.total if self._full else request.computed + self.recovered.get(request, 0) + tokens
 
+    def recomputes_alone(self) -> bool:
+        """Whether all it gives is one whole prompt and output to a request that was preempted before."""
+        alone = len(self.chunks) == 1 and not (self.marching or self.decodes)
+        return alone and not self.chunked and self.chunks[0][0].preemptions > 0
+
     def preempt(self, request: Request) -> None:
-        """Send a running request back to the head of the queue; its blocks count as free from here on."""
+        """Send a running request back to the queue; its blocks count as free from here on."""
         self.blocks += request.blocks
         self.preempted.append(request)
 
@@ -134,29 +153,35 @@ class BatchPolicy(ABC):
     ``marches`` promises that it gives decodes, if any, by ``give_decodes(running, 0)`` before it spends anything else;
     a replica may then take decodes as one. ``repeats`` says of a filled ledger that, as long as nothing arrives,
     finishes or runs short of blocks, the next would give every running request that decodes by then one token, and
-    nothing else; a replica may then take many steps at once.
+    nothing else; a replica may then take many steps at once. ``needs_deadline`` asks for requests that all have a
+    ``deadline_ns``.
     """
 
     marches = False
+    needs_deadline = False
+
+    def queue(self) -> Queue:
+        """An empty queue, whose order is that in which ``fill`` is shown who waits: that of arrival."""
+        return Fifo()
 
     @abstractmethod
     def fill(self, ledger: Ledger, running: Sequence[Request], waiting: Iterable[Request]) -> None:
-        """Spend the ledger's budgets on running requests and on those waiting, in the order of their arrival."""
+        """Spend the ledger's budgets on running requests (in the order they were seated) and on those waiting."""
 
-    def repeats(self, ledger: Ledger, waiting: Sequence[Request]) -> bool:
+    def repeats(self, ledger: Ledger, waiting: Queue) -> bool:
         """Whether the next ledger would only go on with decodes."""
         return False
 
 
 class Fcfs(BatchPolicy):
-    """What both policies share: running requests grow in order, a shortage preempts the youngest, the queue is FCFS."""
+    """What all policies share: running requests grow in order, the youngest is preempted, nobody overtakes the head."""
 
     marches = True
 
     def __init__(self, scheduler: SchedulerDefaults) -> None:
         self.chunked = scheduler.chunked_prefill
 
-    def repeats(self, ledger: Ledger, waiting: Sequence[Request]) -> bool:
+    def repeats(self, ledger: Ledger, waiting: Queue) -> bool:
         """With an empty queue only decodes can follow; with a queue, if its head lacks a seat or blocks.
 
         Who was merely crowded out of this step's tokens may find room in another. After a preemption nobody was
@@ -222,5 +247,33 @@ class PrefillFirst(Fcfs):
                 ledger.give(request, tokens)
 
 
-POLICIES: dict[str, type[Fcfs]] = {"chunked_prefill": ChunkedPrefill, "prefill_first": PrefillFirst}
+class ShortestFirst(ChunkedPrefill):
+    """Chunked prefill whose queue is ordered by prompt tokens: of prompt and output if the scheduler ``knows_output``.
+
+    Long requests may wait for ever while short ones come.
+    """
+
+    def __init__(self, scheduler: SchedulerDefaults) -> None:
+        super().__init__(scheduler)
+        self._tokens = attrgetter("total" if scheduler.knows_output else "prompt_tokens")
+
+    def queue(self) -> Queue:
+        return Ordered(self._tokens)
+
+
+class EarliestDeadline(ChunkedPrefill):
+    """Chunked prefill whose queue is ordered by ``deadline_ns``, the time at which a first token is due."""
+
+    needs_deadline = True
+
+    def queue(self) -> Queue:
+        return Ordered(attrgetter("deadline_ns"))
+
+
+POLICIES: dict[str, type[Fcfs]] = {
+    "chunked_prefill": ChunkedPrefill,
+    "prefill_first": PrefillFirst,
+    "shortest_first": ShortestFirst,
+    "deadline": EarliestDeadline,
+}
 """Batching policies by the name an engine profile uses."""

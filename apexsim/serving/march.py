@@ -96,14 +96,12 @@ class March(Stretch):
             return count
         if count > first:
             # Steps differ little, so that a straight line through both ends of the run guesses within a few steps.
-            count = first + (count - first) * max(0, now_ns - start_ns) // (last_ns - start_ns)
-        if count and self.end_ns(count) < now_ns:
-            while self.end_ns(count + 1) < now_ns:
-                count += 1
-            return count
-        while count > 1 and self.end_ns(count - 1) >= now_ns:
+            count = first + (count - first) * max(0, now_ns - start_ns) // max(1, last_ns - start_ns)
+        while self.end_ns(count + 1) < now_ns:  # the last silent end is no earlier, so that this stops
+            count += 1
+        while count and self.end_ns(count) >= now_ns:
             count -= 1
-        return max(0, count - 1)
+        return count
 
     def conclude(
         self, in_flight: deque[Batch], stage_free: list[int], recorder: Recorder, blocks: BlockManager

@@ -141,7 +141,7 @@ class Recorder:
 
     def requests(self, requests: Sequence[Request], response_ns: int) -> dict[str, NDArray[np.generic]]:
         """One row a request; times in seconds as the client sees them, NaN where a thing never happened."""
-        finished = [request.known == request.total and not request.pending for request in requests]
+        finished = [request.finished for request in requests]
         reasons = [self.rejected.get(request.index, "") for request in requests]
         status = [
             "rejected" if why else "finished" if done else "unfinished"

@@ -69,7 +69,7 @@ class Replica:
         self._recorder = recorder
         self._on_finish = on_finish
         self._lookahead = settings.lookahead
-        self._scheduler = Scheduler(settings.scheduler, blocks, lookahead=settings.lookahead)
+        self._scheduler = Scheduler(settings.scheduler, blocks, settings.policy.queue(), lookahead=settings.lookahead)
         self.running, self.waiting = self._scheduler.running, self._scheduler.waiting
         self._batches = max(settings.cost.stages, 1 + self._lookahead)
         self._balanced = settings.scheduler.pipeline_split == "balanced" and settings.cost.stages > 1
@@ -208,7 +208,7 @@ class Replica:
             return False
         if self._fresh:
             self._join()
-        return 0 < self._cohort.size == len(self.running) <= self._most
+        return self._all_march()
 
     def _open_ledger(self) -> Ledger:
         sequences = self._sequences()
@@ -277,6 +277,10 @@ class Replica:
     def _labels(self) -> tuple[int, int, int]:
         return self.index, len(self.running) + self._scheduler.leaving, len(self.waiting)
 
+    def lacks(self, request: Request) -> str:
+        """What a waiting request would not find if a step were composed now."""
+        return self._scheduler.open(self._sequences()).lacks(request)
+
     def check_idle(self) -> None:
         """Assert that nothing is left behind once every request is done."""
         assert not any((self._in_flight, self._inbox, self.unfinished))
@@ -313,9 +317,11 @@ class Replica:
         if not self._march or self._dissolved or len(self._in_flight) < self._batches:
             return None
         self._join()
-        if not self.running or self._cohort.size != len(self.running):
-            return None
-        return self._plan_march(owed=0)
+        return self._plan_march(owed=0) if self._all_march() else None
+
+    def _all_march(self) -> bool:
+        """Whether everybody who runs is a member, and one step has seats and tokens for all of them."""
+        return 0 < self._cohort.size == len(self.running) <= self._most
 
     def _plan_march(self, *, owed: int) -> Stretch | None:
         windows = self._set.windows

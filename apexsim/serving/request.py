@@ -19,7 +19,8 @@ class Request:
     sampled from all it knows, and until it is preempted: it then always lacks exactly the token sampled last.
     While a request marches in a ``Cohort``, these counters stand still and the cohort's apply (``base``, ``joined``).
     Tokens that are handed to the client several at a time are first seen once ``known`` has reached ``shown``, at
-    ``shown_ns``; where each is handed over as it comes, ``shown`` is 0.
+    ``shown_ns``; where each is handed over as it comes, ``shown`` is 0. ``deadline_ns`` is when the first is due; None
+    where nobody said.
     """
 
     __slots__ = (
@@ -28,6 +29,7 @@ class Request:
         "blocks",
         "capacity",
         "computed",
+        "deadline_ns",
         "decoding",
         "first_token_ns",
         "index",
@@ -59,11 +61,17 @@ class Request:
         self.joined = 0
         self.preemptions = 0
         self.arrival_ns = 0
+        self.deadline_ns: int | None = None
         self.replica: int | None = None
         self.scheduled_ns: int | None = None
         self.first_token_ns: int | None = None
         self.last_token_ns: int | None = None
         self.shown_ns: int | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether every token exists."""
+        return self.known == self.total and not self.pending
 
     @property
     def output_tokens(self) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 
 from apexsim.serving.batching import Ledger
 from apexsim.serving.cohort import Cohort
+from apexsim.serving.faults import PolicyFault
 from apexsim.serving.kv_cache import BlockManager
+from apexsim.serving.queues import Queue
 from apexsim.serving.request import Request
 from apexsim.specs.engine import SchedulerDefaults
 
@@ -21,9 +22,12 @@ class Scheduler:
 
     __slots__ = ("_lookahead", "_set", "blocks", "leaving", "running", "waiting")
 
-    def __init__(self, settings: SchedulerDefaults, blocks: BlockManager, *, lookahead: int = 0) -> None:
+    def __init__(
+        self, settings: SchedulerDefaults, blocks: BlockManager, waiting: Queue, *, lookahead: int = 0
+    ) -> None:
+        """``waiting`` is the policy's queue, still empty."""
         self.running: list[Request] = []
-        self.waiting: deque[Request] = deque()
+        self.waiting = waiting
         self.leaving = 0
         self.blocks = blocks
         self._set = settings
@@ -37,28 +41,39 @@ class Scheduler:
         )
 
     def apply(self, ledger: Ledger, now_ns: int) -> None:
-        """Preempt and seat as a filled ledger says."""
+        """Preempt and seat those whom a filled ledger names.
+
+        Raises ``PolicyFault`` where it names one who does not run, or does not wait.
+        """
         for request in ledger.preempted:
+            self._unseat(request)
             self.blocks.preempt(request)
             request.computed = 0
             request.decoding = False
             request.preemptions += 1
-            self.running.pop()
             self.waiting.appendleft(request)
-        if ledger.admitted:
-            self._seat(ledger, now_ns)
+        for request, tokens in ledger.admitted:
+            self._seat(request, ledger.held_after(request, tokens), ledger, now_ns)
 
-    def _seat(self, ledger: Ledger, now_ns: int) -> None:
-        """Admitted requests are the last chunks of a ledger and the first of the queue."""
-        for request, tokens in ledger.chunks[-ledger.admitted :]:
-            self.running.append(self.waiting.popleft())
-            held = ledger.held_after(request, tokens)
-            if request.preemptions:
-                request.computed = ledger.recovered[request]
-                self.blocks.recover(request, request.computed)
-            self.blocks.grow(request, held)
-            if request.scheduled_ns is None:
-                request.scheduled_ns = now_ns
+    def _unseat(self, request: Request) -> None:
+        try:
+            self.running.remove(request) if self.running[-1] is not request else self.running.pop()
+        except (ValueError, IndexError):
+            raise PolicyFault("preempted a request that does not run", request) from None
+
+    def _seat(self, request: Request, held: int, ledger: Ledger, now_ns: int) -> None:
+        """A request leaves the queue and holds the blocks of ``held`` tokens."""
+        try:
+            self.waiting.take(request)
+        except ValueError:
+            raise PolicyFault("admitted a request that does not wait", request) from None
+        self.running.append(request)
+        if request.preemptions:
+            request.computed = ledger.recovered[request]
+            self.blocks.recover(request, request.computed)
+        self.blocks.grow(request, held)
+        if request.scheduled_ns is None:
+            request.scheduled_ns = now_ns
 
     def see_off(self, leaving: Iterable[Request]) -> None:
         """Requests whose last token is in flight keep seat and blocks until it ends, but are not scheduled again."""

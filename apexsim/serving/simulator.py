@@ -7,6 +7,7 @@ import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,13 @@ from simpy import Event
 
 from apexsim.costs.accounting import account
 from apexsim.costs.memory import MemoryPlan
+from apexsim.costs.notes import cost_notes
 from apexsim.costs.starting import Started, start
 from apexsim.costs.steps import StepCost, build_step_cost
 from apexsim.costs.timing import StepTimes
 from apexsim.errors import BadInput, nearest
 from apexsim.results import SimulationResult
+from apexsim.serving.audit import Audited
 from apexsim.serving.batching import POLICIES, BatchPolicy
 from apexsim.serving.clock import ARRIVAL, Clock
 from apexsim.serving.kv_cache import BlockManager
@@ -27,10 +30,11 @@ from apexsim.serving.recording import Recorder
 from apexsim.serving.replica import Replica, ReplicaSettings
 from apexsim.serving.request import Request
 from apexsim.serving.routing import ROUTERS, Router
+from apexsim.serving.unfinished import why_unfinished
 from apexsim.specs.deployment import Deployment
 from apexsim.specs.engine import SchedulerDefaults
 from apexsim.specs.slo import SLO
-from apexsim.specs.workload import Requests, Workload
+from apexsim.specs.workload import DEADLINE, Requests, Workload
 from apexsim.units import NS_PER_S, to_ns
 
 Progress = Callable[[float], None]
@@ -49,19 +53,21 @@ def simulate(
 
     ``seed`` draws the requests of a ``Workload``; a run itself has no randomness. ``exact_steps`` simulates each step
     singly (the slow oracle: the same request records). ``progress`` is called with the share of requests done.
-    Raises ``InfeasiblePlan`` when the plan is not lawful or its engine would not start, ``Unsupported`` where no cost is
-    known.
+    Raises ``InfeasiblePlan`` when the plan is not lawful or does not start, ``Unsupported`` where no cost is known.
     """
     started_s = time.perf_counter()
     requests = workload.sample(seed=seed) if isinstance(workload, Workload) else workload
     engine, cost = set_up(deployment, requests)
-    deployment, memory, pool = engine.deployment, engine.memory, engine.deployment.pools[0]
+    deployment, pool = engine.deployment, engine.deployment.pools[0]
     built_s = time.perf_counter()
     with no_cycle_collection():
-        run = Run(deployment, requests, cost=cost, memory=memory, exact_steps=exact_steps, progress=progress)
+        how = How(slo=slo, exact_steps=exact_steps, progress=progress)
+        run = Run(deployment, requests, cost=cost, memory=engine.memory, how=how)
         run.go()
     recorder, simulated_s = run.recorder, time.perf_counter()
     steps, chunks = recorder.steps(), recorder.chunks()
+    assumed = (*deployment.assumptions, *pool.plan.assumptions)
+    notes = (*requests.notes, *engine.notes, *run.notes(), *assumed)
     return SimulationResult.from_run(
         deployment=deployment,
         workload=requests,
@@ -71,8 +77,8 @@ def simulate(
         steps=steps,
         chunks=chunks,
         accounting=account(cost, steps, chunks),
-        memory=memory,
-        notes=(*requests.notes, *engine.notes, *_not_simulated(requests), *pool.plan.assumptions),
+        memory=engine.memory,
+        notes=(*notes, *cost_notes(cost)),
         timing=_timing(started_s, built_s, simulated_s),
     )
 
@@ -95,8 +101,21 @@ def _timing(started_s: float, built_s: float, simulated_s: float) -> dict[str, f
     }
 
 
-def _not_simulated(requests: Requests) -> tuple[str, ...]:
-    return (f"columns without effect here: {', '.join(sorted(requests.extra))}",) if requests.extra else ()
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """What a run depends on beside its deployment and its requests.
+
+    ``slo`` gives requests without a ``deadline_s`` of their own their deadline. ``policy`` decides in place of the one
+    that the scheduler names. The rest as in ``simulate``.
+    """
+
+    slo: SLO | None = None
+    policy: BatchPolicy | None = None
+    exact_steps: bool = False
+    progress: Progress | None = None
+
+
+_PLAINLY = How()
 
 
 class Run:
@@ -114,8 +133,7 @@ class Run:
         *,
         cost: StepTimes,
         memory: MemoryPlan,
-        exact_steps: bool = False,
-        progress: Progress | None = None,
+        how: How = _PLAINLY,
     ) -> None:
         self.clock = Clock()
         self.recorder = Recorder(deployment.model.windows)
@@ -126,7 +144,10 @@ class Run:
                 zip(requests.prompt_tokens.tolist(), requests.output_tokens.tolist(), strict=True)
             )
         ]
-        self.replicas = self._replicas(deployment, cost, memory, exact_steps)
+        self.policy = how.policy or make_policy(deployment.scheduler)
+        self._columns = requests.extra
+        self._patience_ns = self._patience(requests, how.slo)
+        self.replicas = self._replicas(deployment, cost, memory, how.exact_steps)
         self._router = make_router(deployment.router)
         self._door = Door(deployment.scheduler, deployment.context_limit, memory)
         self._response_ns = to_ns(deployment.engine.host.response_s)
@@ -138,9 +159,23 @@ class Run:
         self._next = 0
         self._done = 0
         self.watch: Callable[[Request], bool] | None = None
-        self._progress = progress
+        self._progress = how.progress
         self._stride = max(1, len(self.requests) // 100)
         self._coming = [] if requests.arrival_s is None else self._open_loop(requests.arrival_s)
+
+    def _patience(self, requests: Requests, slo: SLO | None) -> list[int] | None:
+        """Nanoseconds from each arrival to the deadline: those of the column, else of the SLO; None where none says.
+
+        Raises BadInput where a policy needs deadlines and there are none.
+        """
+        if DEADLINE in requests.extra:
+            return [to_ns(seconds) for seconds in requests.extra[DEADLINE].tolist()]
+        if slo is not None and slo.ttft_s is not None:
+            return [to_ns(slo.ttft_s)] * len(requests)
+        if self.policy.needs_deadline:
+            would_do = f"needs a time at which first tokens are due; give --slo ttft_s=... or a column {DEADLINE}"
+            raise BadInput(f"the policy {would_do}", key="policy")
+        return None
 
     def _replicas(
         self, deployment: Deployment, cost: StepTimes, memory: MemoryPlan, exact_steps: bool
@@ -149,7 +184,7 @@ class Run:
         settings = ReplicaSettings(
             cost=cost,
             scheduler=scheduler,
-            policy=make_policy(scheduler),
+            policy=self.policy,
             windows=deployment.model.windows,
             frontend_ns=to_ns(deployment.engine.host.frontend_per_request_s),
             exact_steps=exact_steps,
@@ -182,6 +217,13 @@ class Run:
         if self._progress:
             self._progress(1.0)
 
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the figures must know: columns that nobody looked at, and why requests are left."""
+        used = {DEADLINE} if self.policy.needs_deadline else set()
+        unused = sorted(self._columns.keys() - used)
+        why = why_unfinished(self.requests, self.replicas, frozenset(self.recorder.rejected))
+        return (*([f"columns without effect here: {', '.join(unused)}"] if unused else []), *([why] if why else []))
+
     # -- arrivals -----------------------------------------------------------------------------------------------
 
     def _open_loop(self, arrival_s: NDArray[np.float64]) -> list[tuple[int, Request]]:
@@ -191,7 +233,7 @@ class Run:
         for request, arrival_ns in zip(
             self.requests, np.rint(arrival_s * NS_PER_S).astype(np.int64).tolist(), strict=True
         ):
-            request.arrival_ns = arrival_ns
+            self._arrives(request, arrival_ns)
             if not self._refused(request):
                 free_ns = max(free_ns, arrival_ns) + frontend_ns
                 coming.append((free_ns, request))
@@ -222,11 +264,16 @@ class Run:
         while self._next < len(self.requests):
             request = self.requests[self._next]
             self._next += 1
-            request.arrival_ns = self.clock.now_ns
+            self._arrives(request, self.clock.now_ns)
             if not self._refused(request):
                 self._out += 1
                 self._route(request)
                 return
+
+    def _arrives(self, request: Request, now_ns: int) -> None:
+        request.arrival_ns = now_ns
+        if self._patience_ns is not None:
+            request.deadline_ns = now_ns + self._patience_ns[request.index]
 
     def _refused(self, request: Request) -> bool:
         """Whether the request is turned away at the door."""
@@ -274,8 +321,9 @@ class Door:
 
     def __init__(self, scheduler: SchedulerDefaults, context_limit: int, memory: MemoryPlan) -> None:
         self._context_limit = context_limit
-        budget = scheduler.max_chunk_tokens or scheduler.max_num_batched_tokens
-        self._prompt_limit = budget if not scheduler.chunked_prefill else self._context_limit
+        budget = scheduler.token_budget
+        whole = budget if scheduler.max_chunk_tokens is None else min(budget, scheduler.max_chunk_tokens)
+        self._prompt_limit = None if scheduler.chunked_prefill else whole
         self._memory_limit = memory.max_tokens
         holder = "a replica" if memory.ranks == 1 else "an attention-data rank"
         self._blocks = f"{memory.rank_blocks} KV blocks that {holder} has"
@@ -294,9 +342,14 @@ class Door:
 
 
 def make_policy(scheduler: SchedulerDefaults) -> BatchPolicy:
-    """The batching policy that a scheduler names: one of ``POLICIES``, or of the class that ``module:Name`` gives."""
-    policy: BatchPolicy = _made(scheduler.policy, POLICIES, "policy", scheduler)
-    return policy
+    """The batching policy that a scheduler names: one of ``POLICIES``, or of the class that ``module:Name`` gives.
+
+    The latter are audited.
+    """
+    policy = _made(scheduler.policy, POLICIES, "policy", scheduler)
+    if not isinstance(policy, BatchPolicy):
+        raise BadInput("give a subclass of apexsim.serving.batching.BatchPolicy", key="policy", got=scheduler.policy)
+    return policy if scheduler.policy in POLICIES else Audited(policy)
 
 
 def make_router(name: str) -> Router:

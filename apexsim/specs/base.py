@@ -3,18 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
 
 from apexsim.errors import BadInput, nearest
 
+# A name stands in tables, file names and messages; the longest one known has some 60 characters.
+MAX_NAME_CHARS = 200
+
+_CONFIG = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Cells(BaseModel):
+    """A frozen row of a text file: numbers and booleans are read from their text. Otherwise as ``Spec``."""
+
+    model_config = _CONFIG
+
+
+def _strict(schema: Any) -> Any:
+    """The same schema with every number and boolean in it strict; keys of mappings, text in JSON, stay as they are."""
+    if isinstance(schema, list):
+        return [_strict(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kind = schema.get("type")
+    if kind == "int":
+        return core_schema.no_info_before_validator_function(_no_text_or_bool, schema)
+    if kind in ("float", "bool"):
+        return {**schema, "strict": True}
+    if kind == "function-before" and schema["function"].get("function") is _no_text_or_bool:
+        return schema  # of a spec inside this one
+    left = ("keys_schema", "metadata", "serialization", "default")
+    return {key: value if key in left else _strict(value) for key, value in schema.items()}
+
+
+def _no_text_or_bool(value: Any) -> Any:
+    if isinstance(value, bool | str | bytes):
+        raise PydanticCustomError("int_type", "give a whole number")
+    return value
+
 
 class Spec(BaseModel):
-    """A frozen value. Unknown keys are refused; numbers must be finite; derived facts are properties."""
+    """A frozen value. Unknown keys are refused; numbers must be finite; derived facts are properties.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    Types are strict: true is no number, text is no number, 1 is not true. A whole number may be written as 8e10.
+    """
+
+    model_config = _CONFIG
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        strict: CoreSchema = _strict(handler(source))
+        return strict
+
+
+def _plain_name(name: str) -> str:
+    if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable() or set("[]") & set(name):
+        raise ValueError(f"give 1 to {MAX_NAME_CHARS} printable characters without brackets")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_plain_name)]
+"""What a person calls a thing: it can stand in a table, a file name and a message as it is."""
 
 
 SpecT = TypeVar("SpecT", bound=Spec)

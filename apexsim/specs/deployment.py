@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from apexsim.specs.base import Spec
+from apexsim.specs.base import Spec, parse_spec
 from apexsim.specs.cluster import MAX_DEVICES, Cluster
 from apexsim.specs.engine import EngineProfile, SchedulerDefaults, token_budget
 from apexsim.specs.model import ModelSpec
@@ -81,8 +81,9 @@ class Plan(Spec):
             (self.devices <= cluster.devices, f"needs {self.devices} devices, the cluster has {cluster.devices}")
         )
         node = cluster.devices_per_node
-        checks.append((t <= node, f"tensor degree {t} crosses nodes of {node} devices"))
-        if t <= node and self.attention_data > 1:
+        part = f"tensor degree {t} takes a part of a node: give up to {node}, or a multiple of its {node} devices"
+        checks.append((t <= node or t % node == 0, part))
+        if self.attention_data > 1:
             cut = f"experts cut over ranks of {self.attention_data} x {t} devices cross nodes of {node} devices"
             checks.append((self.stage_devices <= node or self.moe_tensor == 1, cut))
         return tuple(reason for holds, reason in checks if not holds)
@@ -119,6 +120,7 @@ class Deployment(Spec):
     ``sampling`` is how its requests ask for tokens: ``greedy`` for the most likely one, or any one at random;
     ``top_p`` for one of the most likely (top-p, top-k), which the engine must find first. ``prompts`` is what they are
     made of: ``text`` as users send, or ``random_tokens`` as benchmarks do, for which routers choose fewer experts.
+    ``weights`` not given (or None) is the dtype that the model's checkpoint was published in, bf16 where it names none.
     ``bill`` says which devices are paid for and drawn power for: see ``billed_devices``.
     """
 
@@ -134,11 +136,39 @@ class Deployment(Spec):
     prompts: Prompts = "text"
     bill: Bill = "used"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_as_published(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("weights") is not None:
+            return data
+        model = data.get("model")
+        known = parse_spec(ModelSpec, model, "model") if isinstance(model, dict) else model
+        checkpoint = known.checkpoint if isinstance(known, ModelSpec) else None
+        return {**data, "weights": checkpoint.dtype if checkpoint else "bf16"}
+
+    @property
+    def as_published(self) -> bool:
+        """Whether the weights are in the dtype of the model's checkpoint."""
+        return self.model.checkpoint is not None and self.weights == self.model.checkpoint.dtype
+
     @property
     def expert_dtype(self) -> str:
-        """Dtype of expert weights: the one asked for, else the model's own (MXFP4 of gpt-oss), else that of weights."""
+        """Dtype of expert weights: the one asked for, else the model's own (MXFP4 of gpt-oss), else that of weights.
+
+        Where the weights are as published, that of experts is too.
+        """
         own = self.model.moe.dtype if self.model.moe else None
+        if own is None and self.as_published and self.model.checkpoint:
+            own = self.model.checkpoint.experts
         return self.moe_weights or own or self.weights
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """What is taken for granted of the weights, for people to read."""
+        if not self.as_published or self.model.checkpoint is None:
+            return ()
+        checkpoint = self.model.checkpoint
+        return (f"weights as {self.model.name} was published: {checkpoint.described}", *checkpoint.notes)
 
     @property
     def context_limit(self) -> int:

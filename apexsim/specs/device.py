@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, field_serializer, model_validator
 
 from apexsim.errors import Unsupported
-from apexsim.specs.base import Spec
+from apexsim.specs.base import Name, Spec
 from apexsim.specs.power import PowerModel
 
 Evidence = Literal["fitted", "estimated"]
@@ -17,8 +17,9 @@ Evidence = Literal["fitted", "estimated"]
 class Datasheet(Spec):
     """Facts of the hardware. Rates are peaks of one device; links are one way.
 
-    ``nccl_bytes`` is the device memory that the collective library takes, by group size. Figures a thousand times
-    beyond any accelerator of 2026 are mistakes of unit and refused.
+    ``memory_bytes`` is what CUDA tells a process, less than is on the board. ``nccl_bytes`` is the device memory that
+    one communicator of the collective library takes, by group size. Figures a thousand times beyond any accelerator of
+    2026 are mistakes of unit and refused.
     """
 
     memory_bytes: int = Field(ge=10**8, le=10**15)
@@ -30,14 +31,14 @@ class Datasheet(Spec):
     intra_node_bytes_per_s: float = Field(ge=1e6, le=1e16)
     inter_node_bytes_per_s: float = Field(ge=1e6, le=1e16)
     pcie_bytes_per_s: float = Field(ge=1e6, le=1e16)
-    nccl_bytes: dict[int, int]
+    nccl_bytes: dict[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0, le=10**12)]]
     source: str
 
 
 class Price(Spec):
     """What one device costs to rent; a default with its date, not a constant of nature."""
 
-    usd_per_hour: float = Field(ge=0)
+    usd_per_hour: float = Field(ge=0, le=1e5)
     source: str
     date: str
 
@@ -64,7 +65,10 @@ class ResidualGrid(Spec):
         if not isinstance(data, dict) or not isinstance(data.get("percent"), str | int) or not data.get("axes"):
             return data
         width = max(1, len([*data["axes"].values()][-1]))
-        numbers = str(data["percent"]).split()
+        try:
+            numbers = [int(number) for number in str(data["percent"]).split()]
+        except ValueError as error:
+            raise ValueError(f"percent must be whole numbers: {error}") from None
         return {**data, "percent": [numbers[at : at + width] for at in range(0, len(numbers), width)]}
 
     @field_serializer("axes", when_used="json")
@@ -78,8 +82,10 @@ class ResidualGrid(Spec):
     @model_validator(mode="after")
     def _shape_fits(self) -> ResidualGrid:
         sizes = [len(knots) for knots in self.axes.values()]
-        if not sizes or any(sorted(set(knots)) != list(knots) for knots in self.axes.values()):
+        if not sizes or any(not knots or sorted(set(knots)) != list(knots) for knots in self.axes.values()):
             raise ValueError("knots of every axis must ascend")
+        if any(knots[0] <= 0 for knots in self.axes.values()):
+            raise ValueError("knots must be above 0: they are read in logarithms")
         rows = math.prod(sizes[:-1])
         if len(self.percent) != rows or any(len(row) != sizes[-1] for row in self.percent):
             raise ValueError(f"percent must be {rows} rows of {sizes[-1]}")
@@ -113,16 +119,16 @@ class ShapeResiduals(Spec):
 class HoldOut(NamedTuple):
     """Absolute relative error on rows kept out of a fit, as fractions; ``rows`` = rows scored. One line in YAML."""
 
-    median: float
-    p90: float
-    rows: int
+    median: Annotated[float, Field(ge=0)]
+    p90: Annotated[float, Field(ge=0)]
+    rows: Annotated[int, Field(ge=0)]
 
 
 class Points(Spec):
     """A measured curve: ``seconds`` at message sizes ``bytes``, both ascending."""
 
-    bytes: tuple[int, ...]
-    seconds: tuple[float, ...]
+    bytes: tuple[Annotated[int, Field(ge=1)], ...]
+    seconds: tuple[Annotated[float, Field(gt=0, le=3600)], ...]
 
     @model_validator(mode="after")
     def _ascends(self) -> Points:
@@ -162,8 +168,8 @@ class SustainedClock(Spec):
     are dtypes whose kernels stay below the power limit.
     """
 
-    tokens: tuple[float, ...] = (1.0,)
-    factors: tuple[float, ...] = (1.0,)
+    tokens: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
+    factors: tuple[Annotated[float, Field(ge=1, le=100)], ...] = (1.0,)
     unaffected: tuple[str, ...] = ()
     evidence: Evidence
     source: str
@@ -172,8 +178,6 @@ class SustainedClock(Spec):
     def _knots_pair_up(self) -> SustainedClock:
         if len(self.tokens) != len(self.factors) or sorted(set(self.tokens)) != list(self.tokens) or not self.tokens:
             raise ValueError("tokens must ascend and pair with factors")
-        if min(self.factors) < 1:
-            raise ValueError("factors must be at least 1")
         return self
 
 
@@ -193,7 +197,7 @@ class DeviceProfile(Spec):
     clock at which all was measured.
     """
 
-    name: str
+    name: Name
     datasheet: Datasheet
     price: Price
     power: PowerModel

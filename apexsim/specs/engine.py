@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from apexsim.specs.base import Spec
+from apexsim.specs.base import Name, Spec
 from apexsim.specs.device import Datasheet
 from apexsim.specs.memory import ExpertPadding, MemoryChange, MemoryDefaults, MemoryEvidence
+from apexsim.versions import begins
 
 # A host that takes a minute over one thing is a unit mistake.
 MAX_HOST_S = 60.0
@@ -93,6 +93,8 @@ class SchedulerDefaults(Spec):
     vLLM, TensorRT-LLM) or of all together (SGLang).
     ``receive_interval`` is how many steps that only decode pass between two looks at the requests that have come; an
     idle replica looks at once, and so does one that has just computed prompts (SGLang's scheduler_recv_interval).
+    ``knows_output`` lets ``shortest_first`` order by output tokens too, which no server knows beforehand: a bound on
+    what a predictor of lengths could gain.
     """
 
     policy: str
@@ -110,6 +112,13 @@ class SchedulerDefaults(Spec):
     max_chunk_tokens: int | None = Field(None, gt=0)
     limits_per_rank: bool = True
     max_model_len: int | None = Field(None, gt=0)
+    knows_output: bool = False
+
+    @model_validator(mode="after")
+    def _output_is_known_to_one_policy(self) -> SchedulerDefaults:
+        if self.knows_output and self.policy != "shortest_first":
+            raise ValueError(f"knows_output goes with policy shortest_first; {self.policy} makes no use of it")
+        return self
 
     def of_ranks(self, ranks: int) -> SchedulerDefaults:
         """Settled settings of ``ranks`` attention-data ranks together, none of which takes more of one prompt."""
@@ -267,25 +276,22 @@ class CalibrationReport(Spec):
 Fusion = Literal["quantise", "rope"]
 
 
-def begins(version: str, prefix: str) -> bool:
-    """Whether ``version`` is of the series ``prefix``: 0.1 begins 0.1.5 and 0.1rc2, not 0.11."""
-    return re.match(re.escape(prefix) + r"(?!\d)", version) is not None
-
-
 class EngineProfile(Spec):
     """One engine family. ``versions`` are the prefixes it answers for; ``evidence`` says where its terms come from.
 
     Of ``changes``, later ones outweigh earlier ones; of ``kv_cache`` and ``expert_padding``, the first rule that holds
-    counts. ``memory_changes`` are memory terms of some of the versions (see ``for_version``). ``fusions`` are kernels that the engine has no launch of its own for: those that quantise activations to fp8 (done by the kernel
-    before), and the rotary embedding (done by attention).
+    counts. ``memory_changes`` are memory terms of some of the versions (see ``for_version``). ``fusions`` are small
+    kernels that the engine has no launch of its own for: those that quantise activations to fp8 (done by the kernel
+    before), and the rotary embedding (done by attention). ``given`` are the options that a person gave.
     """
 
-    name: str
+    name: Name
     engine: str
     versions: tuple[str, ...]
     host: HostTerms
     scheduler: SchedulerDefaults
     changes: tuple[SchedulerChange, ...] = ()
+    given: tuple[str, ...] = ()
     memory: MemoryDefaults
     memory_changes: tuple[MemoryChange, ...] = ()
     memory_evidence: MemoryEvidence | None = None

@@ -18,6 +18,12 @@ Integers = npt.NDArray[np.int64]
 
 # Counts of tokens are stored and summed as 64-bit integers; a longer prompt than this is a unit mistake.
 MAX_TOKENS = 2**31 - 1
+# More clients than requests that a run can hold.
+MAX_CONCURRENCY = 10**9
+# Gamma laws beyond these ratios of deviation to mean lose themselves in the rounding of floats.
+_Ratio = Annotated[float, Field(ge=1e-3, le=1e2)]
+# Requests per second: below lie ages of mankind, above less than the nanosecond of the simulator's clock.
+MIN_RATE, MAX_RATE = 1e-9, 1e9
 # Nobody thinks for longer than a day between two questions.
 MAX_TURNAROUND_S = 86_400.0
 
@@ -78,8 +84,8 @@ class LognormalLength(LengthLaw):
     """``log_mean`` and ``log_sd`` are mean and standard deviation of the natural logarithm of the token count."""
 
     kind: Literal["lognormal"] = "lognormal"
-    log_mean: float
-    log_sd: float = Field(ge=0)
+    log_mean: float = Field(ge=-50, le=50)
+    log_sd: float = Field(ge=0, le=50)
 
     def _quantile(self, score: Floats) -> Floats:
         with np.errstate(over="ignore"):
@@ -90,7 +96,7 @@ class ExponentialLength(LengthLaw):
     """Exponential with mean ``mean_tokens`` before rounding."""
 
     kind: Literal["exponential"] = "exponential"
-    mean_tokens: float = Field(gt=0)
+    mean_tokens: float = Field(gt=0, le=MAX_TOKENS)
 
     def _quantile(self, score: Floats) -> Floats:
         return -self.mean_tokens * np.log(_probability(-score))  # P(X > x) = P(score below -score)
@@ -100,8 +106,8 @@ class GammaLength(LengthLaw):
     """Gamma with mean ``mean_tokens`` and coefficient of variation ``cv`` before rounding."""
 
     kind: Literal["gamma"] = "gamma"
-    mean_tokens: float = Field(gt=0)
-    cv: float = Field(gt=0)
+    mean_tokens: float = Field(gt=0, le=MAX_TOKENS)
+    cv: _Ratio
 
     def _quantile(self, score: Floats) -> Floats:
         from scipy.special import gammainccinv
@@ -149,7 +155,7 @@ class RenewalArrivals(Spec, ABC):
     Another rate stretches time and changes nothing else: the gaps are drawn with mean 1.
     """
 
-    rate_per_s: float = Field(gt=0)
+    rate_per_s: float = Field(ge=MIN_RATE, le=MAX_RATE)
 
     def draw_s(self, rng: np.random.Generator, count: int) -> Floats:
         """Arrival times of ``count`` requests in seconds, the first at 0. More of them begin with the same ones."""
@@ -172,7 +178,7 @@ class GammaArrivals(RenewalArrivals):
     """Gamma gaps of coefficient of variation ``cv``: 1 is Poisson, below 1 more regular, above 1 burstier."""
 
     kind: Literal["gamma"] = "gamma"
-    cv: float = Field(gt=0)
+    cv: _Ratio
 
     def _unit_gaps(self, rng: np.random.Generator, count: int) -> Floats:
         return _gamma(rng, self.cv, count)
@@ -188,8 +194,8 @@ class OnOffArrivals(RenewalArrivals):
     kind: Literal["on_off"] = "on_off"
     pause_share: float = Field(gt=0, lt=1)
     pause_time_share: float = Field(gt=0, lt=1)
-    burst_cv: float = Field(1.0, gt=0)
-    pause_cv: float = Field(1.0, gt=0)
+    burst_cv: _Ratio = 1.0
+    pause_cv: _Ratio = 1.0
 
     def _unit_gaps(self, rng: np.random.Generator, count: int) -> Floats:
         which, burst, pause = rng.spawn(3)
@@ -212,7 +218,7 @@ class ClosedLoop(Spec):
     """
 
     kind: Literal["closed_loop"] = "closed_loop"
-    concurrency: int = Field(ge=1)
+    concurrency: int = Field(ge=1, le=MAX_CONCURRENCY)
     turnaround_s: float = Field(0.0, ge=0, le=MAX_TURNAROUND_S)
     waves: bool = False
 

@@ -8,7 +8,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from apexsim.specs.base import Spec
+from apexsim.specs.base import Name, Spec
+from apexsim.specs.checkpoint import Checkpoint, Part
+from apexsim.specs.experts import MoESpec
 from apexsim.specs.latent import LatentAttention
 from apexsim.specs.layers import KVGroup, LayerKind, Mixer
 from apexsim.specs.recurrent import Recurrent
@@ -27,50 +29,6 @@ RECURRENT_WINDOW = 1
 MAX_LAYERS, MAX_WINDOW = 10_000, 2**31 - 1
 
 
-class MoESpec(Spec):
-    """Mixture of experts. Every token visits ``active`` of ``experts`` experts and all ``shared_experts``.
-
-    ``ffn`` is the width of one routed expert, ``shared_ffn`` that of one shared expert; ``shared_gate`` weighs the
-    shared experts by a scalar of the token. The first ``dense_layers`` layers have a dense FFN instead; of the others
-    every ``every``-th has experts (Llama-4-Maverick: 2). ``dtype`` is set where the weights were published in that
-    dtype only (MXFP4). ``routing_exponent`` is how uneven the router's choices are for text: the expert of rank r is
-    chosen with weight r^-routing_exponent, all alike with 0; ``random_routing_exponent`` for prompts of random tokens
-    (docs/validation.md says where the defaults come from).
-    """
-
-    experts: int = Field(ge=2)
-    active: int = Field(ge=1)
-    ffn: int = Field(gt=0)
-    shared_experts: int = Field(0, ge=0)
-    shared_ffn: int | None = Field(None, gt=0)
-    shared_gate: bool = False
-    dense_layers: int = Field(0, ge=0)
-    every: int = Field(1, ge=1)
-    router_bias: bool = False
-    dtype: str | None = None
-    routing_exponent: float = Field(0.5, ge=0, le=3)
-    random_routing_exponent: float = Field(1.0, ge=0, le=3)
-
-    @property
-    def shared_width(self) -> int:
-        """Summed width of the shared experts, which run as one FFN; 0 without any."""
-        return self.shared_experts * (self.shared_ffn or 0)
-
-    def at(self, layer: int) -> bool:
-        """Whether a layer, counted from 0, has experts."""
-        return layer >= self.dense_layers and (layer + 1) % self.every == 0
-
-    @model_validator(mode="after")
-    def _consistent(self) -> MoESpec:
-        if self.active > self.experts:
-            raise ValueError(f"active ({self.active}) must not exceed experts ({self.experts})")
-        if (self.shared_experts > 0) != (self.shared_ffn is not None):
-            raise ValueError("give shared_experts and shared_ffn together, or neither")
-        if self.dtype is not None:
-            dtype_bytes(self.dtype)
-        return self
-
-
 class ModelSpec(Spec):
     """A decoder-only transformer.
 
@@ -80,14 +38,16 @@ class ModelSpec(Spec):
     Attention in chunks of ``window`` tokens (Llama-4) counts as a window, which is the most a chunk attends to.
     ``attention_bf16`` names weight dtypes whose published checkpoints leave the attention matrices in bf16.
     ``qk_norm`` is over each head (Qwen3), over all heads of a layer at once (MiniMax-M2) or ``plain``, without weights
-    (Llama-4). ``output_gate`` is a gate on the attention output, projected with the queries. ``post_norms`` are norms
-    after attention and FFN besides those before them. ``rotary_dim`` elements of a head are rotated, all if None;
-    positions ``rope_windowed``: in windowed layers only. With ``mla`` one latent vector stands for the keys and values
-    of all heads: ``kv_heads`` is 1 and ``head_dim`` that of queries. ``ffn_bias`` covers dense and routed experts.
-    ``source`` says where the shape and the published parameter counts come from.
+    (Llama-4). ``output_gate`` is a gate on the attention output, projected with the queries. ``pre_norms`` and
+    ``post_norms`` stand before and after attention and FFN. ``parallel``: both read one norm and are summed (Cohere).
+    ``norm`` ``layer`` has a bias; one without counts as ``rms``. ``rotary_dim`` elements of a head are rotated, all if
+    None; positions ``rope_windowed``: in windowed layers only; every ``nope_every``-th layer rotates nothing. With
+    ``mla`` one latent vector stands for the keys and values of all heads: ``kv_heads`` is 1 and ``head_dim`` that of
+    queries. ``ffn_bias`` covers dense and routed experts. ``checkpoint`` is what the weights were published in, where
+    that is not bf16 throughout. ``source`` says where the shape and the published parameter counts come from.
     """
 
-    name: str
+    name: Name
     source: str
     layers: int = Field(gt=0, le=MAX_LAYERS)
     hidden: int = Field(gt=0)
@@ -99,6 +59,7 @@ class ModelSpec(Spec):
     vocab: int = Field(gt=0)
     max_context: int = Field(gt=0)
     tied_embeddings: bool = False
+    head_bias: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     ffn_bias: bool = False
@@ -107,14 +68,18 @@ class ModelSpec(Spec):
     qk_norm: Literal["head", "layer", "plain"] | None = None
     output_gate: bool = False
     norm: Literal["rms", "layer"] = "rms"
+    pre_norms: bool = True
     post_norms: bool = False
+    parallel: bool = False
     positions: Literal["rope", "rope_windowed", "learned", "none"] = "rope"
+    nope_every: int | None = Field(None, gt=0)
     rotary_dim: int | None = Field(None, gt=0)
     window: int | None = Field(None, gt=RECURRENT_WINDOW, le=MAX_WINDOW)
     layer_pattern: tuple[LayerType, ...] | None = Field(None, min_length=1)
     recurrent: Recurrent | None = None
     mla: LatentAttention | None = None
     moe: MoESpec | None = None
+    checkpoint: Checkpoint | None = None
     published_params: float | None = Field(None, gt=0)
     published_active_params: float | None = Field(None, gt=0)
 
@@ -131,8 +96,18 @@ class ModelSpec(Spec):
                 raise ValueError(f"give {what} and a layer_pattern with {what} layers together, or neither")
         if not self.kv_groups:
             raise ValueError("layer_pattern has no layer of attention")
+        if not (self.pre_norms or self.post_norms):
+            raise ValueError("give pre_norms, post_norms or both")
+        self._check_layers_named()
         self._check_ffns()
         return self
+
+    def _check_layers_named(self) -> None:
+        named = {"checkpoint.kept": self.checkpoint.layers_named if self.checkpoint else ()}
+        named["mla.indexer.layers"] = (self.mla.indexer.layers or ()) if self.mla and self.mla.indexer else ()
+        for key, layers in named.items():
+            if layers and max(layers) >= self.layers:
+                raise ValueError(f"{key} names layer {max(layers)} of {self.layers} (counted from 0)")
 
     def _check_ffns(self) -> None:
         kinds = self.layer_kinds
@@ -153,7 +128,10 @@ class ModelSpec(Spec):
         mixers: dict[LayerType, Mixer | None] = {"recurrent": "recurrent", "ffn": None}
         ffn = part == "ffn" or "ffn" not in pattern
         moe = ffn and self.moe is not None and self.moe.at(layer)
-        return LayerKind(1, window, moe, mixers.get(part, "attention"), ffn)
+        nope = self.nope_every is not None and (layer + 1) % self.nope_every == 0
+        indexed = self.mla is not None and self.mla.indexed(layer)
+        kept = self.checkpoint.kept_in(layer) if self.checkpoint else ()
+        return LayerKind(1, window, moe, mixers.get(part, "attention"), ffn, nope, indexed, kept)
 
     def kinds_of(self, layers: range) -> tuple[LayerKind, ...]:
         """Kinds among the given layers (a pipeline stage's), in order of first appearance."""
@@ -167,6 +145,8 @@ class ModelSpec(Spec):
 
     def rotates(self, kind: LayerKind) -> bool:
         """Whether attention of this kind rotates queries and keys by their position."""
+        if kind.nope:
+            return False
         return self.positions == "rope" or (self.positions == "rope_windowed" and kind.window is not None)
 
     @property
@@ -182,11 +162,14 @@ class ModelSpec(Spec):
     def kv_groups_of(self, layers: range) -> tuple[KVGroup, ...]:
         """KV groups of the given layers (a pipeline stage's)."""
         counts: Counter[int | None] = Counter()
+        indexed = 0
         for kind in self.kinds_of(layers):
             counts[kind.window] += kind.count if kind.mixer == "attention" else 0
+            indexed += kind.count if kind.indexed else 0
         ordered = sorted(((window, n) for window, n in counts.items() if n), key=lambda item: item[0] or 0)
-        latent = self.mla.cached if self.mla else None
-        return tuple(KVGroup(count, self.kv_heads, self.head_dim, window, latent) for window, count in ordered)
+        latent = self.mla.latent if self.mla else None
+        keys = indexed * self.mla.indexer.head_dim if self.mla and self.mla.indexer else 0
+        return tuple(KVGroup(count, self.kv_heads, self.head_dim, window, latent, keys) for window, count in ordered)
 
     def state_bytes_of(self, layers: range, tensor: int = 1) -> float:
         """Bytes that the recurrent layers among these keep of a sequence on one rank, however long it is."""
@@ -197,19 +180,16 @@ class ModelSpec(Spec):
 
     # Parameters of one layer: matrices, which weight dtypes apply to, apart from the small rest, which stays bf16
 
-    @property
-    def attention_params(self) -> int:
-        """Elements of the Q, K, V and output matrices of one layer of attention, an output gate's included."""
-        if self.mla:
-            return self.mla.params(self.hidden, self.heads)
-        gate = self.hidden * self.head_dim * self.heads * self.output_gate
-        return 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads) + gate
-
     def mixer_params(self, kind: LayerKind) -> int:
-        """Elements of the matrices of attention, or of what stands in its place, of one layer."""
+        """Elements of the matrices of attention (an output gate's included), or of what stands in its place."""
         if kind.mixer == "recurrent" and self.recurrent:
             return self.recurrent.params(self.hidden)
-        return self.attention_params if kind.mixer else 0
+        if kind.mixer is None:
+            return 0
+        if self.mla:
+            return self.mla.params(self.hidden, self.heads, indexed=kind.indexed)
+        gate = self.hidden * self.head_dim * self.heads * self.output_gate
+        return 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads) + gate
 
     def dense_params(self, kind: LayerKind) -> int:
         """Elements of the matrices of one layer, routed experts apart."""
@@ -245,9 +225,9 @@ class ModelSpec(Spec):
         """Elements of one norm over the hidden size (LayerNorm has a bias, RMSNorm has none)."""
         return self.hidden * (1 if self.norm == "rms" else 2)
 
-    def _attention_small(self) -> int:
+    def _attention_small(self, indexed: bool) -> int:
         if self.mla:
-            return self.mla.small_params
+            return self.mla.small_params(indexed=indexed)
         qk_width = {None: 0, "plain": 0, "head": 2, "layer": self.heads + self.kv_heads}[self.qk_norm] * self.head_dim
         qkv = (self.heads + 2 * self.kv_heads) * self.head_dim * self.qkv_bias
         return qk_width + qkv + self.hidden * self.o_bias + self.heads * self.attention_sinks
@@ -263,9 +243,10 @@ class ModelSpec(Spec):
         return self._small(kind, self.moe.experts if self.moe else 0)
 
     def _small(self, kind: LayerKind, experts: int) -> int:
-        norms = ((kind.mixer is not None) + kind.ffn) * (2 if self.post_norms else 1) * self.norm_params
+        blocks = 1 if self.parallel else (kind.mixer is not None) + kind.ffn
+        norms = blocks * (self.pre_norms + self.post_norms) * self.norm_params
         recurrent = self.recurrent.small_params if self.recurrent and kind.mixer == "recurrent" else 0
-        attention = self._attention_small() if kind.mixer == "attention" else 0
+        attention = self._attention_small(kind.indexed) if kind.mixer == "attention" else 0
         return norms + recurrent + attention + (self._ffn_small(kind.moe, experts) if kind.ffn else 0)
 
     # Parameters of the whole model
@@ -282,7 +263,7 @@ class ModelSpec(Spec):
         return 0 if self.tied_embeddings else self.vocab * self.hidden
 
     def _count(self, experts: int) -> int:
-        total = self.embedding_params + self.head_params + self.norm_params
+        total = self.embedding_params + self.head_params + self.vocab * self.head_bias + self.norm_params
         for kind in self.layer_kinds:
             routed = experts * self.expert_params if kind.moe else 0
             total += kind.count * (self.dense_params(kind) + routed + self._small(kind, experts))
@@ -307,29 +288,43 @@ class ModelSpec(Spec):
         """Parameters less those of the experts that a token does not visit; embeddings and LM head counted."""
         return self._count(self.moe.active if self.moe else 0)
 
-    def attention_dtype(self, weights: str) -> str:
-        """Dtype of the Q, K, V and output matrices in a checkpoint of ``weights`` (latent attention apart)."""
-        return "bf16" if weights in self.attention_bf16 else weights
+    # Dtypes
 
-    def _unquantised(self, weights: str) -> int:
-        """Elements of one layer's attention that stay bf16 in a checkpoint of ``weights``."""
-        if not self.mla:
-            return self.attention_params if weights in self.attention_bf16 else 0
-        whole = self.mla.projection_dtype(weights) != weights
-        return self.attention_params if whole else self.mla.unfolding_params(self.heads)
+    def part_dtype(self, part: Part, kind: LayerKind, dtype: str) -> str:
+        """Dtype of the matrices of a part of a layer where those of its kind are asked for in ``dtype``.
+
+        bf16 where a checkpoint of that dtype leaves the part alone.
+        """
+        kept = self.checkpoint is not None and part in kind.kept and dtype == self.checkpoint.dtype_of(part)
+        attention = part == "mixer" and kind.mixer == "attention" and self.mla is None
+        return "bf16" if kept or (attention and dtype in self.attention_bf16) else dtype
 
     def weight_bytes(self, weights: str, moe_weights: str) -> float:
         """Bytes of the whole model: matrices as ``weights``, routed experts as ``moe_weights``.
 
-        Embeddings, LM head, norms, biases and routers stay bf16, as quantised checkpoints publish them, and so does of
-        latent attention what ``LatentAttention.projection_dtype`` says.
+        Embeddings, LM head, norms, biases and routers stay bf16, as quantised checkpoints publish them, and so do the
+        parts that this checkpoint keeps and of latent attention what ``LatentAttention.projection_dtype`` says.
         """
-        dense = routed = 0
+        size, counted = 0.0, 0
         for kind in self.layer_kinds:
-            dense += kind.count * (self.dense_params(kind) - self._unquantised(weights))
-            routed += kind.count * (self.moe.experts * self.expert_params if self.moe and kind.moe else 0)
-        rest = self.params - dense - routed
-        return dense * dtype_bytes(weights) + routed * dtype_bytes(moe_weights) + rest * dtype_bytes("bf16")
+            for elements, dtype in self._matrices(kind, weights, moe_weights):
+                size += kind.count * elements * dtype_bytes(dtype)
+                counted += kind.count * elements
+        return size + (self.params - counted) * dtype_bytes("bf16")
+
+    def _matrices(self, kind: LayerKind, weights: str, moe_weights: str) -> list[tuple[int, str]]:
+        """Elements and dtype of the matrices of one layer."""
+        mixer, mixer_dtype = self.mixer_params(kind), self.part_dtype("mixer", kind, weights)
+        parts = [(mixer, mixer_dtype)]
+        if self.mla and kind.mixer == "attention":
+            unfolding = self.mla.unfolding_params(self.heads)
+            parts = [(mixer - unfolding, self.mla.projection_dtype(mixer_dtype)), (unfolding, "bf16")]
+        if kind.ffn and kind.moe and self.moe:
+            parts.append((self.shared_params, self.part_dtype("shared", kind, weights)))
+            parts.append((self.moe.experts * self.expert_params, self.part_dtype("experts", kind, moe_weights)))
+        elif kind.ffn:
+            parts.append((self.dense_ffn_params, self.part_dtype("ffn", kind, weights)))
+        return parts
 
     # Work
 
@@ -350,7 +345,7 @@ class ModelSpec(Spec):
         if self.recurrent and kind.mixer == "recurrent":
             return self.recurrent.flops_per_token()
         if self.mla:
-            return self.mla.flops_per_query(self.heads, context)
+            return self.mla.flops_per_query(self.heads, context, indexed=kind.indexed)
         attended = context if kind.window is None else min(context, kind.window)
         return 4.0 * self.heads * self.head_dim * attended * (kind.mixer is not None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,10 @@ Evidences = dict[str, PowerEvidence]
 
 # Of the energy per byte this part is of the memory chips, which the clock of the multiprocessors does not touch.
 MEMORY_PART = 0.7
+
+# A thousand times what any accelerator of 2026 takes: beyond stands a mistake of unit.
+MAX_W, MAX_J = 1e6, 1e-6
+Joules = Annotated[float, Field(ge=0, le=MAX_J)]
 
 
 class KernelPower(NamedTuple):
@@ -31,8 +35,8 @@ class OperatorPower(Spec):
     ``evidence`` is that of each of them.
     """
 
-    active_w: float | None = Field(None, ge=0)
-    j_per_flop: dict[str, float] = Field(default_factory=dict)
+    active_w: float | None = Field(None, ge=0, le=MAX_W)
+    j_per_flop: dict[str, Joules] = Field(default_factory=dict)
     evidence: PowerEvidence
 
     def at(self, watts: Callable[[float], float], flops: float) -> OperatorPower:
@@ -75,6 +79,12 @@ class ClockPower(Spec):
     evidence: PowerEvidence
     source: str
 
+    @model_validator(mode="after")
+    def _knee_is_below(self) -> ClockPower:
+        if self.knee_mhz >= self.nominal_mhz:
+            raise ValueError(f"knee_mhz must be below nominal_mhz, {self.nominal_mhz:g}")
+        return self
+
     def voltage(self, mhz: float, variant: ClockVariant = CLOCK_VARIANTS[0]) -> float:
         """Voltage at a clock over that at the nominal one."""
         knee_mhz, least = self.knee_mhz + variant.knee_mhz, self.least_voltage + variant.voltage
@@ -100,13 +110,13 @@ class PowerModel(Spec):
     ``prior``. ``quality`` is the error of watts by what was scored.
     """
 
-    limit_w: float = Field(gt=0)
-    idle_w: float = Field(ge=0)
-    active_w: float = Field(ge=0)
-    comm_w: float = Field(ge=0)
-    gap_w: float = Field(ge=0)
-    j_per_byte: float = Field(ge=0)
-    j_per_flop: dict[str, float]
+    limit_w: float = Field(gt=0, le=MAX_W)
+    idle_w: float = Field(ge=0, le=MAX_W)
+    active_w: float = Field(ge=0, le=MAX_W)
+    comm_w: float = Field(ge=0, le=MAX_W)
+    gap_w: float = Field(ge=0, le=MAX_W)
+    j_per_byte: float = Field(ge=0, le=MAX_J)
+    j_per_flop: dict[str, Joules]
     operators: dict[str, OperatorPower] = Field(default_factory=dict)
     clock: ClockPower | None = None
     evidence: Evidences

@@ -12,10 +12,13 @@ import numpy.typing as npt
 from pydantic import Field
 
 from apexsim.errors import BadInput
-from apexsim.specs.base import Spec
+from apexsim.specs.base import Name, Spec
 from apexsim.specs.laws import (
+    MAX_CONCURRENCY,
+    MAX_RATE,
     MAX_TOKENS,
     MAX_TURNAROUND_S,
+    MIN_RATE,
     Arrivals,
     ClosedLoop,
     Floats,
@@ -27,8 +30,10 @@ from apexsim.specs.laws import (
 
 # The simulator's clock is a 64-bit count of nanoseconds; stamps in milliseconds or microseconds end here.
 MAX_ARRIVAL_S = 9e9
-# More than a run could hold in memory.
-MAX_REQUESTS = 10**8
+# The optional column of seconds from a request's arrival until its first token is due.
+DEADLINE = "deadline_s"
+# A run holds about 3.5 kB a request: more than these take what a large server has.
+MAX_REQUESTS = 10**7
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,13 @@ class Requests:
             "output_tokens": checked_counts(self.output_tokens, "output_tokens", self.name),
         }
         if self.arrival_s is None:
-            check_count(self.concurrency, "concurrency", self.name)
+            check_count(self.concurrency, "concurrency", self.name, most=MAX_CONCURRENCY)
             check_turnaround(self.turnaround_s, self.name)
         else:
             columns["arrival_s"] = checked_arrivals(self.arrival_s, self.name)
         extra = {key: np.array(values) for key, values in self.extra.items()}
+        if DEADLINE in extra:
+            extra[DEADLINE] = checked_deadlines(extra[DEADLINE], self.name)
         lengths = {key: len(values) for key, values in {**columns, **extra}.items()}
         if len(set(lengths.values())) != 1:
             raise BadInput("columns must have one length", where=self.name, got=lengths)
@@ -206,7 +213,7 @@ class Workload(Spec):
     (what it leaves out) are prose; ``requests`` is how many are drawn unless asked otherwise.
     """
 
-    name: str
+    name: Name
     summary: str | None = None
     source: str | None = None
     licence: str | None = None
@@ -265,9 +272,12 @@ def check_count(value: object, key: str, where: object = None, *, least: int = 1
 
 
 def check_rate(value: float, key: str = "rate_per_s", where: object = None) -> None:
-    """Refuse a rate that is not a finite number above 0."""
+    """Refuse a rate that is not a number from ``MIN_RATE`` to ``MAX_RATE``."""
     if not _is_number(value) or not 0 < value < math.inf:
         raise BadInput("give requests per second, a number above 0", where=where, key=key, got=value)
+    if not MIN_RATE <= value <= MAX_RATE:
+        would_do = f"give requests per second, from {MIN_RATE:g} to {MAX_RATE:g}"
+        raise BadInput(would_do, where=where, key=key, got=value)
 
 
 def check_turnaround(value: float, where: object) -> None:
@@ -301,6 +311,18 @@ def checked_arrivals(values: npt.ArrayLike, where: object) -> Floats:
         row = int(np.argmax(unsorted))
         would_do = f"is earlier than row {row} at {array[row - 1].item()!r}; sort the rows by arrival_s"
         raise _bad_row(would_do, where, "arrival_s", row, array[row].item())
+    return array
+
+
+def checked_deadlines(values: npt.ArrayLike, where: object) -> Floats:
+    """A copy of ``values`` as float64; BadInput names the first row (1-based) that is not a number of seconds >= 0."""
+    array = _numbers(values, DEADLINE, where).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        wrong = ~((array >= 0) & (array <= MAX_ARRIVAL_S))
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        would_do = f"give seconds after the arrival, from 0 to {MAX_ARRIVAL_S:.0e}, in every row"
+        raise _bad_row(would_do, where, DEADLINE, row, array[row].item())
     return array
 
 

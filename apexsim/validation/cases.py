@@ -61,7 +61,7 @@ class Case:
 def case_of(row: RunRow, engine_options: Mapping[str, Any] = MappingProxyType({})) -> Case:
     """The deployment of a row; ``engine_options`` hold where the row says nothing.
 
-    What it raises is the row's status, not a fault of its file.
+    What it raises is the row's status, not a fault of its file. Whether files may name code, ``read_runs`` has asked.
 
     ``BadInput``: a model, device, engine or dtype that is not known. ``InfeasiblePlan``: a plan that cannot be laid
     out.
@@ -89,7 +89,7 @@ def case_of(row: RunRow, engine_options: Mapping[str, Any] = MappingProxyType({}
         notes.append("sampling not known: top_p, as the client of its benchmark asks for")
     if row.kv_dtype or launch.kv_dtype:
         choices["kv_cache"] = row.kv_dtype or launch.kv_dtype
-    deployment = resolve_deployment(parse_spec(DeploymentFile, choices, "run"), "run")
+    deployment = resolve_deployment(parse_spec(DeploymentFile, choices, "run"), "run", allow_plugins=True)
     if not row.kv_dtype:
         chosen = "as its benchmark launches it" if launch.kv_dtype else "the engine default"
         notes.append(f"kv_dtype not known: {chosen}, {deployment.kv_cache}")
@@ -118,6 +118,9 @@ def _check_plan(row: RunRow, deployment: Deployment) -> None:
     """Refuse what a plan cannot say, and degrees that cannot be laid out or contradict each other."""
     plan = deployment.pools[0].plan
     reasons = list(plan.lawful(deployment.model, deployment.cluster))
+    if plan.tensor > (node := deployment.cluster.devices_per_node):
+        # Rows that say 16 and 64 multiplied their degrees: no measured run has tensor ranks on several nodes.
+        reasons.append(f"tensor degree {plan.tensor} crosses nodes of {node} devices, which no measured run did")
     if deployment.model.moe and row.moe_tensor not in (None, plan.moe_tensor):
         ranks = f" x attention_data {plan.attention_data}" * (plan.attention_data > 1)
         degrees = f"tensor {plan.tensor}{ranks} and expert {plan.expert} give {plan.moe_tensor}"

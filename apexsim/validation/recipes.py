@@ -8,7 +8,6 @@ a script decides; what neither says is the engine's default.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,11 +17,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from apexsim.io.deployments import EngineOption
+from apexsim.io.words import EngineOption
 from apexsim.io.yaml_files import load_spec
 from apexsim.specs.base import Spec
 from apexsim.specs.engine import token_budget
 from apexsim.validation.runs import RunRow
+from apexsim.versions import version_in
 
 _TABLE = "recipes.yaml"
 
@@ -54,8 +54,8 @@ def version_numbers(version: str) -> tuple[float, ...]:
 
     One without numbers (empty, nightly) is later than all, as the engine profile that answers for it is the newest.
     """
-    match = re.match(r"v?(\d+(?:\.\d+)*)", version)
-    return tuple(int(number) for number in match[1].split(".")) if match else (math.inf,)
+    found = version_in(version)
+    return found.release if found else (math.inf,)
 
 
 class When(Spec):

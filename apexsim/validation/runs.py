@@ -7,6 +7,7 @@ was measured. Columns of other names are kept as they are.
 from __future__ import annotations
 
 import csv
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from apexsim.errors import BadInput, nearest
-from apexsim.io.deployments import beside
-from apexsim.specs.base import Spec
+from apexsim.io.deployments import beside, check_engine
+from apexsim.specs.base import Cells
 from apexsim.specs.deployment import Prompts, TokenChoice
 
 MEASURED = (
@@ -37,7 +38,7 @@ _NEEDED = {
 }
 
 
-class RunRow(Spec):
+class RunRow(Cells):
     """The columns of a run that mean something here; ``None`` = not known. ``run_id`` and what ran are required.
 
     ``engine``, ``model`` and ``device`` are names, or paths of YAML files, looked for beside the runs first. ``expert``
@@ -112,12 +113,19 @@ class MeasuredRun:
         return self.source.parent
 
 
-def read_runs(path: Path | str) -> list[MeasuredRun]:
-    """Every row of a ``runs.csv``. Raises BadInput naming the file, the column and the row; the first data row is 1."""
+def read_runs(path: Path | str, *, allow_plugins: bool = False) -> list[MeasuredRun]:
+    """Every row of a ``runs.csv``. Raises BadInput naming the file, the column and the row; the first data row is 1.
+
+    An engine's file that names code to import (``module:Name``) is refused unless ``allow_plugins``.
+    """
     source = Path(path)
     header, *lines = _lines(source)
     _check_header(header, source)
-    return [_run(source, number, header, cells) for number, cells in enumerate(lines, start=1)]
+    runs = [_run(source, number, header, cells) for number, cells in enumerate(lines, start=1)]
+    for engine in sorted({run.row.engine for run in runs}):
+        if os.path.isfile(engine):
+            check_engine(engine, allowed=allow_plugins)
+    return runs
 
 
 def selected(runs: Sequence[MeasuredRun], conditions: Sequence[str], path: Path) -> list[MeasuredRun]:

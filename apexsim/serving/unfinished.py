@@ -1,0 +1,33 @@
+"""Why a run ended although requests are left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from apexsim.serving.replica import Replica
+from apexsim.serving.request import Request
+
+
+def why_unfinished(requests: Sequence[Request], replicas: Sequence[Replica], refused: frozenset[int]) -> str | None:
+    """A sentence on the requests that neither finished nor were refused: how many, and what they waited for.
+
+    None where there are none. For a run that has come to its end: no event is left that could free anything.
+    """
+    left = [request for request in requests if request.index not in refused and not request.finished]
+    if not left:
+        return None
+    unsent = sum(request.replica is None for request in left)
+    parts = [*_stuck(replicas), *([f"{unsent} were never sent: no client was free"] if unsent else [])]
+    return f"{len(left)} of {len(requests)} requests are unfinished: {'; '.join(parts)}"
+
+
+def _stuck(replicas: Sequence[Replica]) -> Iterator[str]:
+    """What stands still in each replica."""
+    for replica in replicas:
+        if replica.running:
+            yield f"{len(replica.running)} in replica {replica.index} held seats and were given no tokens"
+        if replica.waiting:
+            head = replica.waiting[0]
+            first = f"request {head.index} with {head.known} tokens to compute"
+            lacks = replica.lacks(head)
+            yield f"{len(replica.waiting)} waited in replica {replica.index}, the first ({first}) for {lacks}"

@@ -1,0 +1,355 @@
+"""Batching policies that choose: who is named is served, broken promises are told in words, shipped orders hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apexsim.errors import BadInput
+from apexsim.io.deployments import DeploymentFile, resolve_deployment
+from apexsim.serving.batching import BatchPolicy, ChunkedPrefill, Ledger
+from apexsim.serving.queues import Fifo, Ordered
+from apexsim.serving.request import Request
+from apexsim.serving.simulator import How, Run, simulate
+from apexsim.specs.engine import SchedulerDefaults
+from apexsim.specs.slo import SLO
+from apexsim.specs.workload import Requests
+from apexsim.testing import Case, LinearCost, check_case, check_policy, check_run, made_up_deployment, made_up_memory
+
+# -- policies that keep their promises ---------------------------------------------------------------------------------
+
+
+class ShortestOfAll(BatchPolicy):
+    """Sorts the whole queue at every step, and takes off whoever it likes when blocks run out."""
+
+    def __init__(self, scheduler: SchedulerDefaults) -> None:
+        self.chunked = scheduler.chunked_prefill
+
+    def fill(self, ledger: Ledger, running: Sequence[Request], waiting: Iterable[Request]) -> None:
+        self._grow(ledger, sorted(running, key=lambda request: (request.total, request.index)))
+        if not ledger.preempted:
+            self._admit(ledger, sorted(waiting, key=lambda request: (request.prompt_tokens, -request.index)))
+
+    def _grow(self, ledger: Ledger, order: list[Request]) -> None:
+        while order:
+            request = order.pop(0)
+            tokens = min(ledger.wants(request), ledger.tokens)
+            if not tokens or not ledger.sequences:
+                continue
+            while not ledger.can_give(request, tokens):
+                victim = order.pop() if order else request
+                ledger.preempt(victim)
+                if victim is request:
+                    return
+            ledger.give(request, tokens)
+
+    def _admit(self, ledger: Ledger, order: list[Request]) -> None:
+        for request in order:
+            tokens = min(ledger.wants(request), ledger.tokens)
+            if tokens and ledger.sequences and ledger.can_admit(request):
+                ledger.admit(request, tokens)
+
+
+class LastFirst(ChunkedPrefill):
+    """Marches, and admits from the tail of the queue."""
+
+    def _admit(self, ledger: Ledger, waiting: Iterable[Request]) -> None:
+        super()._admit(ledger, reversed(list(waiting)))
+
+    def repeats(self, ledger: Ledger, waiting: object) -> bool:
+        return not waiting and not ledger.preempted
+
+
+@pytest.mark.parametrize("policy", [ShortestOfAll, LastFirst, "shortest_first", "deadline", "test_policies:LastFirst"])
+def test_policies_that_choose_keep_every_promise(policy: type[BatchPolicy] | str) -> None:
+    check_policy(policy, cases=40)
+
+
+def test_an_object_is_checked_as_it_is() -> None:
+    check_policy(LastFirst(SchedulerDefaults(policy="chunked_prefill")), cases=10)
+
+
+# -- policies that do not ----------------------------------------------------------------------------------------------
+
+
+class Broken(ChunkedPrefill):
+    """Chunked prefill but for one fault."""
+
+    def admit(self, ledger: Ledger, request: Request) -> None:
+        ledger.admit(request, min(ledger.wants(request), ledger.tokens))
+
+    def _admit(self, ledger: Ledger, waiting: Iterable[Request]) -> None:
+        for request in list(waiting):
+            if min(ledger.wants(request), ledger.tokens) and ledger.sequences and ledger.can_admit(request):
+                self.admit(ledger, request)
+
+
+class SeatsTwice(Broken):
+    def admit(self, ledger: Ledger, request: Request) -> None:
+        super().admit(ledger, request)
+        if ledger.tokens:
+            ledger.admit(request, 1)
+
+
+class Overspends(Broken):
+    def admit(self, ledger: Ledger, request: Request) -> None:
+        ledger.admit(request, ledger.wants(request))
+
+
+class SeatsTooMany(ChunkedPrefill):
+    def _admit(self, ledger: Ledger, waiting: Iterable[Request]) -> None:
+        for request in waiting:
+            if ledger.tokens and ledger.sequences and ledger.blocks > 9:
+                ledger.admit(request, 1)
+
+
+class Invents(Broken):
+    def admit(self, ledger: Ledger, request: Request) -> None:
+        ledger.admit(Request(7, 1, 1), 1)
+
+
+class TakesOffTheQueue(Broken):
+    def admit(self, ledger: Ledger, request: Request) -> None:
+        ledger.preempt(request)
+
+
+class GivesTooMuch(Broken):
+    def admit(self, ledger: Ledger, request: Request) -> None:
+        ledger.admit(request, min(ledger.tokens, request.prompt_tokens + 1))
+
+
+class Starves(ChunkedPrefill):
+    def _admit(self, ledger: Ledger, waiting: Iterable[Request]) -> None:
+        pass
+
+
+class Thrashes(ChunkedPrefill):
+    marches = False
+
+    def fill(self, ledger: Ledger, running: Sequence[Request], waiting: Iterable[Request]) -> None:
+        if running:
+            ledger.preempt(running[-1])
+        else:
+            self._admit(ledger, waiting)
+
+
+class SaysItRepeats(Broken):
+    """A queue that it would admit from, and yet it promises to go on as it is."""
+
+    def repeats(self, ledger: Ledger, waiting: object) -> bool:
+        return True
+
+
+class MarchesSingly(ChunkedPrefill):
+    def _grow(self, ledger: Ledger, running: Sequence[Request]) -> None:
+        for request in running:
+            tokens = min(ledger.wants(request), ledger.tokens)
+            if tokens and ledger.can_give(request, tokens):
+                ledger.give(request, tokens)
+
+
+class Fails(ChunkedPrefill):
+    def fill(self, ledger: Ledger, running: Sequence[Request], waiting: Iterable[Request]) -> None:
+        raise KeyError("no such thing")
+
+
+BROKEN = [
+    (SeatsTwice, "seated a request twice"),
+    (Overspends, "more than the budget of"),
+    (SeatsTooMany, "seats were free"),
+    (Invents, "admitted a request that does not wait"),
+    (TakesOffTheQueue, "preempted a request that does not run"),
+    (GivesTooMuch, "where it lacks"),
+    (Starves, "waited in replica 0, the first"),
+    (Thrashes, "goes on deciding and requests do not finish"),
+    (SaysItRepeats, "fast path differs from single steps: request"),
+    (MarchesSingly, "promises to march, and gave decodes before, or without, give_decodes"),
+    (Fails, "the policy raised KeyError"),
+]
+
+
+@pytest.mark.parametrize(("policy", "said"), BROKEN, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_broken_promise_is_told_in_words_with_a_small_case(policy: type[BatchPolicy], said: str) -> None:
+    with pytest.raises(AssertionError, match=said) as caught:
+        check_policy(policy, cases=60)
+    shown = str(caught.value).partition("smallest case found: ")[2]
+    case = eval(shown, {"Case": Case})
+    assert len(case.lengths) <= 8, "a few requests are enough to show each of these"
+    with pytest.raises(Exception, match=r".") as again:
+        check_case(case, policy)
+    assert said in str(again.value) or "KeyError" in said
+
+
+def test_a_run_of_ones_own_policy_stops_at_a_broken_promise() -> None:
+    """Not only under ``check_policy``: no result comes of decisions that cannot be carried out."""
+    case = Case(arrivals_ns=[0, 0], lengths=[(5, 3), (9, 3)], policy="test_policies:SeatsTwice")
+    with pytest.raises(BadInput, match="policy: the policy seated a request twice"):
+        case.run(exact_steps=False)
+
+
+def test_a_policy_is_a_batch_policy() -> None:
+    with pytest.raises(BadInput, match="subclass"):
+        Case(arrivals_ns=[0], lengths=[(5, 3)], policy="collections:OrderedDict").run(exact_steps=False)
+
+
+# -- queues ------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.integers(1, 5), st.sampled_from(["come", "take", "back"])), max_size=40))
+def test_ordered_queues_are_sorted_lists(moves: list[tuple[int, str]]) -> None:
+    queue, model, out = Ordered(lambda request: request.prompt_tokens), list[Request](), list[Request]()
+    for index, (number, move) in enumerate(moves):
+        if move == "come":
+            request = Request(index, number, 1)
+            queue.append(request)
+            model.append(request)
+        elif move == "take" and model:
+            request = model.pop(number % len(model))
+            queue.take(request)
+            out.append(request)
+        elif move == "back" and out:
+            queue.appendleft(out[-1])
+            model.append(out.pop())
+        model.sort(key=lambda request: (request.prompt_tokens, request.index))
+        assert list(queue) == model
+        assert len(queue) == len(model)
+    for queue_of_one in (queue, Fifo()):
+        with pytest.raises(ValueError, match=r"."):
+            queue_of_one.take(Request(99, 3, 1))
+
+
+# -- the shipped ones --------------------------------------------------------------------------------------------------
+
+MEAN_TOKENS = 10_000
+SERVICE_S = MEAN_TOKENS * 1e-6
+
+
+def jobs(rng: np.random.Generator, count: int, utilisation: float) -> Requests:
+    """Poisson arrivals of one output token; the prompt's tokens are the service in microseconds."""
+    prompts = np.clip(np.rint(rng.exponential(MEAN_TOKENS, count)), 2, 131_000).astype(np.int64)
+    arrival_s = np.cumsum(rng.exponential(SERVICE_S / utilisation, count))
+    return Requests(name="jobs", arrival_s=arrival_s, prompt_tokens=prompts, output_tokens=np.ones_like(prompts))
+
+
+def served(requests: Requests, policy: str, **how: object) -> Run:
+    """One seat, one microsecond a token, nothing else."""
+    scheduler = SchedulerDefaults(policy=policy, max_num_batched_tokens=131_072, max_num_seqs=1)
+    cost = LinearCost(step_ns=0, token_ns=1_000, context_ns=0)
+    run = Run(made_up_deployment(scheduler), requests, cost=cost, memory=made_up_memory(9_000), how=How(**how))  # type: ignore[arg-type]
+    run.go()
+    check_run(run)
+    return run
+
+
+def mean_wait_s(run: Run) -> float:
+    return float(np.mean([(request.scheduled_ns or 0) - request.arrival_ns for request in run.requests])) / 1e9
+
+
+def theory_sjf_s(utilisation: float) -> float:
+    """Mean wait of M/G/1 under non-preemptive shortest job first, for exponential service times.
+
+    A job of size x waits R / (1 - rho(x))**2 on average: R = rate E[S^2] / 2 is what is left of the job in service,
+    rho(x) the load of all shorter jobs.
+    """
+    sizes = np.linspace(0, 40, 400_001)  # in mean service times
+    density = np.exp(-sizes)
+    shorter = utilisation * (1 - (1 + sizes) * np.exp(-sizes))
+    left_s = utilisation * SERVICE_S  # E[S^2] / 2 is the square of the mean
+    return float(np.trapezoid(density * left_s / (1 - shorter) ** 2, sizes))
+
+
+@pytest.mark.parametrize("utilisation", [0.5, 0.8])
+def test_shortest_first_waits_as_theory_says(utilisation: float) -> None:
+    streams = [np.random.default_rng(stream) for stream in np.random.SeedSequence(1954).spawn(8)]
+    waits = [mean_wait_s(served(jobs(rng, 30_000, utilisation), "shortest_first")) for rng in streams]
+    assert np.mean(waits) == pytest.approx(theory_sjf_s(utilisation), rel=0.03)
+
+
+def test_shortest_first_finishes_everybody_and_waits_less() -> None:
+    requests = jobs(np.random.default_rng(2), 800, 0.9)
+    shortest, first_come = (served(requests, policy) for policy in ("shortest_first", "chunked_prefill"))
+    assert sum(request.finished for request in shortest.requests) == 800
+    assert mean_wait_s(shortest) < 0.7 * mean_wait_s(first_come)
+
+
+def order(run: Run) -> list[int]:
+    return [request.index for request in sorted(run.requests, key=lambda request: request.scheduled_ns or 0)]
+
+
+def test_output_counts_only_for_who_knows_it() -> None:
+    case = Case(arrivals_ns=[0] * 4, lengths=[(9, 1), (5, 90), (4, 90), (6, 2)], policy="shortest_first", seats=1)
+    assert order(case.run(exact_steps=False)) == [2, 1, 3, 0]
+    scheduler = SchedulerDefaults(policy="shortest_first", max_num_seqs=1, knows_output=True)
+    run = Run(made_up_deployment(scheduler), case.requests(), cost=LinearCost(), memory=made_up_memory(100))
+    run.go()
+    assert order(run) == [3, 0, 2, 1]
+
+
+def file(**engine_options: object) -> DeploymentFile:
+    return DeploymentFile(model="llama-3.1-8b", device="h100-sxm", engine_options=engine_options)  # type: ignore[arg-type]
+
+
+def test_only_shortest_first_may_know_the_output() -> None:
+    resolve_deployment(file(policy="shortest_first", knows_output=True), where="mine.yaml")
+    with pytest.raises(BadInput, match="knows_output goes with policy shortest_first") as caught:
+        resolve_deployment(file(policy="deadline", knows_output=True), where="mine.yaml")
+    assert "mine.yaml" in str(caught.value)
+
+
+def test_the_earliest_deadline_is_first() -> None:
+    """By the column; where there is none, by arrival, which one limit for all leaves in order."""
+    lengths = [(50, 2)] * 4
+    case = Case(arrivals_ns=[0] * 4, lengths=lengths, policy="deadline", seats=1, patience_ns=[900, 300, 600, 300])
+    assert order(case.run(exact_steps=False)) == [1, 3, 2, 0]
+    requests = Requests(
+        name="r", arrival_s=np.arange(4) / 1e4, prompt_tokens=np.full(4, 50), output_tokens=np.full(4, 2)
+    )
+    run = served(requests, "deadline", slo=SLO(ttft_s=0.5))
+    assert [request.deadline_ns for request in run.requests] == [500_000_000 + 100_000 * i for i in range(4)]
+    assert order(run) == [0, 1, 2, 3]
+
+
+def test_deadlines_come_from_the_arrivals_of_a_closed_loop() -> None:
+    case = Case(arrivals_ns=[0] * 3, lengths=[(5, 2)] * 3, policy="deadline", concurrency=1, patience_ns=[10, 20, 30])
+    run = case.run(exact_steps=False)
+    assert [(r.deadline_ns or 0) - r.arrival_ns for r in run.requests] == [10, 20, 30]
+
+
+def test_a_deadline_policy_without_deadlines_is_refused() -> None:
+    requests = jobs(np.random.default_rng(0), 3, 0.5)
+    deployment = resolve_deployment(file(policy="deadline"), where="test")
+    with pytest.raises(BadInput, match=r"--slo ttft_s=\.\.\. or a column deadline_s"):
+        simulate(deployment, requests, slo=SLO(tpot_s=0.1))
+
+
+def test_a_column_of_deadlines_is_said_to_count_only_where_it_does() -> None:
+    requests = Requests(
+        name="r",
+        arrival_s=np.zeros(2),
+        prompt_tokens=np.array([5, 6]),
+        output_tokens=np.array([2, 2]),
+        extra={"deadline_s": np.array([2.0, 1.0])},
+    )
+    said = {}
+    for policy in ("deadline", "chunked_prefill"):
+        deployment = resolve_deployment(file(policy=policy), where="test")
+        said[policy] = any(
+            "columns without effect here: deadline_s" in note for note in simulate(deployment, requests).notes
+        )
+    assert said == {"deadline": False, "chunked_prefill": True}
+
+
+def test_deadlines_are_seconds() -> None:
+    with pytest.raises(BadInput, match=r"deadline_s, row 2 .*seconds after the arrival"):
+        Requests(
+            name="r",
+            arrival_s=np.zeros(2),
+            prompt_tokens=np.array([5, 6]),
+            output_tokens=np.array([2, 2]),
+            extra={"deadline_s": np.array([2.0, -1.0])},
+        )

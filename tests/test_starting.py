@@ -1,0 +1,175 @@
+"""Would the engine start: contexts that fit, seats with room for their states, and what would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import apexsim
+from apexsim import catalog
+from apexsim.costs.memory import plan_memory
+from apexsim.costs.starting import start
+from apexsim.errors import InfeasiblePlan
+from apexsim.planning import deployment, search
+from apexsim.serving.simulator import simulate
+from apexsim.specs.workload import Requests
+
+
+def deployed(model: str = "qwen3-32b", *, options: dict[str, Any] | None = None, **choices: Any) -> Any:
+    """Qwen3-32B (a context of 40,960) leaves one H100 a cache for fewer tokens than that."""
+    engine = {"engine": "vllm@0.7.3", "device": "h100-sxm", **choices}
+    return deployment(model=model, engine_options=options or {}, **engine)
+
+
+def capacity(given: Any) -> int:
+    longest = plan_memory(given, given.pools[0]).max_tokens
+    assert longest is not None
+    return longest
+
+
+def test_a_context_that_fits_is_left_alone() -> None:
+    asked = deployed(tensor=2)
+    engine = start(asked)
+    assert (engine.deployment, engine.notes, engine.options) == (asked, (), {})
+    assert engine.memory == plan_memory(asked, asked.pools[0])
+
+
+def test_a_models_own_context_gives_way_to_the_longest_that_starts() -> None:
+    asked = deployed()
+    engine = start(asked)
+    longest = capacity(asked)
+    assert longest < 40960
+    assert engine.options["max_model_len"] == engine.deployment.context_limit == engine.memory.max_tokens == longest
+    assert engine.notes == (
+        f"max_model_len {longest:,}: a context of 40,960 tokens does not fit in the KV cache; "
+        "longer requests are rejected",
+    )
+    again = deployed(options={"max_model_len": longest})
+    assert start(again).notes == ()
+
+
+def test_an_explicit_context_that_does_not_start_says_what_would() -> None:
+    longest = capacity(deployed())
+    with pytest.raises(InfeasiblePlan) as caught:
+        start(deployed(options={"max_model_len": 40960}))
+    assert str(caught.value) == (
+        f"a context of 40,960 tokens does not fit in the KV cache; needs max_model_len <= {longest:,}; "
+        "starts with tensor degree 2"
+    )
+    with pytest.raises(InfeasiblePlan):
+        start(deployed(options={"max_model_len": longest + 1}))
+
+
+def test_an_engine_that_starts_with_any_context_rejects_what_is_too_long() -> None:
+    engine = start(deployed(engine="sglang-0.5", options={"max_model_len": 40960, "gpu_memory_utilization": 0.85}))
+    assert engine.deployment.context_limit == engine.memory.max_tokens
+    assert "longer requests are rejected" in engine.notes[0]
+
+
+def test_settings_that_follow_from_the_context_count() -> None:
+    """Whole prompts (a token budget as long as the context): the longest that starts leaves room for its own step."""
+    options = {"max_num_batched_tokens": None, "chunked_prefill": False, "policy": "prefill_first"}
+    asked = deployed("llama-3.1-70b", engine="vllm@0.7.3", tensor=2, options=options)
+    longest = start(asked).deployment.context_limit
+    assert 0 < longest < 131072
+
+    def holds(context: int) -> bool:
+        given = deployed("llama-3.1-70b", tensor=2, options={**options, "max_model_len": context})
+        return plan_memory(given, given.pools[0]).holds(context)
+
+    assert holds(longest)
+    assert not holds(longest + 16)
+
+
+def test_what_does_not_fit_says_what_would() -> None:
+    with pytest.raises(InfeasiblePlan, match=r"weights of 131 GiB exceed .*; starts with tensor degree 4$"):
+        start(deployed("llama-3.1-70b", engine="vllm@0.11.0"))
+    with pytest.raises(InfeasiblePlan) as caught:
+        start(deployed("llama-3.1-70b", engine="vllm@0.11.0", tensor=2))
+    told = str(caught.value).split("; ")
+    assert told[-1] == "starts with tensor degree 4"
+    seats = int(told[-2].removeprefix("starts with max_num_seqs <= ").replace(",", ""))
+    assert start(deployed("llama-3.1-70b", engine="vllm@0.11.0", tensor=2, options={"max_num_seqs": seats})).notes
+    with pytest.raises(InfeasiblePlan):
+        start(deployed("llama-3.1-70b", engine="vllm@0.11.0", tensor=2, options={"max_num_seqs": seats + 1}))
+
+
+def test_no_hint_where_no_tensor_degree_of_a_node_would_do() -> None:
+    with pytest.raises(InfeasiblePlan) as caught:
+        start(deployed("llama-3.1-405b", device="rtx-4090"))
+    assert "tensor degree" not in str(caught.value)
+
+
+def test_seats_need_room_for_the_states_of_recurrent_layers() -> None:
+    asked = deployed("nemotron-h-8b", engine="vllm@0.19.0")
+    plan = plan_memory(asked, asked.pools[0])
+    room = plan.blocks // plan.fixed_blocks
+    assert room < asked.scheduler.max_num_seqs
+    wanted = {"max_num_seqs": asked.scheduler.max_num_seqs}
+    with pytest.raises(InfeasiblePlan, match=f"needs max_num_seqs <= {room:,}$"):
+        start(deployed("nemotron-h-8b", engine="vllm@0.19.0", options=wanted))
+    # Fewer seats leave more room: sampling for them takes less.
+    assert start(deployed("nemotron-h-8b", engine="vllm@0.19.0", options={"max_num_seqs": room})).notes == ()
+    # Seats that nobody gave yield, with a note.
+    yielded = start(asked)
+    assert yielded.deployment.scheduler.max_num_seqs == yielded.options["max_num_seqs"] == room
+    assert yielded.notes == (f"max_num_seqs {room:,}: states of recurrent layers for 1,024 sequences do not fit",)
+    assert start(deployed("nemotron-h-8b", engine="sglang-0.5")).notes == ()
+
+
+def test_longer_requests_are_rejected_and_counted() -> None:
+    longest = capacity(deployed())
+    prompts = np.array([100, longest - 10, longest - 9, 100])
+    requests = Requests(name="four", arrival_s=np.zeros(4), prompt_tokens=prompts, output_tokens=np.full(4, 10))
+    result = simulate(deployed(), requests)
+    assert result.request_columns["status"].tolist() == ["finished", "finished", "rejected", "finished"]
+    summary = result.summary()
+    assert summary["requests"]["rejected"] == 1
+    assert summary["memory"]["max_model_len"] == summary["memory"]["kv_tokens"] == longest
+    assert any(note.startswith(f"max_model_len {longest:,}") for note in result.notes)
+
+
+def test_best_yaml_has_the_flag_that_starts_the_engine(tmp_path: Path) -> None:
+    choices = {"engine": "vllm@0.7.3", "workload": "chat", "requests": 20, "rate_per_s": 1.0}
+    study = search(model="qwen3-32b", devices="1xh100-sxm", out=tmp_path / "one", **choices)
+    best = apexsim.deployment(tmp_path / "one" / "best.yaml")
+    assert best.engine.scheduler.max_model_len == capacity(deployed())
+    assert study.best is not None
+    started, there = start(best).deployment, start(study.best).deployment
+    assert (started.scheduler, started.engine.memory) == (there.scheduler, there.engine.memory)
+    search(model="qwen3-32b", devices="2xh100-sxm", out=tmp_path / "two", **choices)
+    assert apexsim.deployment(tmp_path / "two" / "best.yaml").engine.scheduler.max_model_len is None
+
+
+# -- what engines logged at start --------------------------------------------------------------------------------------
+
+
+def test_capacity_agrees_with_what_engines_logged(data: Path) -> None:
+    """Whether the engine started with its context, and the KV tokens where the log has them, within 10 %."""
+    rows = pd.read_csv(data / "ground_truth" / "kv_capacity" / "reports.csv")
+    for _, row in rows.iterrows():
+        options = {"gpu_memory_utilization": row["gpu_memory_utilization"]}
+        options |= {key: int(row[key]) for key in ("max_num_batched_tokens", "max_model_len") if not pd.isna(row[key])}
+        asked = deployment(
+            model=row["model"], device=row["device"], tensor=int(row["tensor"]), weights=row["weight_dtype"],
+            engine=f"{row['engine']}@{row['engine_version']}", kv_cache=row["kv_dtype"], engine_options=options,
+        )  # fmt: skip
+        try:
+            start(asked)
+        except InfeasiblePlan:
+            assert row["starts"] == "no", row["source"]
+        else:
+            assert row["starts"] == "yes", row["source"]
+        if not pd.isna(row["measured_kv_tokens"]):
+            found = plan_memory(asked, asked.pools[0]).kv_tokens
+            assert found == pytest.approx(row["measured_kv_tokens"], rel=0.10), row["source"]
+
+
+def test_every_engine_says_where_its_memory_terms_come_from() -> None:
+    for name in catalog.names("engine"):
+        engine = catalog.load("engine", name)
+        assert engine.memory_evidence or engine.engine in ("reference", "transformers"), name
