@@ -92,8 +92,9 @@ def sweep(
 ) -> pd.DataFrame:
     """Run every point of the grid in a sweep YAML; write ``sweep.parquet`` into the folder ``out`` and return it.
 
-    A run that fails is a row with its error. Names and keys are all checked before the first run: ``BadInput`` names
-    the file and the key. ``resume`` goes on from the journal in ``out``; ``jobs`` changes nothing but the time.
+    A run that fails is a row with its error; one that misses its SLO has its figures and the verdict ``misses_slo``.
+    Names and keys are all checked before the first run: ``BadInput`` names the file and the key. ``resume`` goes on
+    from the journal in ``out``; ``jobs`` changes nothing but the time.
     """
     runs = tuple(read_runs(path))
     tasks = {run.identity: run for run in runs}
