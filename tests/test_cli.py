@@ -18,8 +18,8 @@ from apexsim.cli.main import COMMANDS, main
 from apexsim.cli.options import parse_engine_options
 from apexsim.errors import BadInput, InfeasiblePlan
 from apexsim.io.deployments import (
-    deployment_from,
     DeploymentFile,
+    deployment_from,
     load_deployment,
     read_deployment,
     resolve_deployment,
