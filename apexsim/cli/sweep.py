@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from apexsim.cli.options import AllowPluginsFlag, keeping, progress_bar
+from apexsim.errors import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,14 +55,14 @@ def _show(table: pd.DataFrame) -> None:
     from rich.table import Column, Table
 
     grid = list(table.columns[: list(table.columns).index("verdict")])
-    shown = Table(*(Column(path, no_wrap=True) for path in grid), box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    shown = Table(*(Column(printable(path), no_wrap=True) for path in grid), box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for heading in _FIGURES:
         shown.add_column(heading.replace(" ", "\n", 1), justify="right")
     shown.add_column("verdict")
     for record in table.to_dict("records"):
         figures = [_format(record.get(figure)) for figure in _FIGURES.values()]
-        shown.add_row(*(str(record[path]) for path in grid), *figures, record["verdict"])
-    console = Console()
+        shown.add_row(*(printable(str(record[path])) for path in grid), *figures, record["verdict"])
+    console = Console(markup=False, emoji=False)
     console.print(shown)
     for error, rows in table[~table["verdict"].isin(("ok", "misses_slo"))].groupby("error", sort=False):
         console.print(f"{len(rows)} {rows['verdict'].iloc[0]}: {error}", highlight=False, markup=False)
