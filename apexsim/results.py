@@ -7,7 +7,7 @@ got two tokens, the energy of an injected cost model) is NaN in a table, None in
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +49,8 @@ class Run(TypedDict, total=False):
     steps: Columns
     chunks: Columns
     accounting: Accounting | None
+    worked_s: float
+    block_ns: Sequence[int]
     memory: MemoryPlan
     timing: dict[str, float]
     notes: tuple[str, ...]
@@ -60,7 +62,8 @@ class Usage:
 
     ``seconds`` maps operator -> evidence (fitted, estimated, extrapolated) -> device seconds. None of it is known for
     a cost model that was injected. ``energy_range_j``: least and most joules at a clock that was not measured.
-    ``spread_s``: standard deviation of the seconds of each operator.
+    ``spread_s``: standard deviation of the seconds of each operator. ``clock_s``: working seconds by the clock of the
+    run, whose integers add up to the same whichever way steps were simulated; NaN where no run kept it.
     """
 
     energy_j: dict[str, float] = field(default_factory=dict)
@@ -69,9 +72,10 @@ class Usage:
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     energy_range_j: tuple[float, float] | None = None
     spread_s: dict[str, float] = field(default_factory=dict)
+    clock_s: float = math.nan
 
     @classmethod
-    def of(cls, accounting: Accounting) -> Usage:
+    def of(cls, accounting: Accounting, clock_s: float = math.nan) -> Usage:
         """The same figures, operators in alphabetical order so that equal runs are written alike."""
         seconds: dict[str, dict[str, float]] = {}
         for (operator, evidence), spent_s in sorted(accounting.seconds.items()):
@@ -79,11 +83,13 @@ class Usage:
         energy_j = {operator: float(joules) for operator, joules in sorted(accounting.energy_j.items())}
         spread_s = {operator: float(spent_s) for operator, spent_s in sorted(accounting.spread_s.items())}
         work = float(accounting.flops), float(accounting.bytes_moved)
-        return cls(energy_j, *work, seconds, accounting.energy_range_j, spread_s)
+        return cls(energy_j, *work, seconds, accounting.energy_range_j, spread_s, clock_s)
 
     @property
     def working_s(self) -> float:
-        """Device seconds of work."""
+        """Device seconds of work: by the clock where one was kept, else those of all operators."""
+        if not math.isnan(self.clock_s):
+            return self.clock_s
         return math.fsum(spent for by_evidence in self.seconds.values() for spent in by_evidence.values())
 
     @property
@@ -109,7 +115,8 @@ class SimulationResult:
     ``request_columns``: one row a request (see ``requests``). ``step_columns``: one row a step, or a run of ``repeats``
     decode steps, with ``start_ns`` and ``end_ns``. ``gaps``: distinct times between two tokens of a request in
     nanoseconds, and how many tokens had each. ``kv_blocks``: size of one replica's KV cache. ``memory``: what a replica
-    holds (``MemoryPlan.figures``). ``timing``: wall-clock figures, the only ones that differ between two equal runs.
+    holds (``MemoryPlan.figures``). ``block_ns``: for every replica, KV blocks in use, integrated over time.
+    ``timing``: wall-clock figures, the only ones that differ between two equal runs.
     """
 
     deployment: Deployment
@@ -122,6 +129,7 @@ class SimulationResult:
     gaps: Gaps
     kv_blocks: int
     memory: dict[str, Any]
+    block_ns: tuple[int, ...]
     usage: Usage
     timing: dict[str, float]
     notes: tuple[str, ...]
@@ -145,7 +153,8 @@ class SimulationResult:
             gaps=run["itl"],
             kv_blocks=run["memory"].blocks,
             memory=run["memory"].figures(deployment.context_limit),
-            usage=Usage.of(accounting) if accounting else Usage(),
+            block_ns=tuple(run["block_ns"]),
+            usage=Usage.of(accounting, run["worked_s"]) if accounting else Usage(),
             timing=run["timing"],
             notes=(*run.get("notes", ()), *_deployment_notes(deployment)),
         )
@@ -194,8 +203,6 @@ class SimulationResult:
         done = mine & self.finished
         steps, held = self.steps_of(replica)
         duration_ns = self.duration_s * NS_PER_S
-        # A run of decode steps grows the cache evenly from its first step to its peak.
-        blocks = (steps["kv_blocks"] + steps["kv_blocks_peak"]) / 2
         peak = int(steps["kv_blocks_peak"].max(initial=0))
         return {
             "requests": int(mine.sum()),
@@ -203,7 +210,7 @@ class SimulationResult:
             "preemptions": int(self.request_columns["preemptions"][mine].sum()),
             "steps": int(steps["repeats"].sum()),
             "busy": ratio(float(held.sum()), duration_ns),
-            "kv_cache_mean": ratio(float(np.dot(held, blocks)), duration_ns * self.kv_blocks),
+            "kv_cache_mean": ratio(self.block_ns[replica], duration_ns * self.kv_blocks),
             "kv_cache_peak": ratio(peak, self.kv_blocks),
         }
 
@@ -270,6 +277,7 @@ class SimulationResult:
             "slo": self.slo.model_dump() if self.slo else None,
             "kv_blocks": self.kv_blocks,
             "memory": self.memory,
+            "block_ns": self.block_ns,
             "usage": asdict(self.usage),
             "notes": self.notes,
             "summary": summary,
@@ -298,6 +306,7 @@ class SimulationResult:
             gaps=(gaps["gap_ns"], gaps["tokens"]),
             kv_blocks=record["kv_blocks"],
             memory=record["memory"],
+            block_ns=tuple(record["block_ns"]),
             usage=Usage(**usage, energy_range_j=tuple(possible) if possible else None),
             timing=timing,
             notes=tuple(record["notes"]),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +63,9 @@ class LinearRun:
         first = self.cost.stage_ns(self.stats)[0]
         return steps * first + self.cost.context_ns * (steps * (steps - 1) // 2)
 
+    def weighted_ns(self, weights: Sequence[int]) -> int:
+        return sum(weight * self.elapsed_ns(steps) for steps, weight in enumerate(weights))
+
     def durations_ns(self, steps: int) -> NDArray[np.int64]:
         return self.cost.stage_ns(self.stats)[0] + self.cost.context_ns * np.arange(steps, dtype=np.int64)
 
@@ -106,7 +110,7 @@ RECORDED = (
     "total", "known", "computed", "pending", "blocks", "preemptions",
 )  # fmt: skip
 _load = cache(catalog.load)
-Policy = str | type[BatchPolicy] | BatchPolicy
+Policy = str | Callable[[SchedulerDefaults], BatchPolicy] | BatchPolicy
 """A batching policy: by name, as a class that is built from the scheduler's settings, or an object."""
 
 
@@ -218,6 +222,9 @@ def check_same(fast: Run, exact: Run) -> None:
             got, wanted = getattr(one, name), getattr(other, name)
             assert got == wanted, f"{differs}: request {one.index}: {name} is {got}, not {wanted}"
     assert fast.recorder.rejected == exact.recorder.rejected, f"{differs}: who is refused"
+    for got, wanted in zip(fast.replicas, exact.replicas, strict=True):
+        assert got.block_ns == wanted.block_ns, f"{differs}: KV blocks over time of replica {got.index}"
+    assert fast.stage_ns == exact.stage_ns, f"{differs}: work of all stages"
     for columns in zip(fast.recorder.inter_token_gaps(), exact.recorder.inter_token_gaps(), strict=True):
         assert np.array_equal(*columns), f"{differs}: times between tokens"
 
@@ -260,7 +267,7 @@ def _made(policy: Policy, case: Case) -> BatchPolicy:
     if isinstance(policy, str):
         made = make_policy(scheduler.model_copy(update={"policy": policy}))
     else:
-        made = policy(scheduler) if isinstance(policy, type) else deepcopy(policy)
+        made = deepcopy(policy) if isinstance(policy, BatchPolicy) else policy(scheduler)
     tokens = sum(prompt + output for prompt, output in case.lengths)
     return Audited(made, most=1_000 + 100 * tokens)
 

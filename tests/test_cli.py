@@ -19,6 +19,7 @@ from apexsim.cli.options import parse_engine_options
 from apexsim.errors import BadInput, InfeasiblePlan
 from apexsim.io.deployments import (
     DeploymentFile,
+    deployment_from,
     load_deployment,
     read_deployment,
     resolve_deployment,
@@ -299,6 +300,55 @@ def test_the_cluster_holds_the_replicas_in_whole_nodes(cluster: dict[str, int], 
     file = DeploymentFile(model="llama-3.1-8b", device="h100-sxm", tensor=2, **{"replicas": 3, **cluster})
     found = resolve_deployment(file, "test").cluster
     assert (found.nodes, found.devices_per_node) == devices
+
+
+@pytest.mark.parametrize(
+    ("choices", "billed"),
+    [
+        ({"replicas": 4}, 8),
+        ({"replicas": 5}, 10),
+        ({"replicas": 4, "bill": "node"}, 8),
+        ({"replicas": 5, "bill": "node"}, 16),
+        ({"replicas": 1, "bill": "node"}, 8),
+        ({"replicas": 1, "bill": "node", "devices_per_node": 4}, 4),
+        ({"replicas": 1, "bill": "node", "nodes": 3}, 8),
+        ({"replicas": 1, "bill": "fleet", "nodes": 3}, 24),
+        ({"replicas": 1, "bill": "fleet", "devices_per_node": 4}, 4),
+    ],
+)
+def test_what_is_billed_does_not_jump_with_the_nodes(choices: dict[str, Any], billed: int) -> None:
+    found = deployment_from(None, {"model": "llama-3.1-8b", "device": "h100-sxm", "tensor": 2, **choices})
+    assert found.billed_devices == billed
+
+
+def test_the_bill_is_a_flag_and_a_key(tmp_path: Path, trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "plan.yaml").write_text("model: llama-3.1-8b\ndevice: h100-sxm\ntensor: 2\nbill: node\n")
+    assert main(["simulate", str(tmp_path / "plan.yaml"), "--workload", trace]) == 0
+    said = capsys.readouterr().out
+    assert "24 USD/hour for 8 billed devices" in said
+    assert "6 of 8 devices stand idle; their power and price count (bill: node)" in " ".join(said.split())
+    assert main([*BASE, trace, "--bill", "used"]) == 0
+    assert "3 USD/hour for 1 billed device" in capsys.readouterr().out
+    assert main([*BASE, trace, "--bill", "fleet"]) == 2
+    assert "bill: got 'fleet'; give nodes and devices_per_node" in capsys.readouterr().err
+    assert main([*BASE, trace, "--bill", "node-wise"]) == 2
+    assert "bill: got 'node-wise'" in capsys.readouterr().err
+
+
+def test_the_screen_shows_steady_figures_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chats = ["simulate", "--model", "llama-3.1-8b", "--device", "h100-sxm", "--workload", "chat", "--rate-per-s", "8"]
+    assert main([*chats, "--requests", "60", "--json", str(tmp_path / "short.json")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    steady = json.loads((tmp_path / "short.json").read_text())["steady"]
+    assert steady["kind"] == "short"
+    assert "steady short:" in said
+    assert f"about {steady['wanted_requests']:,} requests would do" in said
+    assert f"cost {steady['usd_per_million_output_tokens']:.3g} +- " in said
+    assert "USD/million output tokens (whole run " in said
+    assert main([*chats[:-2], "--requests", "9", "--concurrency", "9"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "steady all at once: all requests come at once: the figures are of the whole run" in said
+    assert "J/output token (whole run)" in said
 
 
 def test_engine_options_reach_the_profile_and_hold_for_long_contexts() -> None:

@@ -121,6 +121,8 @@ def result(**changed: Any) -> SimulationResult:
         "steps": STEPS,
         "chunks": {},
         "accounting": ACCOUNTING,
+        "worked_s": 15.0,
+        "block_ns": [103 * NS, 450 * NS, 0, 0],
         "memory": made_up_memory(100),
         "timing": {"wall_s": 0.25},
         "notes": ("column x was left out",),
@@ -254,7 +256,7 @@ def test_utilization() -> None:
     assert used["mfu"] == pytest.approx(4000 / (10 * 4 * 1000))
     assert used["mbu"] == pytest.approx(500 / (10 * 4 * 100))
     assert used["busy"] == pytest.approx((0.6 + 0.9) / 2)
-    # Replica 0 holds 10 to 12 blocks for 3 s, 20 for 2 s, 30 for 1 s; replica 1 40 to 60 blocks for 9 s.
+    # Of 100 blocks replica 0 holds 103 block seconds in 10 s, replica 1 450.
     assert used["kv_cache_mean"] == pytest.approx((103 / 1000 + 450 / 1000) / 2)
     assert used["kv_cache_peak"] == 0.6
 

@@ -25,7 +25,7 @@ def print_tables(*tables: Table) -> None:
     from rich.console import Console
 
     # In a file or a pipe rows stay whole, for grep and awk.
-    console = Console() if sys.stdout.isatty() else Console(width=250)
+    console = Console(markup=False, emoji=False, width=None if sys.stdout.isatty() else 250)
     for table in tables:
         console.print(table)
 

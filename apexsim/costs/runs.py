@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from operator import mul
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,6 +107,10 @@ class DecodeRun:
         below = self._steps_below_floor(steps)
         return below * self._floor + self._device_ns(below, steps)
 
+    def weighted_ns(self, weights: Sequence[int]) -> int:
+        """Sum of ``weights[k]`` x ``elapsed_ns(k)``, on one stage."""
+        return sum([weight * self.elapsed_ns(steps) for steps, weight in enumerate(weights) if weight])
+
     def durations_ns(self, steps: int) -> NDArray[np.int64]:
         """Nanoseconds of each of the first ``steps`` steps, on one stage."""
         spent = np.full(steps, self._constant) if not self._growing else np.int64(self._constant)
@@ -162,6 +167,13 @@ class PlainRun(DecodeRun):
         except IndexError:
             self._table.grow(self.mean + steps)
             return self.elapsed_ns(steps)
+
+    def weighted_ns(self, weights: Sequence[int]) -> int:
+        count, mean = len(weights), self.mean
+        if mean + count > len(self._prefix):
+            self._table.grow(mean + count)
+        grown: int = sum(map(mul, weights, self._prefix[mean : mean + count])) - self._base * sum(weights)
+        return self._constant * sum(map(mul, weights, range(count))) + self._layers * grown
 
     def stages_ns(self, first: int, count: int) -> list[list[int]]:
         return [[ns] for ns in self.durations_between(self.mean + first, self.mean + first + count).tolist()]

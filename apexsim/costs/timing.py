@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -19,6 +20,9 @@ class RunTimes(Protocol):
 
     def elapsed_ns(self, steps: int) -> int:
         """Nanoseconds of the first ``steps`` steps on one stage: exactly the sum of theirs."""
+
+    def weighted_ns(self, weights: Sequence[int]) -> int:
+        """Sum of ``weights[k]`` x ``elapsed_ns(k)``."""
 
     def durations_ns(self, steps: int) -> NDArray[np.int64]:
         """Nanoseconds of each of them."""

@@ -258,7 +258,8 @@ def _reason(error: Exception) -> str:
 
 def _read_parquet(path: Path) -> pa.Table:
     # Ids stay dictionaries until their lengths are known: a file may hold one long text a million times.
-    ids = [name for name in pq.read_schema(path).names if name in _IDS]
+    schema = pq.read_schema(path)
+    ids = [name for name in schema.names if name in _IDS and pa.types.is_string(schema.field(name).type)]
     with pq.ParquetFile(path, read_dictionary=ids) as file:
         known = [name for name in file.schema_arrow.names if name in (*REQUIRED, *OPTIONAL)]
         check_parquet(file, known, path)

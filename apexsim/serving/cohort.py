@@ -58,6 +58,10 @@ class Cohort:
         """Blocks that the members lack to march ``steps`` steps."""
         return self._growth.missing(self.step, steps)
 
+    def takes(self, steps: int) -> list[int]:
+        """How many blocks each of the next ``steps`` steps takes."""
+        return self._growth.takes(self.step, steps)
+
     @property
     def steps_to_leave(self) -> int:
         """Steps until a member samples its last token."""

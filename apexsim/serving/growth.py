@@ -24,6 +24,9 @@ class Growth(Protocol):
     def march(self, step: int, steps: int) -> None:
         """Take those blocks."""
 
+    def takes(self, step: int, steps: int) -> list[int]:
+        """How many of those blocks each of the steps takes."""
+
     def leave(self, request: Request) -> None:
         """Let a member go, with its blocks (of its ``computed`` tokens) on its own account again."""
 
@@ -63,6 +66,13 @@ class SteadyGrowth:
         if missing:
             self._blocks.take(missing)
 
+    def takes(self, step: int, steps: int) -> list[int]:
+        crossing, first, each = self._crossing, step % self._size, self._each
+        if first + steps > self._size:
+            crossing = crossing * (1 + (first + steps) // self._size)
+        taken = crossing[first : first + steps]
+        return taken if each == 1 else [each * count for count in taken]
+
     def leave(self, request: Request) -> None:
         if request.capacity < request.total:
             self._members -= 1
@@ -86,6 +96,16 @@ class MemberGrowth:
     def march(self, step: int, steps: int) -> None:
         for request, tokens in self._growing(step, steps):
             self._blocks.grow(request, tokens)
+
+    def takes(self, step: int, steps: int) -> list[int]:
+        taken, size, needed = [0] * steps, len(self._due), self._blocks.needed
+        for first in range(min(steps, size)):
+            for request in self._due[(step + first) % size]:
+                for at in range(first, steps, size):
+                    before = request.base + step + at
+                    if before >= request.capacity:
+                        taken[at] += needed(before + 1) - needed(before)
+        return taken
 
     def leave(self, request: Request) -> None:
         self._due[-request.base % len(self._due)].remove(request)

@@ -12,7 +12,8 @@ class BlockManager:
 
     ``blocks_for(tokens)`` says how many blocks that many cached tokens take (sliding-window layers hold less); it may
     only rise at multiples of ``block_size``, by the same number each time if ``steady``. Invariant after every call:
-    ``free`` + those of all requests + those a cohort has taken == ``total``.
+    ``free`` + those of all requests + those a cohort has taken == ``total``. ``block_ns`` is the number of blocks in
+    use, integrated over time: it is kept by ``pass_time``, and by whoever takes blocks for times that have passed.
 
     With ``remembers`` a preempted request finds again what nobody has taken of its blocks meanwhile. Free blocks form a
     queue as in vLLM: taken at the head, given back at the tail, those of a request last block first. Positions in it
@@ -32,6 +33,8 @@ class BlockManager:
         self.blocks_for = blocks_for
         self.steady = steady
         self._needed = [0]  # blocks for 0, 1, 2 ... block sizes of tokens
+        self.block_ns = 0
+        self._until_ns = 0
         self._remembers = remembers and steady
         self._tail = total
         self._gaps: list[tuple[int, int]] = []  # position and length, ascending
@@ -41,6 +44,11 @@ class BlockManager:
     def held(self) -> int:
         """Blocks in use."""
         return self.total - self.free
+
+    def pass_time(self, now_ns: int) -> None:
+        """Until now as many blocks were in use as are."""
+        self.block_ns += (self.total - self.free) * (now_ns - self._until_ns)
+        self._until_ns = now_ns
 
     def needed(self, tokens: int) -> int:
         """Blocks that ``tokens`` cached tokens take, remembered."""

@@ -56,6 +56,7 @@ class March(Stretch):
         self._ahead = 0
         self._known = [batch.end_ns for batch in outset.in_flight]
         self._first = len(self._known)
+        self._start_ns = outset.start_ns
         self._from_ns = self._known[-1] if self._known else outset.start_ns
         self._labels = self._first_labels = outset.labels
         self._cohort = outset.cohort
@@ -116,6 +117,7 @@ class March(Stretch):
             return StepEnd(self.next_end_ns, left)
         late, step, through = cohort.take_late(), cohort.step - ahead, self.silent + 1 - self._first
         marches = min(compositions, cohort.steps_to_leave)
+        self._take(marches, blocks)
         leaving = composed = cohort.march(marches)
         showing = self._show(step, through)
         time_ns = self._from_ns
@@ -132,6 +134,7 @@ class March(Stretch):
             in_flight[-1].leaving = leaving
         cohort.leave(leaving)
         if compositions > marches and cohort.size:
+            self._take_last(blocks)
             in_flight.append(self._stay(time_ns))
             composed = [*leaving, *in_flight[-1].leaving]
         recorder.peak(blocks.held)
@@ -159,13 +162,16 @@ class March(Stretch):
         while in_flight:
             recorder.ended(in_flight.popleft(), cohort, held)
         late, step = cohort.take_late(), cohort.step - ahead
+        self._take(steps, blocks)
         leaving = cohort.march(steps)
         self._show(step, through)
-        self._from_ns = self._record(through, step, late, recorder, (held, blocks.held))
+        last_ns = self._record(through, step, late, recorder, (held, blocks.held))
         cohort.leave(leaving)
         self._ahead = self.silent + self._owed - steps
         if self._ahead:
+            self._take_last(blocks)
             cohort.march(1)
+        self._from_ns = last_ns
         recorder.peak(blocks.held)
         self._stats, self._run = stayers, run
         return leaver
@@ -175,6 +181,33 @@ class March(Stretch):
         self._first_labels = self._labels if self._ahead else labels
         self._labels, self._first, self._owed = labels, 0, 1
         self.plan((), blocks)
+
+    def _take(self, count: int, blocks: BlockManager) -> None:
+        """Add to ``block_ns``, up to the next end, the blocks that the next ``count`` compositions take.
+
+        The first is composed at the start, or at the first end if none is owed; each later one at the end after that.
+        """
+        takes = self._cohort.takes(count)
+        taken = sum(takes)
+        if not taken:
+            return
+        blocks.block_ns += taken * self.next_end_ns
+        if self._first + self._owed > 1:  # composed before the batches in flight have all ended
+            first_ns = self._start_ns if self._owed else self._known[0]
+            first = takes.pop(0)
+            blocks.block_ns -= first * first_ns
+            taken -= first
+        blocks.block_ns -= taken * self._from_ns + self._run.weighted_ns(takes)
+
+    def _take_last(self, blocks: BlockManager) -> None:
+        """The same for the last composition, of those who stay: at the last silent end, or at the start."""
+        if self.silent > self._first:
+            composed_ns = self.end_ns(self.silent)
+        elif self.silent == self._first:
+            composed_ns = self._from_ns
+        else:
+            composed_ns = self._known[self.silent - 1] if self.silent else self._start_ns
+        blocks.block_ns += self._cohort.takes(1)[0] * (self.next_end_ns - composed_ns)
 
     def _stats_without(self, leaver: Request, steps: int) -> BatchStats:
         """The step after the one, ``steps`` from now, with which ``leaver`` leaves."""

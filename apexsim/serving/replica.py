@@ -88,6 +88,11 @@ class Replica:
     # -- arrivals ---------------------------------------------------------------------------------------------
 
     @property
+    def block_ns(self) -> int:
+        """KV blocks in use, integrated over the time up to the latest step end."""
+        return self._blocks.block_ns
+
+    @property
     def frontend_ns(self) -> int:
         """How long the serial frontend takes for a request."""
         return self._set.frontend_ns
@@ -118,12 +123,14 @@ class Replica:
     # -- the step ---------------------------------------------------------------------------------------------
 
     def _wake(self, _: Event) -> None:
+        self._blocks.pass_time(self._clock.now_ns)
         self._fill_pipeline()
         self._set_alarm(self._plan_next())
 
     def _end_step(self, _: Event) -> None:
         """The next end of a step that matters, and those after it as long as nothing else comes in between."""
         while True:
+            self._blocks.pass_time(self._clock.now_ns)
             if not self._part():
                 self._end_batch()
                 self._fill_pipeline()
@@ -266,8 +273,11 @@ class Replica:
         """Send a batch through the stages: it enters one when that is free and the stage before has passed it on."""
         free = self._stage_free
         batch.start_ns = time_ns = max(self._clock.now_ns, free[0])
-        for stage, duration_ns in enumerate(self._set.cost.stage_ns(batch.stats)):
+        durations_ns = self._set.cost.stage_ns(batch.stats)
+        for stage, duration_ns in enumerate(durations_ns):
             time_ns = free[stage] = max(time_ns, free[stage]) + duration_ns
+        if len(durations_ns) > 1:
+            self._recorder.stage_ns += sum(durations_ns)
         batch.end_ns = time_ns
         if batch.leaving:
             self._scheduler.see_off(batch.leaving)

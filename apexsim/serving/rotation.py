@@ -35,7 +35,7 @@ class Rotation(Stretch):
     def _compose(self, runs: Sequence[RunTimes], free: list[int]) -> None:
         """Start and end of every step to come, in order of their ends, and when each of its stages ended."""
         groups = len(self._batches)
-        durations = [run.stages_ns(1, self.silent // groups + 1) for run in runs]
+        durations = self._durations = [run.stages_ns(1, self.silent // groups + 1) for run in runs]
         for composed in range(self.silent):
             time_ns = self._ends[composed]
             self._starts.append(max(time_ns, free[0]))
@@ -69,8 +69,10 @@ class Rotation(Stretch):
         """Apply the silent ends; returns those whose last token the latest composition samples."""
         groups, silent, starts, ends = len(self._batches), self.silent, self._starts, self._ends
         stage_free[:] = self._passed_on[silent - 1]
+        recorder.stage_ns += sum([sum(self._durations[at % groups][at // groups]) for at in range(silent)])
         for position, batch in enumerate(self._batches[:silent]):
             times = ends[position:silent:groups]
+            _take(batch, times, self.next_end_ns, blocks)
             _pass(batch, times, recorder, blocks)
             batch.stats = batch.stats.grown(len(times))
             latest = position + len(times) * groups
@@ -79,6 +81,15 @@ class Rotation(Stretch):
         last = in_flight[-1]
         last.leaving = [request for request in last.samples if request.known == request.total]
         return last.leaving
+
+
+def _take(batch: Batch, ends_ns: Sequence[int], now_ns: int, blocks: BlockManager) -> None:
+    """Add to ``block_ns``, up to now, the blocks that a decode batch takes when it is composed anew at these ends."""
+    for request in batch.samples:
+        for at in range(max(0, request.capacity - request.computed), len(ends_ns), blocks.block_size):
+            before = request.computed + at
+            taken = blocks.needed(before + 1) - blocks.needed(before)
+            blocks.block_ns += taken * (now_ns - ends_ns[at])
 
 
 def _pass(batch: Batch, ends_ns: Sequence[int], recorder: Recorder, blocks: BlockManager) -> None:

@@ -20,6 +20,7 @@ from apexsim.costs.notes import cost_notes
 from apexsim.costs.starting import Started, start
 from apexsim.costs.steps import StepCost, build_step_cost
 from apexsim.costs.timing import StepTimes
+from apexsim.costs.work import waiting_s
 from apexsim.errors import BadInput, nearest
 from apexsim.results import SimulationResult
 from apexsim.serving.audit import Audited
@@ -66,8 +67,7 @@ def simulate(
         run.go()
     recorder, simulated_s = run.recorder, time.perf_counter()
     steps, chunks = recorder.steps(), recorder.chunks()
-    assumed = (*deployment.assumptions, *pool.plan.assumptions)
-    notes = (*requests.notes, *engine.notes, *run.notes(), *assumed)
+    notes = (*requests.notes, *engine.notes, *run.notes(), *deployment.assumptions, *pool.plan.assumptions)
     return SimulationResult.from_run(
         deployment=deployment,
         workload=requests,
@@ -77,6 +77,8 @@ def simulate(
         steps=steps,
         chunks=chunks,
         accounting=account(cost, steps, chunks),
+        worked_s=run.stage_ns * cost.lowered.stage_devices / NS_PER_S - waiting_s(cost, steps, chunks),
+        block_ns=[replica.block_ns for replica in run.replicas],
         memory=engine.memory,
         notes=(*notes, *cost_notes(cost)),
         timing=_timing(started_s, built_s, simulated_s),
@@ -146,6 +148,7 @@ class Run:
         ]
         self.policy = how.policy or make_policy(deployment.scheduler)
         self._columns = requests.extra
+        self._stages = cost.stages
         self._patience_ns = self._patience(requests, how.slo)
         self.replicas = self._replicas(deployment, cost, memory, how.exact_steps)
         self._router = make_router(deployment.router)
@@ -216,6 +219,11 @@ class Run:
         self.clock.run()
         if self._progress:
             self._progress(1.0)
+
+    @property
+    def stage_ns(self) -> int:
+        """Nanoseconds that steps took, those of all stages added up."""
+        return self.recorder.stage_ns if self._stages > 1 else self.recorder.busy_ns
 
     def notes(self) -> tuple[str, ...]:
         """What a reader of the figures must know: columns that nobody looked at, and why requests are left."""
