@@ -98,7 +98,7 @@ def sweep(
 ) -> pd.DataFrame:
     """Run every point of the grid in a sweep YAML; write ``sweep.parquet`` into the folder ``out`` and return it.
 
-        A run that fails is a row with its error; one that misses its SLO has its figures and the verdict ``misses_slo``.
+    A run that fails is a row with its error; one that misses its SLO has its figures and the verdict ``misses_slo``.
     Names and keys are all checked before the first run: ``BadInput`` names the file and the key. ``resume`` goes on
     from the journal in ``out``, and a folder that has one is refused without it; ``jobs`` changes nothing but the time.
     Code that a file names (``module:Name``) is imported only if ``allow_plugins``.

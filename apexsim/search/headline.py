@@ -167,8 +167,8 @@ def _intervals(row: Row, objective: Objective, value: float) -> str:
     figures, said = row.outcome.figures, []
     if not objective.own_rate:
         said.append(f"a rate {objective.resolution:.0%} higher fails")
-    elif (error := objective.error(figures) or _spread(row, objective)) is not None:
-        said.append(f"+-{error / abs(value):.1%} by sampling, 95 %" if value else "no spread")
+    elif value and (error := _sampling_error(row, objective)) is not None:
+        said.append(f"+-{error / abs(value):.1%} by sampling, 95 %")
     else:
         said.append("no interval is known for its sampling")
     whole = figures.get(objective.whole) if objective.whole else None
@@ -181,7 +181,9 @@ def _intervals(row: Row, objective: Objective, value: float) -> str:
     return "; ".join(said)
 
 
-def _spread(row: Row, objective: Objective) -> float | None:
-    """Half-width of a figure that is known over parts of the run; None where it is not."""
+def _sampling_error(row: Row, objective: Objective) -> float | None:
+    """Half-width of the figure that counts: its own, or over the parts of the run; None where neither is known."""
+    if (known := objective.error(row.outcome.figures)) is not None:
+        return known
     parts = [value for value in row.outcome.batches.get(objective.column, ()) if value is not None]
     return half_width(np.array(parts)) if len(parts) >= FEWEST_PARTS else None
