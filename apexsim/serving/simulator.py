@@ -59,15 +59,14 @@ def simulate(
     started_s = time.perf_counter()
     requests = workload.sample(seed=seed) if isinstance(workload, Workload) else workload
     engine, cost = set_up(deployment, requests)
-    deployment, pool = engine.deployment, engine.deployment.pools[0]
-    built_s = time.perf_counter()
+    deployment, built_s = engine.deployment, time.perf_counter()
     with no_cycle_collection():
         how = How(slo=slo, exact_steps=exact_steps, progress=progress)
         run = Run(deployment, requests, cost=cost, memory=engine.memory, how=how)
         run.go()
     recorder, simulated_s = run.recorder, time.perf_counter()
     steps, chunks = recorder.steps(), recorder.chunks()
-    notes = (*requests.notes, *engine.notes, *run.notes(), *deployment.assumptions, *pool.plan.assumptions)
+    taken = (*deployment.assumptions, *deployment.pools[0].plan.assumptions, *cost_notes(cost))
     return SimulationResult.from_run(
         deployment=deployment,
         workload=requests,
@@ -80,7 +79,7 @@ def simulate(
         worked_s=run.stage_ns * cost.lowered.stage_devices / NS_PER_S - waiting_s(cost, steps, chunks),
         block_ns=[replica.block_ns for replica in run.replicas],
         memory=engine.memory,
-        notes=(*notes, *cost_notes(cost)),
+        notes=(*requests.notes, *engine.notes, *run.notes(), *taken),
         timing=_timing(started_s, built_s, simulated_s),
     )
 
