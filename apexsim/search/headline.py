@@ -142,9 +142,11 @@ def _versus_usual(study: Study, usual: Row | None) -> str:
         return f"it is {USUAL}"
     if any(usual is row for row in study.leaders):
         return f"a tie with {USUAL}, {usual.candidate.name}"
-    compared = f"{_compare(objective, best, usual)} {USUAL}, {usual.candidate.name}"
-    verdict = {"ok": "", "misses_slo": ", which misses the SLO"}.get(usual.outcome.verdict, ", which does not run")
-    return compared + verdict
+    named = f"{USUAL}, {usual.candidate.name}"
+    if usual.outcome.verdict == "ok":
+        return f"{_compare(objective, best, usual)} {named}"
+    # A plan that falls behind has no figure worth comparing: its queue would grow on.
+    return f"{named}, {'misses the SLO' if usual.outcome.verdict == 'misses_slo' else 'does not run'}"
 
 
 def _compare(objective: Objective, best: Row, other: Row) -> str:
