@@ -63,9 +63,6 @@ class LinearRun:
         first = self.cost.stage_ns(self.stats)[0]
         return steps * first + self.cost.context_ns * (steps * (steps - 1) // 2)
 
-    def weighted_ns(self, weights: Sequence[int], total: int) -> int:
-        return sum(weight * self.elapsed_ns(steps) for steps, weight in enumerate(weights))
-
     def durations_ns(self, steps: int) -> NDArray[np.int64]:
         return self.cost.stage_ns(self.stats)[0] + self.cost.context_ns * np.arange(steps, dtype=np.int64)
 
@@ -230,7 +227,7 @@ def check_same(fast: Run, exact: Run) -> None:
 
 
 def _work_ns(run: Run) -> int:
-    """Nanoseconds that the steps of a run took, on all stages."""
+    """Nanoseconds that steps took: in a pipeline those that only decode, on all stages."""
     rows = run.recorder.steps()
     return run.recorder.pipeline_ns or int((rows["end_ns"] - rows["start_ns"]).sum())
 

@@ -65,9 +65,6 @@ class GoldenRun:
             self.sums_ns.append(self.sums_ns[-1] + step_ns)
         return self.sums_ns[steps]
 
-    def weighted_ns(self, weights: Sequence[int], total: int) -> int:
-        return sum(weight * self.elapsed_ns(steps) for steps, weight in enumerate(weights))
-
     def durations_ns(self, steps: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         self.elapsed_ns(steps)
         return np.diff(self.sums_ns[: steps + 1])

@@ -6,6 +6,7 @@ and is left to the idle power of whoever sums up.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from apexsim.costs.forms.hardware import Array
 from apexsim.costs.steps import StepCost
 from apexsim.costs.work import Columns, work_of
 from apexsim.specs.power import CLOCK_VARIANTS
+from apexsim.units import NS_PER_S
 
 
 @dataclass(frozen=True)
@@ -68,3 +70,15 @@ def account(cost: StepCost, steps: Columns, chunks: Columns, *, time_scale: floa
         possible = min(totals), max(totals)
     by_step = drawn.by_step_j, drawn.by_step_s
     return Accounting(dict(energy_j), flops, bytes_moved, dict(seconds), possible, dict(spread_s), *by_step)
+
+
+def worked_s(cost: StepCost, accounting: Accounting, steps: Columns, pipeline_ns: int) -> float:
+    """Device seconds of work of a whole run: the same to the last bit however decode steps were put into rows.
+
+    Steps with prompts have a row each. Those that only decode add up in whole nanoseconds: on one stage of a replica
+    their rows say how long they took, ``pipeline_ns`` is what they took on all stages of a pipeline.
+    """
+    prompts = steps["chunk_tokens"] > 0
+    taken_ns = steps["end_ns"] - steps["start_ns"]
+    decode_ns = pipeline_ns if cost.stages > 1 else int(taken_ns[~prompts].sum())
+    return math.fsum(accounting.step_s[prompts]) + decode_ns * cost.lowered.stage_devices / NS_PER_S

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,3 +52,33 @@ class RunDurations:
             weights.append(np.cumsum(change)[:-1])
         where = (counts := np.concatenate(weights)) > 0
         return np.concatenate(durations)[where], counts[where]
+
+
+def elapsed_times(runs: Sequence[RunTimes], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``elapsed_ns`` of 0, 1 ... ``count`` - 1 steps of each run, one run after another."""
+    starts = np.cumsum(counts) - counts
+    times = np.zeros(int(counts.sum()), dtype=np.int64)
+    plain: dict[int, list[int]] = {}
+    for number, run in enumerate(runs):
+        if isinstance(run, PlainRun):
+            plain.setdefault(run.kind[0], []).append(number)
+        elif counts[number] > 1:
+            first, last = int(starts[number]) + 1, int(starts[number] + counts[number])
+            times[first:last] = np.cumsum(run.durations_ns(last - first))
+    for numbers in plain.values():
+        some = np.array(numbers)
+        within = np.arange(int(counts[some].sum())) - np.repeat(np.cumsum(counts[some]) - counts[some], counts[some])
+        times[np.repeat(starts[some], counts[some]) + within] = _of_table(
+            [runs[n] for n in numbers], counts[some], within
+        )
+    return times
+
+
+def _of_table(runs: Sequence[Any], counts: NDArray[np.int64], within: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The same for plain runs of one table; ``within`` counts the steps of each from 0."""
+    farthest = max(range(len(runs)), key=lambda number: runs[number].mean + int(counts[number]))
+    prefix = runs[farthest].prefix_to(int(counts[farthest]))
+    mean = np.array([run.mean for run in runs])
+    constant, layers = np.array([run.kind[1:] for run in runs]).T
+    spent = prefix[np.repeat(mean, counts) + within] - np.repeat(prefix[mean], counts)
+    return np.asarray(np.repeat(constant, counts) * within + np.repeat(layers, counts) * spent)

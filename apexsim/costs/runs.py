@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from operator import mul
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,10 +106,6 @@ class DecodeRun:
         below = self._steps_below_floor(steps)
         return below * self._floor + self._device_ns(below, steps)
 
-    def weighted_ns(self, weights: Sequence[int], total: int) -> int:
-        """Sum of ``weights[k]`` x ``elapsed_ns(k)``, on one stage; ``total`` is that of the weights."""
-        return sum([weight * self.elapsed_ns(steps) for steps, weight in enumerate(weights) if weight])
-
     def durations_ns(self, steps: int) -> NDArray[np.int64]:
         """Nanoseconds of each of the first ``steps`` steps, on one stage."""
         spent = np.full(steps, self._constant) if not self._growing else np.int64(self._constant)
@@ -168,14 +163,6 @@ class PlainRun(DecodeRun):
             self._table.grow(self.mean + steps)
             return self.elapsed_ns(steps)
 
-    def weighted_ns(self, weights: Sequence[int], total: int) -> int:
-        count, mean, prefix = len(weights), self.mean, self._prefix
-        if mean + count > len(prefix):
-            self._table.grow(mean + count)
-        spent: int = sum(map(mul, weights, prefix[mean : mean + count])) - self._base * total
-        steps: int = sum(map(mul, weights, range(count)))
-        return self._constant * steps + self._layers * spent
-
     def stages_ns(self, first: int, count: int) -> list[list[int]]:
         return [[ns] for ns in self.durations_between(self.mean + first, self.mean + first + count).tolist()]
 
@@ -187,6 +174,11 @@ class PlainRun(DecodeRun):
         self._table.between(first, last)
         prefix = np.frombuffer(self._prefix[first : last + 1], dtype=np.int64)
         return self._constant + self._layers * (prefix[1:] - prefix[:-1])
+
+    def prefix_to(self, steps: int) -> NDArray[np.int64]:
+        """T(0) + ... + T(n - 1) of its table for every n, at least as far as its first ``steps`` steps."""
+        self._table.between(self.mean, self.mean + steps)
+        return np.frombuffer(self._prefix, dtype=np.int64)
 
     @property
     def kind(self) -> tuple[int, int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -20,9 +19,6 @@ class RunTimes(Protocol):
 
     def elapsed_ns(self, steps: int) -> int:
         """Nanoseconds of the first ``steps`` steps on one stage: exactly the sum of theirs."""
-
-    def weighted_ns(self, weights: Sequence[int], total: int) -> int:
-        """Sum of ``weights[k]`` x ``elapsed_ns(k)``; ``total`` is that of the weights."""
 
     def durations_ns(self, steps: int) -> NDArray[np.int64]:
         """Nanoseconds of each of them."""

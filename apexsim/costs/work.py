@@ -7,7 +7,6 @@ has no entry.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -237,33 +236,6 @@ def _chunk_s(cost: StepCost, attention: Mixing, chunks: Columns, launches: Array
 def _waited_s(chunk_s: Array, chunks: Columns, own: OwnPart) -> Array:
     """Seconds of the chunks of every step on its fullest rank."""
     return _floats(np.bincount(chunks["step"], np.where(own.rank == 0, chunk_s, 0.0), len(own.tokens)))
-
-
-def worked_s(cost: StepCost, steps: Columns, chunks: Columns, pipeline_ns: int) -> float:
-    """Device seconds of work of a whole run, from whole nanoseconds: the same however rows of steps were put together.
-
-    ``pipeline_ns`` is what the steps took on all stages of a pipeline; on one stage the rows themselves say so.
-    """
-    stage_ns = pipeline_ns if cost.stages > 1 else int((steps["end_ns"] - steps["start_ns"]).sum())
-    return stage_ns * cost.lowered.stage_devices / NS_PER_S - _waiting_s(cost, steps, chunks)
-
-
-def _waiting_s(cost: StepCost, steps: Columns, chunks: Columns) -> float:
-    """Device seconds in which attention-data ranks wait for the one with the most chunks, in steps that compute some.
-
-    The same to the last bit in whatever order the steps are recorded.
-    """
-    lowered, total_s = cost.lowered, 0.0
-    if lowered.attention_data == 1:
-        return total_s
-    own = OwnPart.of(steps, chunks, lowered.attention_data)
-    for attention in cost.attentions:
-        decode_s, chunk_s = _decode_s(cost, attention, steps), _chunk_s(cost, attention, chunks, own.launches)
-        together = _together(cost, attention, (steps, chunks, own), (decode_s, chunk_s))
-        chunk_s = chunk_s * together[chunks["step"]]
-        spent_s = lowered.stage_devices * math.fsum(chunk_s[own.rank == 0]) - lowered.tensor * math.fsum(chunk_s)
-        total_s += sum(lowered.layers_of(attention)) * spent_s
-    return total_s
 
 
 def _together(

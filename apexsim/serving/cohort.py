@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from heapq import heappop, heappush
 
-from apexsim.serving.growth import growth_of
+from apexsim.serving.growth import Taking, growth_of
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.request import Request
 
@@ -62,10 +62,6 @@ class Cohort:
         """At least as many, told at once."""
         return self._growth.most_missing(steps)
 
-    def takes(self, steps: int) -> list[int]:
-        """How many blocks each of the next ``steps`` steps takes."""
-        return self._growth.takes(self.step, steps)
-
     @property
     def steps_to_leave(self) -> int:
         """Steps until a member samples its last token."""
@@ -78,12 +74,20 @@ class Cohort:
             return None
         return None if min(self._leavers[1:3])[0] <= due + 1 else self._leavers[0][2]
 
-    def march(self, steps: int, missing: int | None = None) -> list[Request]:
-        """Compose ``steps`` steps, for which ``missing`` blocks are taken, where that is known.
+    @property
+    def late_block_ns(self) -> int:
+        """See ``Growth``."""
+        return self._growth.late_block_ns()
+
+    def march(self, steps: int, taking: Taking | None = None) -> list[Request]:
+        """Compose ``steps`` steps, now or at times that have passed.
 
         Returns the members whose last token the last of them samples, who leave.
         """
-        self._growth.march(self.step, steps, missing)
+        if taking is None:
+            self._growth.march(self.step, steps)
+        else:
+            self._growth.march_over(self.step, steps, taking)
         self.step += steps
         self.context += steps * self.size
         leaving = []

@@ -6,11 +6,40 @@ are kept by ``-base`` modulo the block size.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from apexsim.costs.durations import elapsed_times
+from apexsim.costs.timing import RunTimes
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.request import Request
+
+_SPANS = 1 << 14  # stretches whose times are added up together, which bounds the memory that takes
+
+
+class Taking(Protocol):
+    """When the compositions of a stretch take blocks, that of number 0 first; the stretch ends at ``next_end_ns``."""
+
+    next_end_ns: int
+
+    @property
+    def early(self) -> int:
+        """How many of them (0 or 1) come before the run of the others begins."""
+
+    @property
+    def run(self) -> RunTimes:
+        """The run: later compositions come when 0, 1, 2 ... of its steps have ended."""
+
+    @property
+    def left_ns(self) -> int:
+        """From the beginning of the run to the end of the stretch."""
+
+    def composed_ns(self, number: int) -> int:
+        """When a composition happens."""
 
 
 class Growth(Protocol):
@@ -24,11 +53,14 @@ class Growth(Protocol):
     def most_missing(self, steps: int) -> int:
         """At least as many as they lack, told at once."""
 
-    def march(self, step: int, steps: int, missing: int | None = None) -> None:
-        """Take the blocks that the members lack: so many, where that is known."""
+    def march(self, step: int, steps: int) -> None:
+        """Take those blocks."""
 
-    def takes(self, step: int, steps: int) -> list[int]:
-        """How many of those blocks each of the steps takes."""
+    def march_over(self, step: int, steps: int, taking: Taking) -> None:
+        """Take them at their times, which have passed; the block manager is told the time of the last alone."""
+
+    def late_block_ns(self) -> int:
+        """What ``block_ns`` of the manager lacks, because blocks were taken before it was told the time."""
 
     def leave(self, request: Request) -> None:
         """Let a member go, with its blocks (of its ``computed`` tokens) on its own account again."""
@@ -48,11 +80,16 @@ class SteadyGrowth:
         self._each = blocks.needed(1)
         self._members = 0
         self._crossing = [0] * self._size
+        # What happened, to be added up afterwards: next crossings of who joined and of who left; step, number of steps
+        # and time left of every stretch, and its run.
+        self._joined, self._left, self._spans = array("q"), array("q"), array("q")
+        self._runs: list[RunTimes] = []
 
     def join(self, request: Request) -> None:
         if request.capacity < request.total:  # else it holds all the blocks it will ever need
             self._members += 1
             self._crossing[-request.base % self._size] += 1
+            self._joined.append(self._crosses(request))
 
     def missing(self, step: int, steps: int) -> int:
         size, crossing = self._size, self._crossing
@@ -67,24 +104,54 @@ class SteadyGrowth:
     def most_missing(self, steps: int) -> int:
         return self._each * self._members * (1 + steps // self._size)
 
-    def march(self, step: int, steps: int, missing: int | None = None) -> None:
-        if missing is None:
-            missing = self.missing(step, steps)
+    def march(self, step: int, steps: int) -> None:
+        missing = self.missing(step, steps)
         if missing:
             self._blocks.take(missing)
 
-    def takes(self, step: int, steps: int) -> list[int]:
-        crossing, first, each = self._crossing, step % self._size, self._each
-        if first + steps > self._size:
-            crossing = crossing * (1 + (first + steps) // self._size)
-        taken = crossing[first : first + steps]
-        return taken if each == 1 else [each * count for count in taken]
+    def march_over(self, step: int, steps: int, taking: Taking) -> None:
+        self.march(step, steps)
+        if taking.early:
+            taken = self._each * self._crossing[step % self._size]
+            self._blocks.block_ns += taken * (taking.next_end_ns - taking.composed_ns(0))
+            step, steps = step + 1, steps - 1
+        if steps:
+            self._runs.append(taking.run)
+            self._spans.extend((step, steps, taking.left_ns))
+
+    def late_block_ns(self) -> int:
+        if not self._runs:
+            return 0
+        members, total = self._members_crossing(), 0
+        spans = np.array(self._spans, dtype=np.int64).reshape(-1, 3)
+        for first in range(0, len(self._runs), _SPANS):
+            step, count, left_ns = spans[first : first + _SPANS].T
+            elapsed_ns = elapsed_times(self._runs[first : first + _SPANS], count)
+            starts = np.cumsum(count) - count
+            at = np.arange(len(elapsed_ns)) + np.repeat(step - starts, count)
+            held_ns = members[at] * (np.repeat(left_ns, count) - elapsed_ns)
+            total += sum(np.add.reduceat(held_ns, starts).tolist())
+        return self._each * total
+
+    def _members_crossing(self) -> NDArray[np.int64]:
+        """How many members crossed at each of the common steps."""
+        size, steps = self._size, self._spans[-3] + self._spans[-2]
+        change = np.zeros((steps // size + 1) * size, dtype=np.int64)
+        for moves, by in ((self._joined, 1), (self._left, -1)):
+            at, counts = np.unique(np.array(moves, dtype=np.int64), return_counts=True)
+            change[at[at < len(change)]] += by * counts[at < len(change)]
+        return np.cumsum(change.reshape(-1, size), axis=0).ravel()
 
     def leave(self, request: Request) -> None:
         if request.capacity < request.total:
             self._members -= 1
             self._crossing[-request.base % self._size] -= 1
+            self._left.append(self._crosses(request))
             self._blocks.hand_over(request)
+
+    def _crosses(self, request: Request) -> int:
+        """The common step, from now on, at which a member crosses next."""
+        return request.computed - request.base + -request.computed % self._size
 
 
 class MemberGrowth:
@@ -103,19 +170,23 @@ class MemberGrowth:
     def most_missing(self, steps: int) -> int:
         return sum(map(len, self._due)) * self._blocks.needed(steps + self._blocks.block_size)
 
-    def march(self, step: int, steps: int, missing: int | None = None) -> None:
+    def march(self, step: int, steps: int) -> None:
         for request, tokens in self._growing(step, steps):
             self._blocks.grow(request, tokens)
 
-    def takes(self, step: int, steps: int) -> list[int]:
-        taken, size, needed = [0] * steps, len(self._due), self._blocks.needed
+    def march_over(self, step: int, steps: int, taking: Taking) -> None:
+        size, needed = len(self._due), self._blocks.needed
         for first in range(min(steps, size)):
             for request in self._due[(step + first) % size]:
-                for at in range(first, steps, size):
-                    before = request.base + step + at
+                for number in range(first, steps, size):
+                    before = request.base + step + number
                     if before >= request.capacity:
-                        taken[at] += needed(before + 1) - needed(before)
-        return taken
+                        taken = needed(before + 1) - needed(before)
+                        self._blocks.block_ns += taken * (taking.next_end_ns - taking.composed_ns(number))
+        self.march(step, steps)
+
+    def late_block_ns(self) -> int:
+        return 0
 
     def leave(self, request: Request) -> None:
         self._due[-request.base % len(self._due)].remove(request)

@@ -119,7 +119,7 @@ class March(Stretch):
             return StepEnd(self.next_end_ns, left)
         late, step, through = cohort.take_late(), cohort.step - ahead, self.silent + 1 - self._first
         marches = min(compositions, cohort.steps_to_leave)
-        leaving = composed = self._march(marches, blocks)
+        leaving = composed = cohort.march(marches, self)
         showing = self._show(step, through)
         time_ns = self._from_ns
         if through > 0:
@@ -135,7 +135,7 @@ class March(Stretch):
             in_flight[-1].leaving = leaving
         cohort.leave(leaving)
         if compositions > marches and cohort.size:
-            self._take_last(blocks)
+            self._hold_last(blocks)
             in_flight.append(self._stay(time_ns))
             composed = [*leaving, *in_flight[-1].leaving]
         recorder.peak(blocks.held)
@@ -163,13 +163,13 @@ class March(Stretch):
         while in_flight:
             recorder.ended(in_flight.popleft(), cohort, held)
         late, step = cohort.take_late(), cohort.step - ahead
-        leaving = self._march(steps, blocks)
+        leaving = cohort.march(steps, self)
         self._show(step, through)
         last_ns = self._record(through, step, late, recorder, (held, blocks.held))
         cohort.leave(leaving)
         self._ahead = self.silent + self._owed - steps
         if self._ahead:
-            self._take_last(blocks)
+            self._hold_last(blocks)
             cohort.march(1)
         self._from_ns = last_ns
         recorder.peak(blocks.held)
@@ -182,31 +182,32 @@ class March(Stretch):
         self._labels, self._first, self._owed = labels, 0, 1
         self.plan((), blocks)
 
-    def _march(self, count: int, blocks: BlockManager) -> list[Request]:
-        """Compose the next ``count`` steps, and add to ``block_ns`` the blocks they take, up to the next end.
+    # -- when blocks are taken (see growth.Taking) --------------------------------------------------------------------
 
-        The first is composed at the start, or at the first end if none is owed; each later one at the end after that.
-        """
-        takes = self._cohort.takes(count)
-        taken = later = sum(takes)
-        if taken:
-            spent = 0
-            if self._first + self._owed > 1:  # composed before the batches in flight have all ended
-                first = takes.pop(0)
-                spent, later = first * (self._start_ns if self._owed else self._known[0]), taken - first
-            spent += later * self._from_ns + self._run.weighted_ns(takes, later)
-            blocks.block_ns += taken * self.next_end_ns - spent
-        return self._cohort.march(count, taken)
+    @property
+    def early(self) -> int:
+        """A first composition before the batches in flight have all ended."""
+        return int(self._first + self._owed > 1)
 
-    def _take_last(self, blocks: BlockManager) -> None:
-        """The same for the last composition, of those who stay: at the last silent end, or at the start."""
-        if self.silent > self._first:
-            composed_ns = self.end_ns(self.silent)
-        elif self.silent == self._first:
-            composed_ns = self._from_ns
-        else:
-            composed_ns = self._known[self.silent - 1] if self.silent else self._start_ns
-        blocks.block_ns += self._cohort.takes(1)[0] * (self.next_end_ns - composed_ns)
+    @property
+    def run(self) -> RunTimes:
+        return self._run
+
+    @property
+    def left_ns(self) -> int:
+        return self.next_end_ns - self._from_ns
+
+    def composed_ns(self, number: int) -> int:
+        """The first is composed at the start, or at the first end if none is owed; each later one at the next end."""
+        end = number + 1 - self._owed
+        if end >= self._first:
+            return self._from_ns + self._run.elapsed_ns(end - self._first)
+        return self._known[end - 1] if end else self._start_ns
+
+    def _hold_last(self, blocks: BlockManager) -> None:
+        """Those who stay are composed at the last silent end: ``block_ns`` up to the next one."""
+        missing, composed_ns = self._cohort.missing(1), self.composed_ns(self.silent + self._owed - 1)
+        blocks.block_ns += missing * (self.next_end_ns - composed_ns)
 
     def _stats_without(self, leaver: Request, steps: int) -> BatchStats:
         """The step after the one, ``steps`` from now, with which ``leaver`` leaves."""

@@ -38,7 +38,7 @@ class Recorder:
         self._next: tuple[int, int, int, int] | None = None
         self._gaps = array("q")
         self._runs = RunDurations()
-        self.pipeline_ns = 0  # what steps took on all stages of a pipeline; on a single stage their rows say that
+        self.pipeline_ns = 0  # what steps that only decode took on all stages of a pipeline
         self.rejected: dict[int, str] = {}
 
     def step(

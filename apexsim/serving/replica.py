@@ -90,7 +90,7 @@ class Replica:
     @property
     def block_ns(self) -> int:
         """KV blocks in use, integrated over the time up to the latest step end."""
-        return self._blocks.block_ns
+        return self._blocks.block_ns + self._cohort.late_block_ns
 
     @property
     def frontend_ns(self) -> int:
@@ -276,7 +276,7 @@ class Replica:
         durations_ns = self._set.cost.stage_ns(batch.stats)
         for stage, duration_ns in enumerate(durations_ns):
             time_ns = free[stage] = max(time_ns, free[stage]) + duration_ns
-        if len(durations_ns) > 1:
+        if len(durations_ns) > 1 and not batch.stats.chunks:
             self._recorder.pipeline_ns += sum(durations_ns)
         batch.end_ns = time_ns
         if batch.leaving:

@@ -14,13 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from simpy import Event
 
-from apexsim.costs.accounting import account
+from apexsim.costs.accounting import account, worked_s
 from apexsim.costs.memory import MemoryPlan
 from apexsim.costs.notes import cost_notes
 from apexsim.costs.starting import Started, start
 from apexsim.costs.steps import StepCost, build_step_cost
 from apexsim.costs.timing import StepTimes
-from apexsim.costs.work import worked_s
 from apexsim.errors import BadInput, nearest
 from apexsim.results import SimulationResult
 from apexsim.serving.audit import Audited
@@ -61,11 +60,11 @@ def simulate(
     engine, cost = set_up(deployment, requests)
     deployment, built_s = engine.deployment, time.perf_counter()
     with no_cycle_collection():
-        how = How(slo=slo, exact_steps=exact_steps, progress=progress)
-        run = Run(deployment, requests, cost=cost, memory=engine.memory, how=how)
+        run = Run(deployment, requests, cost=cost, memory=engine.memory, how=How(slo, None, exact_steps, progress))
         run.go()
     simulated_s = time.perf_counter()
     steps, chunks = run.recorder.steps(), run.recorder.chunks()
+    accounting = account(cost, steps, chunks)
     return SimulationResult.from_run(
         deployment=deployment,
         workload=requests,
@@ -74,8 +73,8 @@ def simulate(
         itl=run.recorder.inter_token_gaps(),
         steps=steps,
         chunks=chunks,
-        accounting=account(cost, steps, chunks),
-        worked_s=worked_s(cost, steps, chunks, run.recorder.pipeline_ns),
+        accounting=accounting,
+        worked_s=worked_s(cost, accounting, steps, run.recorder.pipeline_ns),
         block_ns=[replica.block_ns for replica in run.replicas],
         memory=engine.memory,
         notes=(*requests.notes, *engine.notes, *run.notes(), *_assumptions(deployment), *cost_notes(cost)),
@@ -105,7 +104,7 @@ def _timing(started_s: float, built_s: float, simulated_s: float) -> dict[str, f
     }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class How:
     """What a run depends on beside its deployment and its requests.
 

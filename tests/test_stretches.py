@@ -1,0 +1,197 @@
+"""How many silent ends have passed, and blocks over time: every kind of stretch against what is counted one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apexsim.io.deployments import DeploymentFile, resolve_deployment
+from apexsim.serving.march import March
+from apexsim.serving.replica import Replica
+from apexsim.serving.rotation import Rotation
+from apexsim.serving.simulator import How, Run, simulate
+from apexsim.serving.stretch import Stretch
+from apexsim.specs.workload import Requests
+from apexsim.testing import Case, LinearCost, check_case, made_up_deployment, made_up_memory
+
+TICK = 500_000
+
+
+def passed_by_scan(stretch: Stretch, now_ns: int) -> int:
+    """Silent ends strictly before ``now_ns``, looked at one by one."""
+    return sum(stretch.end_ns(count) < now_ns for count in range(1, stretch.silent + 1))
+
+
+def check_passed(stretch: Stretch) -> None:
+    """Just before, at and after every end, and at both ends of time."""
+    ends_ns = [stretch.end_ns(count) for count in range(1, stretch.silent + 2)]
+    assert ends_ns == sorted(ends_ns)
+    assert ends_ns[-1] == stretch.next_end_ns
+    for now_ns in {0, *(end_ns + by for end_ns in ends_ns for by in (-1, 0, 1))}:
+        assert stretch.passed(now_ns) == passed_by_scan(stretch, now_ns), f"at {now_ns} of {ends_ns}"
+
+
+def stretches_of(case: Case, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Check every stretch that a case plans, cuts and goes on with; returns how many of each kind there were."""
+    seen: dict[str, int] = {}
+    planned, cut = Replica._plan_next, Stretch.cut
+
+    def check(kind: str, stretch: Stretch | None) -> None:
+        if stretch is not None:
+            gone_on = "gone on" if isinstance(stretch, March) and stretch._first == 0 and stretch._known else ""
+            seen[f"{type(stretch).__name__} {kind} {gone_on}".strip()] = 1
+            check_passed(stretch)
+
+    def plan_next(replica: Replica) -> int | None:
+        end_ns = planned(replica)
+        check("planned", replica._stretch)
+        return end_ns
+
+    def cut_at(stretch: Stretch, now_ns: int) -> bool:
+        expected = passed_by_scan(stretch, now_ns)
+        dropped = cut(stretch, now_ns)
+        assert stretch.silent == expected
+        check("cut", stretch)
+        return dropped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Replica, "_plan_next", plan_next)
+        patch.setattr(Stretch, "cut", cut_at)
+        case.run(exact_steps=False)
+    return seen
+
+
+cases = st.builds(
+    Case,
+    arrivals_ns=st.lists(st.integers(0, 200).map(lambda tick: tick * TICK // 2), min_size=1, max_size=12).map(sorted),
+    lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=12, max_size=12),
+    policy=st.sampled_from(["chunked_prefill", "prefill_first"]),
+    token_budget=st.sampled_from([1, 16, 512]),
+    seats=st.sampled_from([2, 64]),
+    blocks=st.sampled_from([20, 4000]),
+    lookahead=st.sampled_from([0, 1]),
+    stages=st.sampled_from([1, 1, 2, 3]),
+    concurrency=st.sampled_from([None, 3]),
+    turnaround_ns=st.sampled_from([0, 3 * TICK]),
+    window=st.sampled_from([None, 40]),
+    step_ns=st.sampled_from([0, TICK, 700_001]),
+    context_ns=st.sampled_from([0, 100, 50_000]),
+)
+
+
+def test_passed_equals_a_scan_of_all_ends() -> None:
+    seen: dict[str, int] = {}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+
+        @settings(max_examples=120)
+        @given(cases)
+        def look(case: Case) -> None:
+            for kind, count in stretches_of(case, monkeypatch).items():
+                seen[kind] = seen.get(kind, 0) + count
+
+        look()
+    kinds = {"March planned", "March cut", "March planned gone on", "March cut gone on", "Rotation planned"}
+    assert kinds | {"Rotation cut"} <= seen.keys(), f"{seen}: a kind of stretch was never looked at"
+
+
+def test_an_arrival_just_after_somebody_left_waits_for_the_step_in_flight() -> None:
+    """The march of those who stay begins with no batch in flight: its first guess is that nothing has passed."""
+    lengths = [(1, 260), (1, 180), (1, 90), (1, 5)]
+    leaving_ns = sorted(
+        (request.last_token_ns or 0)
+        for request in Case(arrivals_ns=[0] * 3, lengths=lengths, lookahead=0).run(exact_steps=False).requests
+    )
+    for after_ns in (1, 500_000, 1_000_000, 1_500_000, 2_700_000):
+        check_case(Case(arrivals_ns=[0, 0, 0, leaving_ns[0] + after_ns], lengths=lengths))
+
+
+@pytest.mark.parametrize(("count", "budget"), [(2, 1), (70, 64), (40, 7)])
+@pytest.mark.parametrize("policy", ["prefill_first", "chunked_prefill"])
+def test_no_more_decodes_than_the_token_budget_march(count: int, budget: int, policy: str) -> None:
+    case = Case(
+        arrivals_ns=[0] * count, lengths=[(2, 30)] * count, policy=policy, token_budget=budget, seats=1_024,
+        most_of_prompt=None,
+    )  # fmt: skip
+    check_case(case)
+    steps = case.run(exact_steps=False).recorder.steps()
+    assert (steps["decodes"] + steps["chunk_tokens"]).max() == budget
+
+
+# -- blocks over time --------------------------------------------------------------------------------------------------
+
+
+def test_blocks_over_time_by_hand() -> None:
+    """One request of 20 + 30 tokens in blocks of 16: two blocks for 13 steps, three for 16, four for the last."""
+    run = Case(arrivals_ns=[0], lengths=[(20, 30)], token_ns=0, context_ns=0).run(exact_steps=False)
+    assert run.replicas[0].block_ns == (2 * 13 + 3 * 16 + 4 * 1) * 1_000_000
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("window", [None, 40])
+def test_blocks_over_time_equal_those_counted_at_every_step(stages: int, lookahead: int, window: int | None) -> None:
+    """By an onlooker of the single steps, who counts before every change."""
+    rng = np.random.default_rng(stages + 2 * lookahead)
+    case = Case(
+        arrivals_ns=sorted(int(tick) * TICK for tick in rng.integers(0, 200, 30)),
+        lengths=[(int(p), int(o)) for p, o in rng.integers(1, 90, (30, 2))],
+        stages=stages,
+        lookahead=lookahead,
+        window=window,
+        blocks=60,
+        seats=12,
+    )
+    run = Run(
+        made_up_deployment(case.scheduler(), stages=stages),
+        case.requests(),
+        cost=LinearCost(stages=stages),
+        memory=made_up_memory(60, window=window),
+        how=How(exact_steps=True),
+    )
+    blocks, counted, before_ns = run.replicas[0]._blocks, 0, 0
+
+    def looked_at(change: Callable[..., None]) -> Callable[..., None]:
+        def changed(*arguments: object) -> None:
+            nonlocal counted, before_ns
+            counted += blocks.held * (run.clock.now_ns - before_ns)
+            before_ns = run.clock.now_ns
+            change(*arguments)
+
+        return changed
+
+    blocks.grow, blocks.release = looked_at(blocks.grow), looked_at(blocks.release)  # type: ignore[method-assign]
+    run.go()
+    assert counted == run.replicas[0].block_ns > 0
+    assert case.run(exact_steps=False).replicas[0].block_ns == counted
+
+
+def test_results_have_the_same_occupancy_and_idle_joules_either_way() -> None:
+    rng = np.random.default_rng(5)
+    requests = Requests(
+        name="busy",
+        arrival_s=np.cumsum(rng.exponential(0.05, 40)),
+        prompt_tokens=rng.integers(1, 2000, 40),
+        output_tokens=rng.integers(1, 120, 40),
+    )
+    for file in (
+        {"model": "llama-3.1-8b", "replicas": 3},
+        {"model": "llama-3.1-70b", "tensor": 2, "pipeline": 2},
+        {"model": "gpt-oss-20b", "tensor": 2, "attention_data": 2, "pipeline": 2, "engine": "sglang-0.5"},
+    ):
+        deployment = resolve_deployment(DeploymentFile(device="h100-sxm", **file), where="test")
+        fast, exact = (simulate(deployment, requests, exact_steps=exact) for exact in (False, True))
+        assert fast.block_ns == exact.block_ns
+        one, other = fast.summary(), exact.summary()
+        assert one["utilization"]["kv_cache_mean"] == other["utilization"]["kv_cache_mean"]
+        assert one["energy"]["idle_j"] == other["energy"]["idle_j"]
+        operators_s = sum(sum(by.values()) for by in fast.usage.seconds.values())
+        assert fast.usage.working_s == pytest.approx(operators_s, rel=1e-6)
+
+
+def test_kinds_of_stretches_are_two() -> None:
+    """Whoever adds a third puts it under the property above."""
+    assert set(Stretch.__subclasses__()) == {March, Rotation}
