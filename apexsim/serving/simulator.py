@@ -52,16 +52,16 @@ def simulate(
 ) -> SimulationResult:
     """Serve every request of ``workload`` and return what happened.
 
-    ``seed`` draws the requests of a ``Workload``; a run itself has no randomness. ``exact_steps`` simulates each step
-    singly (the slow oracle: the same request records). ``progress`` is called with the share of requests done.
-    Raises ``InfeasiblePlan`` when the plan is not lawful or does not start, ``Unsupported`` where no cost is known.
+    ``seed`` draws requests of a ``Workload``; a run has no randomness. ``exact_steps`` simulates each step singly (the
+    slow oracle: the same request records). ``progress`` is called with the share of requests done. Raises
+    ``InfeasiblePlan`` when the plan is not lawful or does not start, ``Unsupported`` where no cost is known.
     """
     started_s = time.perf_counter()
     requests = workload.sample(seed=seed) if isinstance(workload, Workload) else workload
     engine, cost = set_up(deployment, requests)
     deployment, built_s = engine.deployment, time.perf_counter()
+    how = How(slo=slo, exact_steps=exact_steps, progress=progress)
     with no_cycle_collection():
-        how = How(slo=slo, exact_steps=exact_steps, progress=progress)
         run = Run(deployment, requests, cost=cost, memory=engine.memory, how=how)
         run.go()
     recorder, simulated_s = run.recorder, time.perf_counter()
