@@ -194,9 +194,16 @@ def test_ties_are_broken_by_attainment_then_latency_then_devices_and_never_by_na
 
 def test_a_short_window_wins_nothing() -> None:
     energy = OBJECTIVES["energy"]
-    assert decide(rank([row(1, 1.0, window="short"), row(2, 2.0)], energy), energy) == "short"
-    assert decide(rank([row(1, 1.0), row(2, 2.0, window="short")], energy), energy) == "short"
-    assert decide(rank([row(1, 1.0), row(2, 2.0), row(4, 3.0, window="short")], energy), energy) == "win"
+    assert energy.half_width is not None
+
+    def of(name: int, value: float, window: str, share: float) -> Row:
+        return row(name, value, window=window, **{energy.half_width or "": share})
+
+    best = of(1, 1.0, "steady", 0.02)
+    assert decide(rank([of(1, 1.0, "short", 0.1), of(2, 2.0, "steady", 0.02)], energy), energy) == "short"
+    assert decide(rank([best, of(2, 2.0, "short", 0.6)], energy), energy) == "short"  # it may cost as little as 0.8
+    assert decide(rank([best, row(2, 2.0, window="short")], energy), energy) == "short"  # and who knows
+    assert decide(rank([best, of(2, 2.0, "short", 0.3)], energy), energy) == "win"  # 1.4 at the least
 
 
 def test_the_headline_says_tie_and_what_broke_it() -> None:

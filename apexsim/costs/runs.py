@@ -107,8 +107,8 @@ class DecodeRun:
         below = self._steps_below_floor(steps)
         return below * self._floor + self._device_ns(below, steps)
 
-    def weighted_ns(self, weights: Sequence[int]) -> int:
-        """Sum of ``weights[k]`` x ``elapsed_ns(k)``, on one stage."""
+    def weighted_ns(self, weights: Sequence[int], total: int) -> int:
+        """Sum of ``weights[k]`` x ``elapsed_ns(k)``, on one stage; ``total`` is that of the weights."""
         return sum([weight * self.elapsed_ns(steps) for steps, weight in enumerate(weights) if weight])
 
     def durations_ns(self, steps: int) -> NDArray[np.int64]:
@@ -168,12 +168,13 @@ class PlainRun(DecodeRun):
             self._table.grow(self.mean + steps)
             return self.elapsed_ns(steps)
 
-    def weighted_ns(self, weights: Sequence[int]) -> int:
-        count, mean = len(weights), self.mean
-        if mean + count > len(self._prefix):
+    def weighted_ns(self, weights: Sequence[int], total: int) -> int:
+        count, mean, prefix = len(weights), self.mean, self._prefix
+        if mean + count > len(prefix):
             self._table.grow(mean + count)
-        grown: int = sum(map(mul, weights, self._prefix[mean : mean + count])) - self._base * sum(weights)
-        return self._constant * sum(map(mul, weights, range(count))) + self._layers * grown
+        spent: int = sum(map(mul, weights, prefix[mean : mean + count])) - self._base * total
+        steps: int = sum(map(mul, weights, range(count)))
+        return self._constant * steps + self._layers * spent
 
     def stages_ns(self, first: int, count: int) -> list[list[int]]:
         return [[ns] for ns in self.durations_between(self.mean + first, self.mean + first + count).tolist()]

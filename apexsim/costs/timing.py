@@ -21,8 +21,8 @@ class RunTimes(Protocol):
     def elapsed_ns(self, steps: int) -> int:
         """Nanoseconds of the first ``steps`` steps on one stage: exactly the sum of theirs."""
 
-    def weighted_ns(self, weights: Sequence[int]) -> int:
-        """Sum of ``weights[k]`` x ``elapsed_ns(k)``."""
+    def weighted_ns(self, weights: Sequence[int], total: int) -> int:
+        """Sum of ``weights[k]`` x ``elapsed_ns(k)``; ``total`` is that of the weights."""
 
     def durations_ns(self, steps: int) -> NDArray[np.int64]:
         """Nanoseconds of each of them."""

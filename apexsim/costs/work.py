@@ -239,7 +239,16 @@ def _waited_s(chunk_s: Array, chunks: Columns, own: OwnPart) -> Array:
     return _floats(np.bincount(chunks["step"], np.where(own.rank == 0, chunk_s, 0.0), len(own.tokens)))
 
 
-def waiting_s(cost: StepCost, steps: Columns, chunks: Columns) -> float:
+def worked_s(cost: StepCost, steps: Columns, chunks: Columns, pipeline_ns: int) -> float:
+    """Device seconds of work of a whole run, from whole nanoseconds: the same however rows of steps were put together.
+
+    ``pipeline_ns`` is what the steps took on all stages of a pipeline; on one stage the rows themselves say so.
+    """
+    stage_ns = pipeline_ns if cost.stages > 1 else int((steps["end_ns"] - steps["start_ns"]).sum())
+    return stage_ns * cost.lowered.stage_devices / NS_PER_S - _waiting_s(cost, steps, chunks)
+
+
+def _waiting_s(cost: StepCost, steps: Columns, chunks: Columns) -> float:
     """Device seconds in which attention-data ranks wait for the one with the most chunks, in steps that compute some.
 
     The same to the last bit in whatever order the steps are recorded.

@@ -302,9 +302,11 @@ def _fits(plan: Plan, tensor: int, model: ModelSpec, cluster: Cluster) -> bool:
 
 
 def _check_catalog(kind: catalog.Kind, name: str, where: object) -> None:
-    """Unknown names are told with the file and key they stand in; a path is for ``catalog.load`` to judge."""
+    """Unknown names and absent files are told with the file and key they stand in."""
     if "/" not in name and not name.endswith((".yaml", ".yml")):
         catalog.locate(kind, name, where=f"{where}: {kind}")
+    elif not os.path.lexists(name):
+        raise BadInput("no such file; give a name, or the path of a YAML file", where=where, key=kind, got=name)
 
 
 def _check_known(name: str | None, known: Mapping[str, object] | tuple[str, ...], where: object, key: str) -> None:

@@ -158,6 +158,8 @@ def _check_size(text: str) -> None:
 def _syntax_message(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1}: not valid YAML: {error.problem or error.context}"
+    if isinstance(error, LookupError):
+        return f"not valid YAML: {error} is not what its tag (!!bool, !!int, ...) says; leave the tag away"
     return f"not valid YAML: {str(error) or type(error).__name__}"
 
 

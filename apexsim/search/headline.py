@@ -7,7 +7,7 @@ import numpy as np
 from apexsim.search.judging import Row
 from apexsim.search.objective import Objective
 from apexsim.search.study import MOST_DRAWN, Study
-from apexsim.search.ties import FEWEST_PARTS, broken_by, half_width
+from apexsim.search.ties import FEWEST_PARTS, broken_by, half_width, short_rivals
 
 USUAL = "the usual choice (largest tensor degree in a node)"
 MOST_NAMED = 3
@@ -55,8 +55,8 @@ def _opening(study: Study) -> str:
 
 def _would_do(study: Study) -> str:
     """What would make windows long enough."""
-    near = [row.outcome for row in study.rows[: len(study.leaders) + 1] if row.outcome.window == "short"]
-    wanted = [outcome.figures.get("steady_wanted_requests") for outcome in near]
+    short = short_rivals(study.rows, study.question.objective)
+    wanted = [row.outcome.figures.get("steady_wanted_requests") for row in short]
     most = max((count for count in wanted if count is not None), default=None)
     said = "" if most is None else f", wanted about {most:.0f} requests"
     supply = study.question.supply
@@ -87,7 +87,9 @@ def _margins(study: Study) -> list[str]:
     said = []
     if rest:
         order = "next" if len(study.leaders) > 1 else "second"
-        said.append(f"{_compare(objective, best, rest[0])} the {order}, {rest[0].candidate.name}")
+        said.append(
+            f"{_compare(objective, best, rest[0])} the {order}, {rest[0].candidate.name}{_doubt(rest[0], objective)}"
+        )
     elif len(study.leaders) == 1:
         said.append("no other plan keeps the SLO")
     return [*said, _versus_usual(study, usual_choice(study))]
@@ -153,6 +155,14 @@ def _compare(objective: Objective, best: Row, other: Row) -> str:
         return "not comparable with"
     better, worse = ("above", "below") if objective.highest else ("below", "above")
     return f"{abs(gap):.1%} {better if gap >= 0 else worse}"
+
+
+def _doubt(other: Row, objective: Objective) -> str:
+    """The sampling error of a figure that a short window gave."""
+    value, error = objective.value(other.outcome.figures), objective.error(other.outcome.figures)
+    if not objective.window or other.outcome.window != "short" or not value or error is None:
+        return ""
+    return f" (whose window is short: +-{error / abs(value):.0%})"
 
 
 def _figure(row: Row, objective: Objective) -> str:

@@ -58,6 +58,10 @@ class Cohort:
         """Blocks that the members lack to march ``steps`` steps."""
         return self._growth.missing(self.step, steps)
 
+    def most_missing(self, steps: int) -> int:
+        """At least as many, told at once."""
+        return self._growth.most_missing(steps)
+
     def takes(self, steps: int) -> list[int]:
         """How many blocks each of the next ``steps`` steps takes."""
         return self._growth.takes(self.step, steps)
@@ -74,9 +78,12 @@ class Cohort:
             return None
         return None if min(self._leavers[1:3])[0] <= due + 1 else self._leavers[0][2]
 
-    def march(self, steps: int) -> list[Request]:
-        """Compose ``steps`` steps; returns the members whose last token the last of them samples, who leave."""
-        self._growth.march(self.step, steps)
+    def march(self, steps: int, missing: int | None = None) -> list[Request]:
+        """Compose ``steps`` steps, for which ``missing`` blocks are taken, where that is known.
+
+        Returns the members whose last token the last of them samples, who leave.
+        """
+        self._growth.march(self.step, steps, missing)
         self.step += steps
         self.context += steps * self.size
         leaving = []

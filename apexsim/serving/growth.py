@@ -21,8 +21,11 @@ class Growth(Protocol):
     def missing(self, step: int, steps: int) -> int:
         """Blocks that the members lack to march ``steps`` steps from count ``step``."""
 
-    def march(self, step: int, steps: int) -> None:
-        """Take those blocks."""
+    def most_missing(self, steps: int) -> int:
+        """At least as many as they lack, told at once."""
+
+    def march(self, step: int, steps: int, missing: int | None = None) -> None:
+        """Take the blocks that the members lack: so many, where that is known."""
 
     def takes(self, step: int, steps: int) -> list[int]:
         """How many of those blocks each of the steps takes."""
@@ -61,8 +64,12 @@ class SteadyGrowth:
             crossings += sum(crossing[: first + rest - size])
         return self._each * crossings
 
-    def march(self, step: int, steps: int) -> None:
-        missing = self.missing(step, steps)
+    def most_missing(self, steps: int) -> int:
+        return self._each * self._members * (1 + steps // self._size)
+
+    def march(self, step: int, steps: int, missing: int | None = None) -> None:
+        if missing is None:
+            missing = self.missing(step, steps)
         if missing:
             self._blocks.take(missing)
 
@@ -93,7 +100,10 @@ class MemberGrowth:
     def missing(self, step: int, steps: int) -> int:
         return sum(self._blocks.missing(request, tokens) for request, tokens in self._growing(step, steps))
 
-    def march(self, step: int, steps: int) -> None:
+    def most_missing(self, steps: int) -> int:
+        return sum(map(len, self._due)) * self._blocks.needed(steps + self._blocks.block_size)
+
+    def march(self, step: int, steps: int, missing: int | None = None) -> None:
         for request, tokens in self._growing(step, steps):
             self._blocks.grow(request, tokens)
 

@@ -75,7 +75,9 @@ class March(Stretch):
         for position, batch in enumerate(in_flight):
             if batch.leaving and position < silent:
                 silent = position
-        self._missing = cohort.missing(silent + owed)
+        self._missing = cohort.most_missing(silent + owed)
+        if self._missing > blocks.free:
+            self._missing = cohort.missing(silent + owed)
         if self._missing > blocks.free:
             silent = bisect_right(range(1, silent + owed + 1), blocks.free, key=cohort.missing) - owed
         if silent + owed <= 0:
@@ -117,8 +119,7 @@ class March(Stretch):
             return StepEnd(self.next_end_ns, left)
         late, step, through = cohort.take_late(), cohort.step - ahead, self.silent + 1 - self._first
         marches = min(compositions, cohort.steps_to_leave)
-        self._take(marches, blocks)
-        leaving = composed = cohort.march(marches)
+        leaving = composed = self._march(marches, blocks)
         showing = self._show(step, through)
         time_ns = self._from_ns
         if through > 0:
@@ -162,8 +163,7 @@ class March(Stretch):
         while in_flight:
             recorder.ended(in_flight.popleft(), cohort, held)
         late, step = cohort.take_late(), cohort.step - ahead
-        self._take(steps, blocks)
-        leaving = cohort.march(steps)
+        leaving = self._march(steps, blocks)
         self._show(step, through)
         last_ns = self._record(through, step, late, recorder, (held, blocks.held))
         cohort.leave(leaving)
@@ -182,22 +182,21 @@ class March(Stretch):
         self._labels, self._first, self._owed = labels, 0, 1
         self.plan((), blocks)
 
-    def _take(self, count: int, blocks: BlockManager) -> None:
-        """Add to ``block_ns``, up to the next end, the blocks that the next ``count`` compositions take.
+    def _march(self, count: int, blocks: BlockManager) -> list[Request]:
+        """Compose the next ``count`` steps, and add to ``block_ns`` the blocks they take, up to the next end.
 
         The first is composed at the start, or at the first end if none is owed; each later one at the end after that.
         """
         takes = self._cohort.takes(count)
-        taken = sum(takes)
-        if not taken:
-            return
-        blocks.block_ns += taken * self.next_end_ns
-        if self._first + self._owed > 1:  # composed before the batches in flight have all ended
-            first_ns = self._start_ns if self._owed else self._known[0]
-            first = takes.pop(0)
-            blocks.block_ns -= first * first_ns
-            taken -= first
-        blocks.block_ns -= taken * self._from_ns + self._run.weighted_ns(takes)
+        taken = later = sum(takes)
+        if taken:
+            spent = 0
+            if self._first + self._owed > 1:  # composed before the batches in flight have all ended
+                first = takes.pop(0)
+                spent, later = first * (self._start_ns if self._owed else self._known[0]), taken - first
+            spent += later * self._from_ns + self._run.weighted_ns(takes, later)
+            blocks.block_ns += taken * self.next_end_ns - spent
+        return self._cohort.march(count, taken)
 
     def _take_last(self, blocks: BlockManager) -> None:
         """The same for the last composition, of those who stay: at the last silent end, or at the start."""

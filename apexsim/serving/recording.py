@@ -38,7 +38,7 @@ class Recorder:
         self._next: tuple[int, int, int, int] | None = None
         self._gaps = array("q")
         self._runs = RunDurations()
-        self.stage_ns = 0  # work of all stages of pipelines; on one stage steps follow one another, and rows tell
+        self.pipeline_ns = 0  # what steps took on all stages of a pipeline; on a single stage their rows say that
         self.rejected: dict[int, str] = {}
 
     def step(
@@ -127,12 +127,6 @@ class Recorder:
     def steps(self) -> dict[str, NDArray[np.int64]]:
         """Columns of ``step_columns``, in the order in which steps ended."""
         return _columns(self._steps, self.step_columns)
-
-    @property
-    def busy_ns(self) -> int:
-        """Nanoseconds from start to end of every row."""
-        rows = self.steps()
-        return int((rows["end_ns"] - rows["start_ns"]).sum())
 
     def chunks(self) -> dict[str, NDArray[np.int64]]:
         """Columns step (row in ``steps``), tokens, history (tokens cached before the chunk)."""

@@ -277,7 +277,7 @@ class Replica:
         for stage, duration_ns in enumerate(durations_ns):
             time_ns = free[stage] = max(time_ns, free[stage]) + duration_ns
         if len(durations_ns) > 1:
-            self._recorder.stage_ns += sum(durations_ns)
+            self._recorder.pipeline_ns += sum(durations_ns)
         batch.end_ns = time_ns
         if batch.leaving:
             self._scheduler.see_off(batch.leaving)

@@ -69,7 +69,7 @@ class Rotation(Stretch):
         """Apply the silent ends; returns those whose last token the latest composition samples."""
         groups, silent, starts, ends = len(self._batches), self.silent, self._starts, self._ends
         stage_free[:] = self._passed_on[silent - 1]
-        recorder.stage_ns += sum([sum(self._durations[at % groups][at // groups]) for at in range(silent)])
+        recorder.pipeline_ns += sum([sum(self._durations[at % groups][at // groups]) for at in range(silent)])
         for position, batch in enumerate(self._batches[:silent]):
             times = ends[position:silent:groups]
             _take(batch, times, self.next_end_ns, blocks)

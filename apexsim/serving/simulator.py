@@ -20,7 +20,7 @@ from apexsim.costs.notes import cost_notes
 from apexsim.costs.starting import Started, start
 from apexsim.costs.steps import StepCost, build_step_cost
 from apexsim.costs.timing import StepTimes
-from apexsim.costs.work import waiting_s
+from apexsim.costs.work import worked_s
 from apexsim.errors import BadInput, nearest
 from apexsim.results import SimulationResult
 from apexsim.serving.audit import Audited
@@ -52,36 +52,39 @@ def simulate(
 ) -> SimulationResult:
     """Serve every request of ``workload`` and return what happened.
 
-    ``seed`` draws requests of a ``Workload``; a run has no randomness. ``exact_steps`` simulates each step singly (the
-    slow oracle: the same request records). ``progress`` is called with the share of requests done. Raises
-    ``InfeasiblePlan`` when the plan is not lawful or does not start, ``Unsupported`` where no cost is known.
+    ``seed`` draws the requests of a ``Workload``; a run itself has no randomness. ``exact_steps`` simulates each step
+    singly (the slow oracle: the same request records). ``progress`` is called with the share of requests done.
+    Raises ``InfeasiblePlan`` when the plan is not lawful or does not start, ``Unsupported`` where no cost is known.
     """
     started_s = time.perf_counter()
     requests = workload.sample(seed=seed) if isinstance(workload, Workload) else workload
     engine, cost = set_up(deployment, requests)
     deployment, built_s = engine.deployment, time.perf_counter()
-    how = How(slo=slo, exact_steps=exact_steps, progress=progress)
     with no_cycle_collection():
+        how = How(slo=slo, exact_steps=exact_steps, progress=progress)
         run = Run(deployment, requests, cost=cost, memory=engine.memory, how=how)
         run.go()
-    recorder, simulated_s = run.recorder, time.perf_counter()
-    steps, chunks = recorder.steps(), recorder.chunks()
-    taken = (*deployment.assumptions, *deployment.pools[0].plan.assumptions, *cost_notes(cost))
+    simulated_s = time.perf_counter()
+    steps, chunks = run.recorder.steps(), run.recorder.chunks()
     return SimulationResult.from_run(
         deployment=deployment,
         workload=requests,
         slo=slo,
-        requests=recorder.requests(run.requests, to_ns(deployment.engine.host.response_s)),
-        itl=recorder.inter_token_gaps(),
+        requests=run.recorder.requests(run.requests, to_ns(deployment.engine.host.response_s)),
+        itl=run.recorder.inter_token_gaps(),
         steps=steps,
         chunks=chunks,
         accounting=account(cost, steps, chunks),
-        worked_s=run.stage_ns * cost.lowered.stage_devices / NS_PER_S - waiting_s(cost, steps, chunks),
+        worked_s=worked_s(cost, steps, chunks, run.recorder.pipeline_ns),
         block_ns=[replica.block_ns for replica in run.replicas],
         memory=engine.memory,
-        notes=(*requests.notes, *engine.notes, *run.notes(), *taken),
+        notes=(*requests.notes, *engine.notes, *run.notes(), *_assumptions(deployment), *cost_notes(cost)),
         timing=_timing(started_s, built_s, simulated_s),
     )
+
+
+def _assumptions(deployment: Deployment) -> tuple[str, ...]:
+    return (*deployment.assumptions, *deployment.pools[0].plan.assumptions)
 
 
 def set_up(deployment: Deployment, requests: Requests) -> tuple[Started, StepCost]:
@@ -147,7 +150,6 @@ class Run:
         ]
         self.policy = how.policy or make_policy(deployment.scheduler)
         self._columns = requests.extra
-        self._stages = cost.stages
         self._patience_ns = self._patience(requests, how.slo)
         self.replicas = self._replicas(deployment, cost, memory, how.exact_steps)
         self._router = make_router(deployment.router)
@@ -218,11 +220,6 @@ class Run:
         self.clock.run()
         if self._progress:
             self._progress(1.0)
-
-    @property
-    def stage_ns(self) -> int:
-        """Nanoseconds that steps took, those of all stages added up."""
-        return self.recorder.stage_ns if self._stages > 1 else self.recorder.busy_ns
 
     def notes(self) -> tuple[str, ...]:
         """What a reader of the figures must know: columns that nobody looked at, and why requests are left."""
