@@ -10,7 +10,6 @@ engine_options: {max_num_seqs: 128}
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -166,9 +165,11 @@ def resolve_deployment(file: DeploymentFile, where: object, *, allow_plugins: bo
 
     Code that the engine's file names is imported only if ``allow_plugins``; keys of ``file`` are the caller's affair.
     """
+    from apexsim.serving.named import router_class
+
     for key in ("weights", "moe_weights", "kv_cache"):
         _check_known(getattr(file, key), DTYPE_BYTES, where, key)
-    _check_class(file.router, "router", where)
+    router_class(file.router, where=where)
     _check_catalog("model", file.model, where)
     _check_catalog("device", file.device, where)
     _check_catalog("engine", file.engine, where)
@@ -226,6 +227,8 @@ def with_engine_options(engine: EngineProfile, options: Mapping[str, EngineOptio
 
     An option given by hand also holds where the engine would change it by itself.
     """
+    from apexsim.serving.named import policy_class
+
     data = engine.model_dump()
     sections = {key: section for section in _OPTION_SECTIONS for key in data[section]}
     for key, value in options.items():
@@ -236,7 +239,7 @@ def with_engine_options(engine: EngineProfile, options: Mapping[str, EngineOptio
             change.pop(key, None)
     data["given"] = tuple(sorted({*data["given"], *options}))
     profile = parse_spec(EngineProfile, data, where)
-    _check_class(profile.scheduler.policy, "policy", where)
+    policy_class(profile.scheduler.policy, where=where)
     return profile
 
 
@@ -246,25 +249,6 @@ def policy_classes() -> dict[str, dict[str, type]]:
     from apexsim.serving.routing import ROUTERS
 
     return {"batching": dict(POLICIES), "router": dict(ROUTERS)}
-
-
-# Keys whose value names a class: its kind, and the methods that make it one.
-_CLASSES = {"policy": ("batching", ("fill", "repeats")), "router": ("router", ("choose",))}
-
-
-def _check_class(name: str, key: str, where: object) -> None:
-    """``name`` is one that apexsim knows, or ``module:Name`` of a class that can be imported."""
-    kind, methods = _CLASSES[key]
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        _check_known(name, policy_classes()[kind], where, key)
-        return
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a module of the user's may fail in any way
-        raise BadInput(f"cannot be imported ({error}); give module:Name", where=where, key=key, got=name) from None
-    if not isinstance(found, type) or not all(callable(getattr(found, method, None)) for method in methods):
-        raise BadInput(f"give a class with {' and '.join(methods)}", where=where, key=key, got=name)
 
 
 def _cluster(file: DeploymentFile, device: DeviceProfile, where: object) -> Cluster:
@@ -303,7 +287,8 @@ def _fits(plan: Plan, tensor: int, model: ModelSpec, cluster: Cluster) -> bool:
 
 def _check_catalog(kind: catalog.Kind, name: str, where: object) -> None:
     """Unknown names and absent files are told with the file and key they stand in."""
-    if "/" not in name and not name.endswith((".yaml", ".yml")):
+    # A publisher's name of a model has a slash, too.
+    if not name.endswith((".yaml", ".yml")) and ("/" not in name or (kind == "model" and not os.path.lexists(name))):
         catalog.locate(kind, name, where=f"{where}: {kind}")
     elif not os.path.lexists(name):
         raise BadInput("no such file; give a name, or the path of a YAML file", where=where, key=kind, got=name)
