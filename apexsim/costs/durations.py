@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from apexsim.costs.runs import PlainRun
 from apexsim.costs.timing import RunTimes
+
+_SPANS = 1 << 14  # spans whose times are added up together, which bounds the memory that takes
 
 
 class RunDurations:
@@ -54,31 +54,77 @@ class RunDurations:
         return np.concatenate(durations)[where], counts[where]
 
 
-def elapsed_times(runs: Sequence[RunTimes], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``elapsed_ns`` of 0, 1 ... ``count`` - 1 steps of each run, one run after another."""
-    starts = np.cumsum(counts) - counts
-    times = np.zeros(int(counts.sum()), dtype=np.int64)
-    plain: dict[int, list[int]] = {}
-    for number, run in enumerate(runs):
-        if isinstance(run, PlainRun):
-            plain.setdefault(run.kind[0], []).append(number)
-        elif counts[number] > 1:
-            first, last = int(starts[number]) + 1, int(starts[number] + counts[number])
-            times[first:last] = np.cumsum(run.durations_ns(last - first))
-    for numbers in plain.values():
-        some = np.array(numbers)
-        within = np.arange(int(counts[some].sum())) - np.repeat(np.cumsum(counts[some]) - counts[some], counts[some])
-        times[np.repeat(starts[some], counts[some]) + within] = _of_table(
-            [runs[n] for n in numbers], counts[some], within
+class WeightedTimes:
+    """Spans of a common count of steps, in each of which the steps of a run follow one another; only noted at first.
+
+    ``sum`` then gives, for weights of all steps, the weighted time from each step's start to the end of its span.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[int, int] = {}
+        self._tables: list[PlainRun] = []  # a run of each table
+        self._plain = array("q")
+        self._others: list[tuple[int, int, int, RunTimes]] = []
+
+    def add(self, step: int, steps: int, left_ns: int, run: RunTimes) -> None:
+        """A span of ``steps`` from ``step`` on, whose first starts ``left_ns`` before the span ends."""
+        if not isinstance(run, PlainRun):
+            self._others.append((step, steps, left_ns, run))
+            return
+        table, step_ns, layers = run.kind
+        number = self._numbers.setdefault(table, len(self._tables))
+        if number == len(self._tables):
+            self._tables.append(run)
+        self._plain.extend((step, steps, left_ns, number, run.mean, step_ns, layers))
+
+    @property
+    def steps(self) -> int:
+        """Where the last span ends."""
+        ends = [step + steps for step, steps, *_ in self._others[-1:]]
+        return max([*ends, *([self._plain[-7] + self._plain[-6]] if self._plain else [])], default=0)
+
+    def sum(self, weights: NDArray[np.int64]) -> int:
+        """Over all spans; ``weights[n]`` is that of common step n."""
+        total = 0
+        for step, steps, left_ns, run in self._others:
+            elapsed_ns = np.zeros(steps, dtype=np.int64)
+            elapsed_ns[1:] = np.cumsum(run.durations_ns(steps - 1)) if steps > 1 else 0
+            total += int((weights[step : step + steps] * (left_ns - elapsed_ns)).sum())
+        spans = np.array(self._plain, dtype=np.int64).reshape(-1, 7)
+        for first in range(0, len(spans), _SPANS):
+            total += sum(self._sums_of(spans[first : first + _SPANS].T, weights).tolist())
+        return total
+
+    def _sums_of(self, spans: NDArray[np.int64], weights: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of spans of plain runs, where k steps take k x step_ns + layers x (T(mean) + ... + T(mean + k - 1)).
+
+        Running sums may leave the range of 64 bits and come back: their differences are exact.
+        """
+        step, steps, left_ns, _, _, step_ns, layers = spans
+        prefix, mean_at = self._prefixes(spans)
+        first, last = int(step[0]), int(step[-1] + steps[-1])
+        at = np.arange(first, last)
+        entry = at + np.repeat(mean_at - step, np.diff(np.append(step, last)))
+        by_weight, by_step, by_table = (
+            np.concatenate(([0], np.cumsum(weights[first:last] * values)))
+            for values in (1, at, prefix.take(entry, mode="clip"))
         )
-    return times
+        start, end = step - first, step - first + steps
+        count, rows, table = (sums[end] - sums[start] for sums in (by_weight, by_step, by_table))
+        return np.asarray(
+            count * left_ns - step_ns * (rows - count * step) - layers * (table - count * prefix[mean_at])
+        )
 
-
-def _of_table(runs: Sequence[Any], counts: NDArray[np.int64], within: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The same for plain runs of one table; ``within`` counts the steps of each from 0."""
-    farthest = max(range(len(runs)), key=lambda number: runs[number].mean + int(counts[number]))
-    prefix = runs[farthest].prefix_to(int(counts[farthest]))
-    mean = np.array([run.mean for run in runs])
-    constant, layers = np.array([run.kind[1:] for run in runs]).T
-    spent = prefix[np.repeat(mean, counts) + within] - np.repeat(prefix[mean], counts)
-    return np.asarray(np.repeat(constant, counts) * within + np.repeat(layers, counts) * spent)
+    def _prefixes(self, spans: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The part of every table that spans ask for, one behind the other, and where each span's mean context is."""
+        _, steps, _, number, mean, _, _ = spans
+        low = np.full(len(self._tables), np.iinfo(np.int64).max)
+        high = np.zeros(len(self._tables), dtype=np.int64)
+        np.minimum.at(low, number, mean)
+        np.maximum.at(high, number, mean + steps)
+        shift, parts, length = np.zeros_like(high), [], 0
+        for table in np.flatnonzero(high).tolist():
+            parts.append(self._tables[table].prefix_of(int(low[table]), int(high[table])))
+            shift[table] = length - low[table]
+            length += len(parts[-1])
+        return np.concatenate(parts), mean + shift[number]

@@ -175,10 +175,10 @@ class PlainRun(DecodeRun):
         prefix = np.frombuffer(self._prefix[first : last + 1], dtype=np.int64)
         return self._constant + self._layers * (prefix[1:] - prefix[:-1])
 
-    def prefix_to(self, steps: int) -> NDArray[np.int64]:
-        """T(0) + ... + T(n - 1) of its table for every n, at least as far as its first ``steps`` steps."""
-        self._table.between(self.mean, self.mean + steps)
-        return np.frombuffer(self._prefix, dtype=np.int64)
+    def prefix_of(self, first: int, last: int) -> NDArray[np.int64]:
+        """T(0) + ... + T(n - 1) of its table for every context n from ``first`` to ``last``."""
+        self._table.between(first, last)
+        return np.frombuffer(self._prefix[first : last + 1], dtype=np.int64)
 
     @property
     def kind(self) -> tuple[int, int, int]:

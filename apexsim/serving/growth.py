@@ -11,35 +11,27 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from apexsim.costs.durations import elapsed_times
+from apexsim.costs.durations import WeightedTimes
 from apexsim.costs.timing import RunTimes
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.request import Request
 
-_SPANS = 1 << 14  # stretches whose times are added up together, which bounds the memory that takes
-
 
 class Taking(Protocol):
-    """When the compositions of a stretch take blocks, that of number 0 first; the stretch ends at ``next_end_ns``."""
+    """When the compositions of a stretch take blocks: ``early`` ones (0 or 1) before a run of steps begins.
 
+    The others come when 0, 1, 2 ... steps of the run have ended, which begins at ``from_ns``; the stretch ends at
+    ``next_end_ns``.
+    """
+
+    early: int
+    run: RunTimes
+    from_ns: int
     next_end_ns: int
 
-    @property
-    def early(self) -> int:
-        """How many of them (0 or 1) come before the run of the others begins."""
-
-    @property
-    def run(self) -> RunTimes:
-        """The run: later compositions come when 0, 1, 2 ... of its steps have ended."""
-
-    @property
-    def left_ns(self) -> int:
-        """From the beginning of the run to the end of the stretch."""
-
     def composed_ns(self, number: int) -> int:
-        """When a composition happens."""
+        """When a composition happens, the first being number 0."""
 
 
 class Growth(Protocol):
@@ -79,26 +71,25 @@ class SteadyGrowth:
         self._size = blocks.block_size
         self._each = blocks.needed(1)
         self._members = 0
-        self._crossing = [0] * self._size
-        # What happened, to be added up afterwards: next crossings of who joined and of who left; step, number of steps
-        # and time left of every stretch, and its run.
-        self._joined, self._left, self._spans = array("q"), array("q"), array("q")
-        self._runs: list[RunTimes] = []
+        self._crossing = [0] * (2 * self._size)  # twice over, so that what crosses in a row stands in a row
+        # What happened, to be added up afterwards: the common steps at which those who joined and left cross next, and
+        # all stretches.
+        self._joined, self._left, self._spans = array("q"), array("q"), WeightedTimes()
 
     def join(self, request: Request) -> None:
         if request.capacity < request.total:  # else it holds all the blocks it will ever need
             self._members += 1
-            self._crossing[-request.base % self._size] += 1
-            self._joined.append(self._crosses(request))
+            self._count(-request.base % self._size, 1)
+            self._joined.append(request.computed - request.base + -request.computed % self._size)
 
     def missing(self, step: int, steps: int) -> int:
         size, crossing = self._size, self._crossing
         if steps == 1:
             return self._each * crossing[step % size]
         first, rest = step % size, steps % size
-        crossings = steps // size * self._members + sum(crossing[first : first + rest])
-        if first + rest > size:
-            crossings += sum(crossing[: first + rest - size])
+        crossings = sum(crossing[first : first + rest])
+        if steps >= size:
+            crossings += steps // size * self._members
         return self._each * crossings
 
     def most_missing(self, steps: int) -> int:
@@ -116,42 +107,27 @@ class SteadyGrowth:
             self._blocks.block_ns += taken * (taking.next_end_ns - taking.composed_ns(0))
             step, steps = step + 1, steps - 1
         if steps:
-            self._runs.append(taking.run)
-            self._spans.extend((step, steps, taking.left_ns))
+            self._spans.add(step, steps, taking.next_end_ns - taking.from_ns, taking.run)
 
     def late_block_ns(self) -> int:
-        if not self._runs:
-            return 0
-        members, total = self._members_crossing(), 0
-        spans = np.array(self._spans, dtype=np.int64).reshape(-1, 3)
-        for first in range(0, len(self._runs), _SPANS):
-            step, count, left_ns = spans[first : first + _SPANS].T
-            elapsed_ns = elapsed_times(self._runs[first : first + _SPANS], count)
-            starts = np.cumsum(count) - count
-            at = np.arange(len(elapsed_ns)) + np.repeat(step - starts, count)
-            held_ns = members[at] * (np.repeat(left_ns, count) - elapsed_ns)
-            total += sum(np.add.reduceat(held_ns, starts).tolist())
-        return self._each * total
-
-    def _members_crossing(self) -> NDArray[np.int64]:
-        """How many members crossed at each of the common steps."""
-        size, steps = self._size, self._spans[-3] + self._spans[-2]
+        size, steps = self._size, self._spans.steps
         change = np.zeros((steps // size + 1) * size, dtype=np.int64)
         for moves, by in ((self._joined, 1), (self._left, -1)):
-            at, counts = np.unique(np.array(moves, dtype=np.int64), return_counts=True)
-            change[at[at < len(change)]] += by * counts[at < len(change)]
-        return np.cumsum(change.reshape(-1, size), axis=0).ravel()
+            at = np.array(moves, dtype=np.int64)
+            change += by * np.bincount(at[at < len(change)], minlength=len(change))
+        crossing = np.cumsum(change.reshape(-1, size), axis=0).ravel()  # members who cross at each common step
+        return self._each * self._spans.sum(crossing)
 
     def leave(self, request: Request) -> None:
         if request.capacity < request.total:
             self._members -= 1
-            self._crossing[-request.base % self._size] -= 1
-            self._left.append(self._crosses(request))
+            self._count(-request.base % self._size, -1)
+            self._left.append(request.computed - request.base + -request.computed % self._size)
             self._blocks.hand_over(request)
 
-    def _crosses(self, request: Request) -> int:
-        """The common step, from now on, at which a member crosses next."""
-        return request.computed - request.base + -request.computed % self._size
+    def _count(self, at: int, by: int) -> None:
+        self._crossing[at] += by
+        self._crossing[at + self._size] += by
 
 
 class MemberGrowth:

@@ -57,16 +57,17 @@ class March(Stretch):
         self._known = [batch.end_ns for batch in outset.in_flight]
         self._first = len(self._known)
         self._start_ns = outset.start_ns
-        self._from_ns = self._known[-1] if self._known else outset.start_ns
+        self.from_ns = self._known[-1] if self._known else outset.start_ns
         self._labels = self._first_labels = outset.labels
         self._cohort = outset.cohort
         self._cost = cost
-        self._run = run
+        self.run = run
         self._stats = stats
+        self.early = int(self._first + self._owed > 1)  # compositions before the batches in flight have all ended
 
     def plan(self, in_flight: Sequence[Batch], blocks: BlockManager) -> bool:
         """Look as far ahead as possible. False when that is nowhere."""
-        cohort, owed, limit = self._cohort, self._owed, self._run.limit - self._ahead
+        cohort, owed, limit = self._cohort, self._owed, self.run.limit - self._ahead
         to_leave = cohort.steps_to_leave
         if self._stats.window_contexts or to_leave > limit:
             silent = min(to_leave, limit) - owed
@@ -88,10 +89,10 @@ class March(Stretch):
     def end_ns(self, count: int) -> int:
         if count <= self._first:
             return self._known[count - 1]
-        return self._from_ns + self._run.elapsed_ns(count - self._first)
+        return self.from_ns + self.run.elapsed_ns(count - self._first)
 
     def passed(self, now_ns: int) -> int:
-        count, first, start_ns = self.silent, self._first, self._from_ns
+        count, first, start_ns = self.silent, self._first, self.from_ns
         if not count:
             return 0
         last_ns = self.end_ns(count)
@@ -121,7 +122,7 @@ class March(Stretch):
         marches = min(compositions, cohort.steps_to_leave)
         leaving = composed = cohort.march(marches, self)
         showing = self._show(step, through)
-        time_ns = self._from_ns
+        time_ns = self.from_ns
         if through > 0:
             time_ns = self._record(through, step, late, recorder, (held, blocks.held))
         for count in range(max(1, through + 1), ahead + marches + 1):
@@ -171,37 +172,25 @@ class March(Stretch):
         if self._ahead:
             self._hold_last(blocks)
             cohort.march(1)
-        self._from_ns = last_ns
+        self.from_ns = last_ns
         recorder.peak(blocks.held)
-        self._stats, self._run = stayers, run
+        self._stats, self.run = stayers, run
         return leaver
 
     def go_on(self, blocks: BlockManager, labels: tuple[int, int, int]) -> None:
         """Plan the march of those who stay."""
         self._first_labels = self._labels if self._ahead else labels
         self._labels, self._first, self._owed = labels, 0, 1
+        self.early = 0
         self.plan((), blocks)
 
     # -- when blocks are taken (see growth.Taking) --------------------------------------------------------------------
-
-    @property
-    def early(self) -> int:
-        """A first composition before the batches in flight have all ended."""
-        return int(self._first + self._owed > 1)
-
-    @property
-    def run(self) -> RunTimes:
-        return self._run
-
-    @property
-    def left_ns(self) -> int:
-        return self.next_end_ns - self._from_ns
 
     def composed_ns(self, number: int) -> int:
         """The first is composed at the start, or at the first end if none is owed; each later one at the next end."""
         end = number + 1 - self._owed
         if end >= self._first:
-            return self._from_ns + self._run.elapsed_ns(end - self._first)
+            return self.from_ns + self.run.elapsed_ns(end - self._first)
         return self._known[end - 1] if end else self._start_ns
 
     def _hold_last(self, blocks: BlockManager) -> None:
@@ -241,8 +230,8 @@ class March(Stretch):
             held = held[0], held[0]
         recorder.tokens(late, first_ns)
         recorder.gap(first_ns - cohort.last_end_ns, cohort.size - len(late))
-        recorder.run(self._run, through, cohort.size)
-        recorder.step(self._stats, self._first_labels, (self._from_ns, last_ns), through, held)
+        recorder.run(self.run, through, cohort.size)
+        recorder.step(self._stats, self._first_labels, (self.from_ns, last_ns), through, held)
         cohort.last_step, cohort.last_end_ns = step + through - 1, last_ns
         return last_ns
 

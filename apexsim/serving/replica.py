@@ -129,8 +129,9 @@ class Replica:
 
     def _end_step(self, _: Event) -> None:
         """The next end of a step that matters, and those after it as long as nothing else comes in between."""
+        now_ns = self._clock.now_ns
         while True:
-            self._blocks.pass_time(self._clock.now_ns)
+            self._blocks.pass_time(now_ns)
             if not self._part():
                 self._end_batch()
                 self._fill_pipeline()
@@ -138,6 +139,7 @@ class Replica:
             if end_ns is None or not self._clock.reaches(end_ns, 1 + self.index):
                 self._set_alarm(None if self._cut_before(end_ns) else end_ns)
                 return
+            now_ns = end_ns
 
     def _end_batch(self) -> None:
         """The oldest batch ends: its tokens exist, its last requests leave."""
