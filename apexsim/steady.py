@@ -190,8 +190,7 @@ def flows_of(result: SimulationResult, edges: Floats) -> Flows:
         drawn_j, worked_s = (
             np.diff(spread_until((start_s, end_s), steps[key], edges)) for key in ("energy_j", "working_s")
         )
-        device_s = result.deployment.billed_devices * np.diff(edges)
-        joules = drawn_j + result.deployment.cluster.device.power.idle_w * np.maximum(0.0, device_s - worked_s)
+        joules = drawn_j + result.deployment.idle_j(np.diff(edges), worked_s)
     return Flows(edges, np.diff(made), np.diff(worked), np.diff(owed), np.diff(came), joules)
 
 
@@ -300,8 +299,6 @@ def _no_window(result: SimulationResult, e2e_s: float) -> Steady:
 
 def _told(result: SimulationResult, flows: Flows, figures: tuple[Estimate, Estimate], said: Verdict) -> Steady:
     tokens, energy = figures
-    deployment = result.deployment
-    usd_per_s = deployment.cluster.device.price.usd_per_hour * deployment.billed_devices / 3600
     return Steady(
         kind=said.kind,
         reason=said.reason,
@@ -312,7 +309,7 @@ def _told(result: SimulationResult, flows: Flows, figures: tuple[Estimate, Estim
         requests=round(flows.arrived.sum()),
         output_tokens=round(flows.tokens.sum()),
         output_tokens_per_s=_known(tokens.value),
-        usd_per_million_output_tokens=_known(ratio(usd_per_s * 1e6, tokens.value)),
+        usd_per_million_output_tokens=_known(ratio(result.deployment.usd_per_s * 1e6, tokens.value)),
         energy_per_output_token_j=_known(energy.value),
         half_width={COST: _known(tokens.relative), ENERGY: _known(energy.relative)},
         wanted_requests=said.wanted,

@@ -90,12 +90,12 @@ def _energy(result: SimulationResult, output_tokens: int) -> dict[str, Any]:
     ``idle_j`` is the part of devices that had nothing to do. ``range_j``: least and most joules of the devices at a
     clock that was not measured; None at the measured one.
     """
-    cluster, usage = result.deployment.cluster, result.usage
-    device_s = result.deployment.billed_devices * result.duration_s
+    deployment, usage = result.deployment, result.usage
+    overhead, device_s = deployment.cluster.overhead, deployment.billed_devices * result.duration_s
     known = bool(usage.seconds)
-    idle_j = cluster.device.power.idle_w * max(0.0, device_s - usage.working_s) if known else math.nan
+    idle_j = deployment.idle_j(result.duration_s, usage.working_s) if known else math.nan
     working_j = math.fsum(usage.energy_j.values()) if known else math.nan
-    server_j = cluster.overhead.server_j(working_j + idle_j, device_s)
+    server_j = overhead.server_j(working_j + idle_j, device_s)
     prompt_tokens = int(result.request_columns["prompt_tokens"][result.finished].sum())
 
     def figures(total_j: float) -> dict[str, float]:
@@ -112,18 +112,17 @@ def _energy(result: SimulationResult, output_tokens: int) -> dict[str, Any]:
         "idle_j": idle_j,
         "range_j": [working + idle_j for working in possible] if possible else None,
         "server": figures(server_j),
-        "facility": figures(cluster.overhead.pue * server_j),
+        "facility": figures(overhead.pue * server_j),
     }
 
 
 def _cost(result: SimulationResult, output_tokens: int) -> dict[str, float]:
     """Rent of the billed devices, idle ones too, over the duration."""
-    billed = result.deployment.billed_devices
-    usd_per_hour = result.deployment.cluster.device.price.usd_per_hour * billed
-    spent_usd = usd_per_hour / 3600 * result.duration_s
+    deployment = result.deployment
+    spent_usd = deployment.usd_per_s * result.duration_s
     return {
-        "billed_devices": billed,
-        "usd_per_hour": usd_per_hour,
+        "billed_devices": deployment.billed_devices,
+        "usd_per_hour": deployment.usd_per_hour,
         "usd_per_million_output_tokens": ratio(spent_usd * 1e6, output_tokens),
     }
 
