@@ -27,8 +27,8 @@ FIRST_STEP = 1.1
 RATE_TOLERANCE = 0.02  # the bracket of the answer is this narrow
 MAX_DOUBLINGS = 12  # of the rate, up or down, within which goodput is looked for
 LOW_LOAD_REQUESTS = 64
-# Of the best rate per device that short probes let pass, the share below which a plan is not probed at length: they
-# flatter all plans, and none twice as much as another.
+# Of the best rate per device that short probes let pass, the share below which a plan is not probed at length.
+# Short probes flatter all plans. That they flatter none twice as much as another is an assumption: nothing measured it.
 WITHIN_REACH = 0.5
 
 
