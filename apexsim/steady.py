@@ -57,12 +57,19 @@ BY_BATCHES = "ratio over the window, half-widths by batch means"
 class Steady:
     """What may be said of the steady part of a run.
 
-    ``kind``: ``steady``; ``short`` where the window is shorter than 5 end-to-end times (90th percentile) or a
-    half-width is above 3 %: the figures stand but decide nothing; ``growing`` where the backlog grows, so that there
-    is no steady figure; ``all_at_once`` where the figures are those of the whole run. ``reason`` says why it is not
-    ``steady`` and what would do. ``from_s`` and ``to_s``: the window on the run's clock, ``share`` of the duration.
-    ``requests`` came in it, ``output_tokens`` were made in it. ``half_width``: relative, 95 %. ``wanted_requests``:
-    about how many of this workload would make the window long enough. ``estimator``: how the figures were had.
+    ``kind`` is one of:
+    ``steady``: the figures stand.
+    ``short``: they stand but decide nothing. The window is shorter than 5 end-to-end times (90th percentile), or a
+    half-width is above 3 %.
+    ``growing``: the backlog grows, so that there is no steady figure.
+    ``all_at_once``: the figures are those of the whole run.
+
+    ``reason``: why it is not ``steady``, and what would do.
+    ``from_s`` and ``to_s``: the window on the run's clock; ``share`` of the duration lies in it.
+    ``requests`` came in the window, ``output_tokens`` were made in it.
+    ``half_width``: relative, at 95 %, of each figure.
+    ``wanted_requests``: about how many of this workload would make the window long enough.
+    ``estimator``: how the figures were had.
     """
 
     kind: Kind

@@ -21,15 +21,20 @@ if TYPE_CHECKING:
 def summarise(result: SimulationResult) -> dict[str, Any]:
     """Every figure of a run as nested plain data, in a fixed order of keys.
 
-    ``memory`` is that of a replica (see ``MemoryPlan.figures``).
-    ``itl_s`` counts every token once, whatever its request. Preemptions and cache hits are of the whole run;
-    ``provenance`` says of each operator which share of the devices' working time rests on which evidence;
-    ``steady`` what a token costs once the system has filled (see ``steady.py``), while ``cost`` and ``energy`` are of
-    the whole run; ``uncertainty`` where the mean latencies, the rate of tokens and joules a token may lie (see
-    ``uncertainty.py``).
-    ``timing`` is in wall-clock seconds: ``wall_s`` all of the run, ``build_s`` of it for drawing requests, planning
-    memory and filling the tables of costs (of whole prompts; what else a step asks for is added when it does),
-    ``simulate_s`` for the clock from the first event to the last, ``account_s`` for columns, joules and operators.
+    ``itl_s``: gaps between tokens; every token counts once, whatever its request.
+    ``energy`` and ``cost``: of the whole run.
+    ``steady``: what a token costs once the system has filled (see ``steady.py``).
+    ``memory``: that of a replica (see ``MemoryPlan.figures``).
+    ``preemptions`` and ``prefix_hit_rate``: of the whole run.
+    ``provenance``: of each operator, which share of the devices' working time rests on which evidence.
+    ``uncertainty``: where mean latencies, the rate of tokens and joules a token may lie (see ``uncertainty.py``).
+    ``timing``: seconds of the wall clock, by part.
+
+    The parts of ``timing``:
+    ``wall_s``: all of the run.
+    ``build_s``: drawing requests, planning memory and filling the tables of costs of whole prompts.
+    ``simulate_s``: the clock from the first event to the last, and the costs that a step asks for first.
+    ``account_s``: columns, joules and operators.
     """
     columns, finished = result.request_columns, result.finished
     latencies = {key: distribution(columns[key][finished]) for key in ("ttft_s", "tpot_s", "e2e_s", "queue_s")}
