@@ -1,6 +1,13 @@
 """The summary of a run: what each figure means, in one place.
 
 Latencies are over finished requests; percentiles interpolate linearly. A figure that does not exist is None.
+
+The parts of ``timing``, in seconds of the wall clock:
+
+wall_s       all of the run
+build_s      drawing requests, planning memory and filling the tables of costs of whole prompts
+simulate_s   the clock from the first event to the last, and the costs that a step asks for first
+account_s    columns, joules and operators
 """
 
 from __future__ import annotations
@@ -28,13 +35,7 @@ def summarise(result: SimulationResult) -> dict[str, Any]:
     ``preemptions`` and ``prefix_hit_rate``: of the whole run.
     ``provenance``: of each operator, which share of the devices' working time rests on which evidence.
     ``uncertainty``: where mean latencies, the rate of tokens and joules a token may lie (see ``uncertainty.py``).
-    ``timing``: seconds of the wall clock, by part.
-
-    The parts of ``timing``:
-    ``wall_s``: all of the run.
-    ``build_s``: drawing requests, planning memory and filling the tables of costs of whole prompts.
-    ``simulate_s``: the clock from the first event to the last, and the costs that a step asks for first.
-    ``account_s``: columns, joules and operators.
+    ``timing``: seconds of the wall clock, by part (see the module).
     """
     columns, finished = result.request_columns, result.finished
     latencies = {key: distribution(columns[key][finished]) for key in ("ttft_s", "tpot_s", "e2e_s", "queue_s")}
