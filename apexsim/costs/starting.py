@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 
 from apexsim.costs.memory import MemoryPlan, plan_memory
 from apexsim.errors import InfeasiblePlan
+from apexsim.specs.cluster import DEVICES_PER_NODE
 from apexsim.specs.deployment import Deployment, Pool
-
-# Tensor degrees that a hint tries: the devices of a node, of 8 unless the cluster's are larger.
-NODE_DEVICES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +122,10 @@ def _with_context(deployment: Deployment, context: int) -> Deployment:
 def _smallest_tensor(deployment: Deployment) -> int | None:
     """Smallest higher tensor degree under which one replica starts as it was asked for, or at all where it may choose.
 
-    Its cluster has as many nodes of the same devices as it takes.
+    Its cluster has as many nodes of the same devices as it takes, of ``DEVICES_PER_NODE`` unless its own are larger.
     """
     pool, cluster = deployment.pools[0], deployment.cluster
-    per_node = max(NODE_DEVICES, cluster.devices_per_node)
+    per_node = max(DEVICES_PER_NODE, cluster.devices_per_node)
     for tensor in range(pool.plan.tensor + 1, per_node + 1):
         plan = pool.plan.model_copy(update={"tensor": tensor})
         room = cluster.model_copy(update={"devices_per_node": per_node, "nodes": -(-plan.devices // per_node)})

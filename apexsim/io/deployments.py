@@ -22,7 +22,7 @@ from apexsim.errors import BadInput, nearest
 from apexsim.io.words import Dtype, EngineOption, EngineOptions, outweighing
 from apexsim.io.yaml_files import load_spec, write_yaml
 from apexsim.specs.base import Spec, parse_spec
-from apexsim.specs.cluster import MAX_DEVICES, Cluster, Overhead
+from apexsim.specs.cluster import DEVICES_PER_NODE, MAX_DEVICES, Cluster, Overhead
 from apexsim.specs.deployment import Bill, Deployment, Plan, Pool, Prompts, TokenChoice
 from apexsim.specs.device import DeviceProfile
 from apexsim.specs.engine import EngineProfile
@@ -30,7 +30,6 @@ from apexsim.specs.model import ModelSpec
 from apexsim.units import DTYPE_BYTES
 
 DEFAULT_ENGINE = "vllm-v1-async"
-DEVICES_PER_NODE = 8
 ALLOW_PLUGINS = "--allow-plugins"
 
 # Parts of an engine profile whose fields are engine options; no two of them share a field name.

@@ -22,7 +22,6 @@ from apexsim.costs.starting import start
 from apexsim.errors import BadInput
 from apexsim.io.deployments import (
     DEFAULT_ENGINE,
-    DEVICES_PER_NODE,
     DeploymentFile,
     beside,
     resolve_deployment,
@@ -37,7 +36,7 @@ from apexsim.search.question import Question
 from apexsim.search.space import SearchSpace
 from apexsim.search.study import Study
 from apexsim.specs.base import Spec
-from apexsim.specs.cluster import parse_devices
+from apexsim.specs.cluster import DEVICES_PER_NODE, parse_devices
 from apexsim.specs.deployment import Bill, Prompts, TokenChoice
 from apexsim.specs.slo import SLO
 from apexsim.specs.supply import Supply
