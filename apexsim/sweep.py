@@ -26,7 +26,14 @@ from pydantic import Field
 
 from apexsim.atomic import atomic_path, make_folder
 from apexsim.errors import BadInput
-from apexsim.io.deployments import DeploymentFile, beside, check_lawful, check_named_code, resolve_deployment
+from apexsim.io.deployments import (
+    DeploymentFile,
+    beside,
+    check_computes,
+    check_lawful,
+    check_named_code,
+    resolve_deployment,
+)
 from apexsim.io.search_files import Traffic
 from apexsim.io.yaml_files import load_spec
 from apexsim.search.executors import choose_jobs, run_local
@@ -138,6 +145,7 @@ def simulated(run: Run) -> Outcome:
 
     def work() -> Outcome:
         check_lawful(run.deployment, "plan")
+        check_computes(run.deployment, "run")
         summary = simulate(run.deployment, run.requests, slo=run.slo, seed=run.seed).summary()
         figures = flatten({key: summary[key] for key in summary if key not in _LEFT_OUT})
         missed = _missed(run.slo, summary["slo"]["attainment"])

@@ -351,9 +351,26 @@ def test_the_screen_shows_steady_figures_first(tmp_path: Path, capsys: pytest.Ca
     assert "J/output token (whole run)" in said
 
 
+@pytest.mark.parametrize(
+    ("twice", "said"),
+    [
+        (["max_num_seqs=1", "max_num_seqs=64"], "--engine-option: got 'max_num_seqs=64'; give it once"),
+        (["max_num_seqs=1", "max-num-seqs=64"], "deployment: engine_options: max_num_seqs is given twice"),
+        (
+            ["max_running_requests=8", "max_num_seqs=9"],
+            "deployment: engine_options: max_num_seqs is given twice",
+        ),
+    ],
+)
+def test_an_engine_option_is_given_once(twice: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [word for option in twice for word in ("--engine-option", option)]
+    assert main(["simulate", "--model", "llama-3.1-8b", "--device", "h100-sxm", "--workload", "chat", *flags]) == 2
+    assert capsys.readouterr().err == f"apexsim: {said}\n"
+
+
 def test_engine_options_reach_the_profile_and_hold_for_long_contexts() -> None:
     options = parse_engine_options(["gpu-memory-utilization=0.97", "custom_all_reduce=false", "chunked_prefill=false"])
-    assert options == {"gpu_memory_utilization": 0.97, "custom_all_reduce": False, "chunked_prefill": False}
+    assert options == {"gpu-memory-utilization": 0.97, "custom_all_reduce": False, "chunked_prefill": False}
     file = DeploymentFile(model="llama-3.1-8b", device="h100-sxm", engine="vllm-0.6", engine_options=options)
     deployment = resolve_deployment(file, "test")
     assert deployment.engine.memory.gpu_memory_utilization == 0.97

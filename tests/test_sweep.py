@@ -78,6 +78,15 @@ def test_a_run_that_fails_is_a_row_with_its_error(file: Path, tmp_path: Path, si
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out" / TABLE), table)
 
 
+def test_a_device_without_the_dtype_of_one_point_fails_that_point(tmp_path: Path, simulated: list[Any]) -> None:
+    path = tmp_path / "sweep.yaml"
+    base = "{model: llama-3.1-8b, device: h100-sxm, workload: chat, requests: 5, slo: {ttft_s: 1}}"
+    path.write_text(f"base: {base}\ngrid: {{weights: [bf16, int8]}}\n")
+    table = sweep(path, out=tmp_path / "out", jobs=1)
+    assert list(table["verdict"]) == ["ok", "failed"]
+    assert "run: weights: h100-sxm has no gemm cost for int8; it has: bf16, fp8" in table["error"][1]
+
+
 def test_a_run_that_misses_its_slo_says_so_and_keeps_its_figures(
     file: Path, tmp_path: Path, simulated: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -131,9 +131,8 @@ def model_table(model: ModelSpec) -> Table:
     """What follows from a model's spec."""
     from apexsim.units import format_bytes
 
-    checkpoint, own = model.checkpoint, model.moe.dtype if model.moe else None
-    dtype = checkpoint.dtype if checkpoint else "bf16"
-    experts = own or (checkpoint.experts if checkpoint else None) or dtype
+    dtype = model.published_dtype
+    experts = model.expert_dtype(dtype)
     kv_bytes = sum(group.bytes_per_token("bf16") for group in model.kv_groups)
     rows = [
         ("parameters", f"{model.params:,}"),

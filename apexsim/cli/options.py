@@ -182,7 +182,9 @@ def parse_engine_options(items: Iterable[str]) -> dict[str, EngineOption]:
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
             raise BadInput("give key=value, as in max_num_seqs=128", where="--engine-option", got=item)
-        options[key.strip().replace("-", "_")] = _plain(value.strip())
+        if key.strip() in options:
+            raise BadInput("give it once", where="--engine-option", got=item)
+        options[key.strip()] = _plain(value.strip())
     return options
 
 

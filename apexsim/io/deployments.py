@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import Field
 
 from apexsim import catalog
-from apexsim.errors import BadInput, nearest
+from apexsim.errors import BadInput, Unsupported, nearest
 from apexsim.io.words import Dtype, EngineOption, EngineOptions, outweighing
 from apexsim.io.yaml_files import load_spec, write_yaml
 from apexsim.specs.base import Spec, parse_spec
@@ -156,6 +156,7 @@ def deployment_from(path: Path | str | None, choices: Mapping[str, Any], *, allo
     file = parse_spec(DeploymentFile, {**base, **choices, "engine_options": options}, where)
     deployment = resolve_deployment(file, where, allow_plugins=allow_plugins)
     check_lawful(deployment, where)
+    check_computes(deployment, where)
     return deployment
 
 
@@ -183,7 +184,7 @@ def resolve_deployment(file: DeploymentFile, where: object, *, allow_plugins: bo
         engine=with_engine_options(engine, file.engine_options, where),
         pools=(Pool(plan=file.plan, replicas=file.replicas),),
         router=file.router,
-        weights=file.weights or _as_published(model, device, where),
+        weights=file.weights or model.published_dtype,
         moe_weights=file.moe_weights,
         sampling=file.sampling,
         prompts=file.prompts,
@@ -194,16 +195,28 @@ def resolve_deployment(file: DeploymentFile, where: object, *, allow_plugins: bo
     return deployment.model_copy(update={"kv_cache": kv_cache})
 
 
-def _as_published(model: ModelSpec, device: DeviceProfile, where: object) -> str:
-    """Dtype that the model's checkpoint was published in; bf16 where it names none."""
-    if model.checkpoint is None:
-        return "bf16"
-    dtype, known = model.checkpoint.dtype, device.operators.get("gemm", {})
-    if known and dtype not in known:
-        have = f"{device.name} has no products in {dtype}; it has: {', '.join(sorted(known))}"
-        published = f"{model.name} was published in it: give weights of another dtype, or another device"
-        raise BadInput(f"{have}; {published}", where=where, key="weights")
-    return dtype
+def check_computes(deployment: Deployment, where: object) -> None:
+    """Raise ``Unsupported`` for weights or experts, given or as published, that the device has no products for.
+
+    A kernel that stands for another's counts as that one.
+    """
+    from apexsim.costs.experts import stand_in_kernel
+
+    model = deployment.model
+    experts = model.expert_dtypes(deployment.expert_dtype)
+    kernels = {stand_in_kernel(deployment, dtype) or dtype for dtype in experts}
+    _check_products(deployment, "gemm", model.dense_dtypes(deployment.weights), f"{where}: weights")
+    _check_products(deployment, "moe", kernels, f"{where}: moe_weights")
+
+
+def _check_products(deployment: Deployment, kind: str, dtypes: set[str], where: str) -> None:
+    device, model = deployment.cluster.device, deployment.model
+    published = {model.published_dtype, model.expert_dtype(model.published_dtype)} if deployment.as_published else ()
+    known = device.operators.get(kind, {})
+    for dtype in sorted(dtypes - known.keys()):
+        have = f"{device.name} has no {kind} cost for {dtype}; it has: {', '.join(sorted(known)) or 'none'}"
+        said = f"; {model.name} was published in it" if dtype in published else ""
+        raise Unsupported(f"{where}: {have}{said}: give another dtype, or another device")
 
 
 def check_lawful(deployment: Deployment, where: object) -> None:

@@ -24,6 +24,7 @@ from apexsim.io.deployments import (
     DEFAULT_ENGINE,
     DeploymentFile,
     beside,
+    check_computes,
     resolve_deployment,
     write_deployment,
 )
@@ -96,6 +97,7 @@ def resolve_search(file: SearchFile, where: object, *, allow_plugins: bool = Fal
     """Look every name up; ``BadInput`` at ``where`` on the first that means nothing."""
     objective = objective_named(file.objective, f"{where}: objective")
     base = resolve_deployment(deployment_file(file, where), where, allow_plugins=allow_plugins)
+    check_computes(base, where)
     space = SearchSpace(base=base, allow_idle=file.allow_idle)
     return Question(space=space, supply=file.supply(), objective=objective, slo=file.slo, seed=file.seed)
 

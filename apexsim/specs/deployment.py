@@ -146,8 +146,7 @@ class Deployment(Spec):
             return data
         model = data.get("model")
         known = parse_spec(ModelSpec, model, "model") if isinstance(model, dict) else model
-        checkpoint = known.checkpoint if isinstance(known, ModelSpec) else None
-        return {**data, "weights": checkpoint.dtype if checkpoint else "bf16"}
+        return {**data, "weights": known.published_dtype if isinstance(known, ModelSpec) else "bf16"}
 
     @property
     def as_published(self) -> bool:
@@ -156,14 +155,8 @@ class Deployment(Spec):
 
     @property
     def expert_dtype(self) -> str:
-        """Dtype of expert weights: the one asked for, else the model's own (MXFP4 of gpt-oss), else that of weights.
-
-        Where the weights are as published, that of experts is too.
-        """
-        own = self.model.moe.dtype if self.model.moe else None
-        if own is None and self.as_published and self.model.checkpoint:
-            own = self.model.checkpoint.experts
-        return self.moe_weights or own or self.weights
+        """Dtype of expert weights: the one asked for, else what the model has with these weights."""
+        return self.moe_weights or self.model.expert_dtype(self.weights)
 
     @property
     def assumptions(self) -> tuple[str, ...]:
