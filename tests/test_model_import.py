@@ -271,9 +271,9 @@ def test_a_pattern_of_ten_thousand_layers_has_its_period_found(tmp_path: Path) -
 def test_files_that_are_no_config_are_refused(tmp_path: Path) -> None:
     deep = tmp_path / "deep.json"
     deep.write_text('{"model_type": ' + "[" * 100_000 + "]" * 100_000 + "}")
-    with pytest.raises(BadInput, match=r"deep\.json: nested too deep"):
+    with pytest.raises(BadInput, match=r"deep\.json: not valid JSON: it is nested too deep"):
         import_model(deep)
-    with pytest.raises(BadInput, match="give a file"):
+    with pytest.raises(BadInput, match="give the path of a file"):
         import_model(tmp_path)
     large = tmp_path / "large.json"
     with large.open("wb") as file:
