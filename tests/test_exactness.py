@@ -128,4 +128,7 @@ def test_fitted_costs_give_the_same_records_either_way(file: dict[str, object]) 
     assert fast.steps["repeats"].sum() == exact.steps["repeats"].sum()
     summaries = [{key: value for key, value in run.summary().items() if key != "timing"} for run in (fast, exact)]
     assert summaries[0]["energy"]["total_j"] == pytest.approx(summaries[1]["energy"]["total_j"], rel=1e-9)
+    assert fast.block_ns == exact.block_ns
+    assert summaries[0]["utilization"]["kv_cache_mean"] == summaries[1]["utilization"]["kv_cache_mean"]
+    assert summaries[0]["energy"]["idle_j"] == summaries[1]["energy"]["idle_j"]
     assert summaries[0]["utilization"]["kv_cache_peak"] == summaries[1]["utilization"]["kv_cache_peak"]

@@ -87,7 +87,7 @@ def draw(rng: np.random.Generator, engines: list[str]) -> Draw:
         "max_num_seqs": int(rng.choice([1, 2, 8, 64])),
         "max_num_batched_tokens": int(rng.choice([1, 16, 64, 512, 2048])),
         "max_chunk_tokens": int(rng.choice([8, 100])),
-        "kv_blocks": int(rng.integers(40, 200)),
+        "kv_blocks": int(rng.choice([rng.integers(60, 300), 4_000])),
         "policy": str(rng.choice(["chunked_prefill", "prefill_first", "shortest_first", "deadline"])),
         "stream_interval": int(rng.choice([1, 7])),
         "receive_interval": int(rng.choice([1, 4])),
@@ -109,10 +109,10 @@ def draw_load(rng: np.random.Generator) -> dict[str, Any]:
     load: dict[str, Any] = {
         "name": "drawn",
         "prompt_tokens": rng.integers(1, longest, count),
-        "output_tokens": np.maximum(1, rng.geometric(1 / int(rng.choice([2, 40, 150])), count)).clip(max=600),
+        "output_tokens": np.maximum(1, rng.geometric(1 / int(rng.choice([2, 40, 150, 150])), count)).clip(max=600),
     }
     if rng.random() < 0.5:
-        turnaround_s = float(rng.choice([0.0, 0.01, 0.3]))
+        turnaround_s = float(rng.choice([0.0, 0.003, 0.01, 0.05, 0.3]))
         return {
             **load,
             "concurrency": int(rng.integers(1, 12)),
