@@ -37,6 +37,8 @@ def write_sealed(path: Path, data: Mapping[str, Any]) -> None:
 
 def open_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What ``result.json`` and ``timing.json`` hold. BadInput where a file is missing, damaged or of another format."""
+    if not (folder / "result.json").exists():
+        raise BadInput(f"holds no result.json; {_WOULD_DO}", where=folder)
     record = _read_sealed(folder / "result.json")
     if record.get("format") != FORMAT:
         would_do = f"another version of apexsim saved this; this one reads format {FORMAT}: run it again"

@@ -57,12 +57,19 @@ BY_BATCHES = "ratio over the window, half-widths by batch means"
 class Steady:
     """What may be said of the steady part of a run.
 
-    ``kind``: ``steady``; ``short`` where the window is shorter than 5 end-to-end times (90th percentile) or a
-    half-width is above 3 %: the figures stand but decide nothing; ``growing`` where the backlog grows, so that there
-    is no steady figure; ``all_at_once`` where the figures are those of the whole run. ``reason`` says why it is not
-    ``steady`` and what would do. ``from_s`` and ``to_s``: the window on the run's clock, ``share`` of the duration.
-    ``requests`` came in it, ``output_tokens`` were made in it. ``half_width``: relative, 95 %. ``wanted_requests``:
-    about how many of this workload would make the window long enough. ``estimator``: how the figures were had.
+    ``kind`` is one of:
+    ``steady``: the figures stand.
+    ``short``: they stand but decide nothing. The window is shorter than 5 end-to-end times (90th percentile), or a
+    half-width is above 3 %.
+    ``growing``: the backlog grows, so that there is no steady figure.
+    ``all_at_once``: the figures are those of the whole run.
+
+    ``reason``: why it is not ``steady``, and what would do.
+    ``from_s`` and ``to_s``: the window on the run's clock; ``share`` of the duration lies in it.
+    ``requests`` came in the window, ``output_tokens`` were made in it.
+    ``half_width``: relative, at 95 %, of each figure.
+    ``wanted_requests``: about how many of this workload would make the window long enough.
+    ``estimator``: how the figures were had.
     """
 
     kind: Kind
@@ -190,8 +197,7 @@ def flows_of(result: SimulationResult, edges: Floats) -> Flows:
         drawn_j, worked_s = (
             np.diff(spread_until((start_s, end_s), steps[key], edges)) for key in ("energy_j", "working_s")
         )
-        device_s = result.deployment.billed_devices * np.diff(edges)
-        joules = drawn_j + result.deployment.cluster.device.power.idle_w * np.maximum(0.0, device_s - worked_s)
+        joules = drawn_j + result.deployment.idle_j(np.diff(edges), worked_s)
     return Flows(edges, np.diff(made), np.diff(worked), np.diff(owed), np.diff(came), joules)
 
 
@@ -300,8 +306,6 @@ def _no_window(result: SimulationResult, e2e_s: float) -> Steady:
 
 def _told(result: SimulationResult, flows: Flows, figures: tuple[Estimate, Estimate], said: Verdict) -> Steady:
     tokens, energy = figures
-    deployment = result.deployment
-    usd_per_s = deployment.cluster.device.price.usd_per_hour * deployment.billed_devices / 3600
     return Steady(
         kind=said.kind,
         reason=said.reason,
@@ -312,7 +316,7 @@ def _told(result: SimulationResult, flows: Flows, figures: tuple[Estimate, Estim
         requests=round(flows.arrived.sum()),
         output_tokens=round(flows.tokens.sum()),
         output_tokens_per_s=_known(tokens.value),
-        usd_per_million_output_tokens=_known(ratio(usd_per_s * 1e6, tokens.value)),
+        usd_per_million_output_tokens=_known(ratio(result.deployment.usd_per_s * 1e6, tokens.value)),
         energy_per_output_token_j=_known(energy.value),
         half_width={COST: _known(tokens.relative), ENERGY: _known(energy.relative)},
         wanted_requests=said.wanted,

@@ -1,6 +1,13 @@
 """The summary of a run: what each figure means, in one place.
 
 Latencies are over finished requests; percentiles interpolate linearly. A figure that does not exist is None.
+
+The parts of ``timing``, in seconds of the wall clock:
+
+wall_s       all of the run
+build_s      drawing requests, planning memory and filling the tables of costs of whole prompts
+simulate_s   the clock from the first event to the last, and the costs that a step asks for first
+account_s    columns, joules and operators
 """
 
 from __future__ import annotations
@@ -21,15 +28,14 @@ if TYPE_CHECKING:
 def summarise(result: SimulationResult) -> dict[str, Any]:
     """Every figure of a run as nested plain data, in a fixed order of keys.
 
-    ``memory`` is that of a replica (see ``MemoryPlan.figures``).
-    ``itl_s`` counts every token once, whatever its request. Preemptions and cache hits are of the whole run;
-    ``provenance`` says of each operator which share of the devices' working time rests on which evidence;
-    ``steady`` what a token costs once the system has filled (see ``steady.py``), while ``cost`` and ``energy`` are of
-    the whole run; ``uncertainty`` where the mean latencies, the rate of tokens and joules a token may lie (see
-    ``uncertainty.py``).
-    ``timing`` is in wall-clock seconds: ``wall_s`` all of the run, ``build_s`` of it for drawing requests, planning
-    memory and filling the tables of costs (of whole prompts; what else a step asks for is added when it does),
-    ``simulate_s`` for the clock from the first event to the last, ``account_s`` for columns, joules and operators.
+    ``itl_s``: gaps between tokens; every token counts once, whatever its request.
+    ``energy`` and ``cost``: of the whole run.
+    ``steady``: what a token costs once the system has filled (see ``steady.py``).
+    ``memory``: that of a replica (see ``MemoryPlan.figures``).
+    ``preemptions`` and ``prefix_hit_rate``: of the whole run.
+    ``provenance``: of each operator, which share of the devices' working time rests on which evidence.
+    ``uncertainty``: where mean latencies, the rate of tokens and joules a token may lie (see ``uncertainty.py``).
+    ``timing``: seconds of the wall clock, by part (see the module).
     """
     columns, finished = result.request_columns, result.finished
     latencies = {key: distribution(columns[key][finished]) for key in ("ttft_s", "tpot_s", "e2e_s", "queue_s")}
@@ -90,12 +96,12 @@ def _energy(result: SimulationResult, output_tokens: int) -> dict[str, Any]:
     ``idle_j`` is the part of devices that had nothing to do. ``range_j``: least and most joules of the devices at a
     clock that was not measured; None at the measured one.
     """
-    cluster, usage = result.deployment.cluster, result.usage
-    device_s = result.deployment.billed_devices * result.duration_s
+    deployment, usage = result.deployment, result.usage
+    overhead, device_s = deployment.cluster.overhead, deployment.billed_devices * result.duration_s
     known = bool(usage.seconds)
-    idle_j = cluster.device.power.idle_w * max(0.0, device_s - usage.working_s) if known else math.nan
+    idle_j = deployment.idle_j(result.duration_s, usage.working_s) if known else math.nan
     working_j = math.fsum(usage.energy_j.values()) if known else math.nan
-    server_j = cluster.overhead.server_j(working_j + idle_j, device_s)
+    server_j = overhead.server_j(working_j + idle_j, device_s)
     prompt_tokens = int(result.request_columns["prompt_tokens"][result.finished].sum())
 
     def figures(total_j: float) -> dict[str, float]:
@@ -112,18 +118,17 @@ def _energy(result: SimulationResult, output_tokens: int) -> dict[str, Any]:
         "idle_j": idle_j,
         "range_j": [working + idle_j for working in possible] if possible else None,
         "server": figures(server_j),
-        "facility": figures(cluster.overhead.pue * server_j),
+        "facility": figures(overhead.pue * server_j),
     }
 
 
 def _cost(result: SimulationResult, output_tokens: int) -> dict[str, float]:
     """Rent of the billed devices, idle ones too, over the duration."""
-    billed = result.deployment.billed_devices
-    usd_per_hour = result.deployment.cluster.device.price.usd_per_hour * billed
-    spent_usd = usd_per_hour / 3600 * result.duration_s
+    deployment = result.deployment
+    spent_usd = deployment.usd_per_s * result.duration_s
     return {
-        "billed_devices": billed,
-        "usd_per_hour": usd_per_hour,
+        "billed_devices": deployment.billed_devices,
+        "usd_per_hour": deployment.usd_per_hour,
         "usd_per_million_output_tokens": ratio(spent_usd * 1e6, output_tokens),
     }
 

@@ -26,7 +26,14 @@ from pydantic import Field
 
 from apexsim.atomic import atomic_path, make_folder
 from apexsim.errors import BadInput
-from apexsim.io.deployments import DeploymentFile, beside, check_lawful, check_named_code, resolve_deployment
+from apexsim.io.deployments import (
+    DeploymentFile,
+    beside,
+    check_computes,
+    check_lawful,
+    check_named_code,
+    resolve_deployment,
+)
 from apexsim.io.search_files import Traffic
 from apexsim.io.yaml_files import load_spec
 from apexsim.search.executors import choose_jobs, run_local
@@ -98,10 +105,10 @@ def sweep(
 ) -> pd.DataFrame:
     """Run every point of the grid in a sweep YAML; write ``sweep.parquet`` into the folder ``out`` and return it.
 
-    A run that fails is a row with its error. Names and keys are all checked before the first run: ``BadInput`` names
-    the file and the key. ``resume`` goes on from the journal in ``out``, and a folder that has one is refused without
-    it; ``jobs`` changes nothing but the time. Code that a file names (``module:Name``) is imported only if
-    ``allow_plugins``.
+    A run that fails is a row with its error; one that misses its SLO has its figures and the verdict ``misses_slo``.
+    Names and keys are all checked before the first run: ``BadInput`` names the file and the key. ``resume`` goes on
+    from the journal in ``out``, and a folder that has one is refused without it; ``jobs`` changes nothing but the time.
+    Code that a file names (``module:Name``) is imported only if ``allow_plugins``.
     """
     runs = tuple(read_runs(path, allow_plugins=allow_plugins))
     tasks = {run.identity: run for run in runs}
@@ -138,6 +145,7 @@ def simulated(run: Run) -> Outcome:
 
     def work() -> Outcome:
         check_lawful(run.deployment, "plan")
+        check_computes(run.deployment, "run")
         summary = simulate(run.deployment, run.requests, slo=run.slo, seed=run.seed).summary()
         figures = flatten({key: summary[key] for key in summary if key not in _LEFT_OUT})
         missed = _missed(run.slo, summary["slo"]["attainment"])

@@ -22,7 +22,8 @@ from apexsim.costs.steps import BatchStats
 from apexsim.errors import ApexsimError
 from apexsim.serving.audit import Audited
 from apexsim.serving.batching import BatchPolicy
-from apexsim.serving.simulator import How, Run, make_policy
+from apexsim.serving.named import make_policy
+from apexsim.serving.simulator import How, Run
 from apexsim.serving.unfinished import why_unfinished
 from apexsim.specs.cluster import Cluster
 from apexsim.specs.deployment import Deployment, Plan, Pool

@@ -46,6 +46,10 @@ SWEEP = {
     "base": {"device": "h100-sxm", "workload": "chat", "requests": 40, "slo": {"ttft_s": 0.5, "tpot_s": 0.05}},
     "grid": {"model": ["llama-3.1-8b", "llama-3.1-70b"], "tensor": [1, 2], "rate_per_s": [2, 6]},
 }
+RECORDED = (
+    "index", "replica", "arrival_ns", "scheduled_ns", "first_token_ns", "last_token_ns", "shown_ns", "prompt_tokens",
+    "total", "known", "computed", "pending", "blocks", "preemptions",
+)  # fmt: skip
 TIMES = "timing", "wall_s", "build_s", "simulate_s", "account_s", "jobs"
 
 
@@ -120,14 +124,16 @@ def _totals(steps: pd.DataFrame, *, stages: int) -> list[list[float]]:
 
 
 def _run_hashes(run: Any) -> dict[str, str]:
-    from apexsim.testing import records
-
     steps = run.recorder.steps()
     frame = pd.DataFrame({key: steps[key] for key in ("replica", "repeats", "decodes", "chunk_tokens")})
     frame["decodes"] *= frame["repeats"]
     totals = frame.groupby("replica").sum().to_numpy().tolist()
     gaps = [column.tolist() for column in run.recorder.inter_token_gaps()]
-    return {"requests": _digest(records(run)), "gaps": _digest(gaps), "totals": _digest(totals)}
+    return {
+        "requests": _digest([[getattr(request, name) for name in RECORDED] for request in run.requests]),
+        "gaps": _digest(gaps),
+        "totals": _digest(totals),
+    }
 
 
 def _drawn_cases() -> Iterator[Any]:

@@ -17,10 +17,11 @@ from apexsim.serving.batch import Batch, compose
 from apexsim.serving.batching import Ledger
 from apexsim.serving.cohort import Cohort
 from apexsim.serving.kv_cache import BlockManager
+from apexsim.serving.named import make_policy
 from apexsim.serving.recording import Recorder
 from apexsim.serving.request import Request
 from apexsim.serving.scheduler import Scheduler
-from apexsim.serving.simulator import Door, make_policy, no_cycle_collection
+from apexsim.serving.simulator import Door, no_cycle_collection
 from apexsim.specs.engine import SchedulerDefaults
 from apexsim.specs.model import ModelSpec
 from apexsim.specs.workload import Requests

@@ -131,6 +131,16 @@ def test_a_run_accounts_like_its_steps() -> None:
 
 
 @pytest.mark.parametrize("plan", [Plan(), Plan(tensor=4), Plan(pipeline=2)])
+def test_joules_and_seconds_of_rows_add_up_to_those_of_operators(plan: Plan) -> None:
+    found = accounted(cost_of("llama-3.1-8b", plan), STEPS)
+    assert len(found.step_j) == len(found.step_s) == len(STEPS)
+    assert found.step_j.sum() == pytest.approx(sum(found.energy_j.values()), rel=1e-12)
+    assert found.step_s.sum() == pytest.approx(sum(found.seconds.values()), rel=1e-12)
+    alone = [accounted(cost_of("llama-3.1-8b", plan), [step]) for step in STEPS]
+    assert found.step_j == pytest.approx([sum(each.energy_j.values()) for each in alone], rel=1e-9)
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan(tensor=2, pipeline=2)])
 def test_flops_are_those_of_the_model(plan: Plan) -> None:
     model = spec("model", "llama-3.1-8b")
     done = accounted(cost_of("llama-3.1-8b", plan), [(decode(16, 500), 10)])

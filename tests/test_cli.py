@@ -19,6 +19,7 @@ from apexsim.cli.options import parse_engine_options
 from apexsim.errors import BadInput, InfeasiblePlan
 from apexsim.io.deployments import (
     DeploymentFile,
+    deployment_from,
     load_deployment,
     read_deployment,
     resolve_deployment,
@@ -117,7 +118,7 @@ def test_an_unreadable_trace_is_told(tmp_path: Path, fails: Callable[..., str]) 
         (["--router", "os:path"], ["router", "give a class with choose"]),
         (["--replicas", "10001"], ["replicas", "10000"]),
         (["--tensor", "1000000000000"], ["tensor", "got 1000000000000", "up to 10000 devices"]),
-        (["--requests", "100000000000000000000"], ["--requests", "at most 100000000"]),
+        (["--requests", "100000000000000000000"], ["--requests", "at most 10000000"]),
         (["--slo", "tfft_s=1"], ["--slo", "ttft_s"]),
         (["--slo", "ttft_s=fast"], ["--slo", "got 'fast'"]),
         (["--slo", ""], ["--slo", "at least one limit"]),
@@ -301,9 +302,75 @@ def test_the_cluster_holds_the_replicas_in_whole_nodes(cluster: dict[str, int], 
     assert (found.nodes, found.devices_per_node) == devices
 
 
+@pytest.mark.parametrize(
+    ("choices", "billed"),
+    [
+        ({"replicas": 4}, 8),
+        ({"replicas": 5}, 10),
+        ({"replicas": 4, "bill": "node"}, 8),
+        ({"replicas": 5, "bill": "node"}, 16),
+        ({"replicas": 1, "bill": "node"}, 8),
+        ({"replicas": 1, "bill": "node", "devices_per_node": 4}, 4),
+        ({"replicas": 1, "bill": "node", "nodes": 3}, 8),
+        ({"replicas": 1, "bill": "fleet", "nodes": 3}, 24),
+        ({"replicas": 1, "bill": "fleet", "devices_per_node": 4}, 4),
+    ],
+)
+def test_what_is_billed_does_not_jump_with_the_nodes(choices: dict[str, Any], billed: int) -> None:
+    found = deployment_from(None, {"model": "llama-3.1-8b", "device": "h100-sxm", "tensor": 2, **choices})
+    assert found.billed_devices == billed
+
+
+def test_the_bill_is_a_flag_and_a_key(tmp_path: Path, trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "plan.yaml").write_text("model: llama-3.1-8b\ndevice: h100-sxm\ntensor: 2\nbill: node\n")
+    assert main(["simulate", str(tmp_path / "plan.yaml"), "--workload", trace]) == 0
+    said = capsys.readouterr().out
+    assert "24 USD/hour for 8 billed devices" in said
+    assert "6 of 8 devices stand idle; their power and price count (bill: node)" in " ".join(said.split())
+    assert main([*BASE, trace, "--bill", "used"]) == 0
+    assert "3 USD/hour for 1 billed device" in capsys.readouterr().out
+    assert main([*BASE, trace, "--bill", "fleet"]) == 2
+    assert "bill: got 'fleet'; give nodes and devices_per_node" in capsys.readouterr().err
+    assert main([*BASE, trace, "--bill", "node-wise"]) == 2
+    assert "bill: got 'node-wise'" in capsys.readouterr().err
+
+
+def test_the_screen_shows_steady_figures_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chats = ["simulate", "--model", "llama-3.1-8b", "--device", "h100-sxm", "--workload", "chat", "--rate-per-s", "8"]
+    assert main([*chats, "--requests", "60", "--json", str(tmp_path / "short.json")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    steady = json.loads((tmp_path / "short.json").read_text())["steady"]
+    assert steady["kind"] == "short"
+    assert "steady short:" in said
+    assert f"about {steady['wanted_requests']:,} requests would do" in said
+    assert f"cost {steady['usd_per_million_output_tokens']:.3g} +- " in said
+    assert "USD/million output tokens (whole run " in said
+    assert main([*chats[:-2], "--requests", "9", "--concurrency", "9"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "steady all at once: all requests come at once: the figures are of the whole run" in said
+    assert "J/output token (whole run)" in said
+
+
+@pytest.mark.parametrize(
+    ("twice", "said"),
+    [
+        (["max_num_seqs=1", "max_num_seqs=64"], "--engine-option: got 'max_num_seqs=64'; give it once"),
+        (["max_num_seqs=1", "max-num-seqs=64"], "deployment: engine_options: max_num_seqs is given twice"),
+        (
+            ["max_running_requests=8", "max_num_seqs=9"],
+            "deployment: engine_options: max_num_seqs is given twice",
+        ),
+    ],
+)
+def test_an_engine_option_is_given_once(twice: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [word for option in twice for word in ("--engine-option", option)]
+    assert main(["simulate", "--model", "llama-3.1-8b", "--device", "h100-sxm", "--workload", "chat", *flags]) == 2
+    assert capsys.readouterr().err == f"apexsim: {said}\n"
+
+
 def test_engine_options_reach_the_profile_and_hold_for_long_contexts() -> None:
     options = parse_engine_options(["gpu-memory-utilization=0.97", "custom_all_reduce=false", "chunked_prefill=false"])
-    assert options == {"gpu_memory_utilization": 0.97, "custom_all_reduce": False, "chunked_prefill": False}
+    assert options == {"gpu-memory-utilization": 0.97, "custom_all_reduce": False, "chunked_prefill": False}
     file = DeploymentFile(model="llama-3.1-8b", device="h100-sxm", engine="vllm-0.6", engine_options=options)
     deployment = resolve_deployment(file, "test")
     assert deployment.engine.memory.gpu_memory_utilization == 0.97

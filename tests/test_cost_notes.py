@@ -81,3 +81,5 @@ def test_a_series_contains_its_patches_and_words_are_no_versions() -> None:
     assert not any("older" in note for note in notes(listed("0.9", "0.24")))
     assert any("vllm up to 0.9 " in note for note in notes(listed("0.9", "nightly")))
     assert not any("older" in note for note in notes(listed("nightly")))
+    assert any("vllm up to 0.9 " in note for note in notes(listed("v0.9-cu128", "0.8.x")))
+    assert not any("older" in note for note in notes(listed("v0.24-cu130")))

@@ -271,14 +271,14 @@ def test_a_pattern_of_ten_thousand_layers_has_its_period_found(tmp_path: Path) -
 def test_files_that_are_no_config_are_refused(tmp_path: Path) -> None:
     deep = tmp_path / "deep.json"
     deep.write_text('{"model_type": ' + "[" * 100_000 + "]" * 100_000 + "}")
-    with pytest.raises(BadInput, match=r"deep\.json: nested too deep"):
+    with pytest.raises(BadInput, match=r"deep\.json: not valid JSON: it is nested too deep"):
         import_model(deep)
-    with pytest.raises(BadInput, match="give a file"):
+    with pytest.raises(BadInput, match="give the path of a file"):
         import_model(tmp_path)
     large = tmp_path / "large.json"
     with large.open("wb") as file:
-        file.truncate(17 << 20)
-    with pytest.raises(BadInput, match=r"has 17,825,792 bytes; a config\.json has at most"):
+        file.truncate(33 << 20)
+    with pytest.raises(BadInput, match="has 34,603,008 bytes; give at most 33,554,432"):
         import_model(large)
 
 
@@ -310,6 +310,11 @@ def compressed(bits: int, kind: str, inputs: int | None = None, **weights: Any) 
     return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
 
 
+def quark(dtype: str, **weights: Any) -> dict[str, Any]:
+    weight = {"dtype": dtype, "qscheme": "per_group", **weights}
+    return {"quant_method": "quark", "global_quant_config": {"weight": weight}}
+
+
 @pytest.mark.parametrize(
     ("config", "dtype"),
     [
@@ -327,6 +332,12 @@ def compressed(bits: int, kind: str, inputs: int | None = None, **weights: Any) 
         (compressed(4, "int", strategy="group", group_size=128), "int4_wo"),
         (compressed(4, "float", 4, group_size=16), "nvfp4"),
         (compressed(4, "float", group_size=32), "mxfp4"),
+        ({"quant_method": "awq", "w_bit": 4}, "int4_wo"),
+        ({"quant_method": "auto-round", "bits": 4, "data_type": "int", "group_size": 128}, "int4_wo"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}, "nvfp4"),
+        (quark("fp4", group_size=16), "nvfp4"),
+        (quark("fp4", group_size=32), "mxfp4"),
+        (quark("int4", group_size=128), "int4_wo"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4"),
         ({"quant_method": "modelopt", "quant_algo": "FP8"}, "fp8"),
         ({"quant_algo": "FP8", "config_groups": {"group_0": {"weights": {"num_bits": 8}}}}, "fp8"),
@@ -350,6 +361,18 @@ def test_the_dtype_of_a_checkpoint_is_read(tmp_path: Path, config: dict[str, Any
         ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*": {"bits": 8}}}, "dynamic: other bits for some modules"),
         ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, "quant_algo: got 'MIXED_PRECISION'"),
         (compressed(4, "int", 8), "config_groups.group_0: weights of int 4 with activations of 8 bits are not known"),
+        ({"bits": 4}, "config.json: quantization_config.quant_method: is missing"),
+        ({"quant_method": "gptq"}, "config.json: quantization_config.bits: is missing; give 4 or 8"),
+        ({"quant_method": "auto-round"}, "quantization_config.bits: is missing"),
+        ({"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}, "data_type: got 'mx_fp'; integers are known"),
+        (compressed(4, "float", 4, group_size=128), "config_groups.group_0.weights.group_size: got 128; floats of 4"),
+        (compressed(4, "float"), "config_groups.group_0.weights.group_size: got None; floats of 4 bits are known in"),
+        (quark("fp4", group_size=64), "global_quant_config.weight.group_size: got 64; floats of 4 bits are known in"),
+        (quark("fp4"), "global_quant_config.weight.group_size: got None"),
+        (
+            {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 32},
+            "group_size: got 32; another than that",
+        ),
     ],
 )
 def test_a_checkpoint_that_is_not_understood_is_refused(tmp_path: Path, config: dict[str, Any], said: str) -> None:
@@ -357,6 +380,44 @@ def test_a_checkpoint_that_is_not_understood_is_refused(tmp_path: Path, config: 
         import_model(write(tmp_path, LLAMA | {"quantization_config": config}))
     assert said in str(caught.value)
     assert "take it out to import the shape alone" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "note"),
+    [
+        ({"quant_method": "gptq", "bits": 8, "group_size": 64}, "groups of 64, counted as whole channels"),
+        ({"quant_method": "gptq", "bits": 8, "group_size": 128}, "groups of 128, counted as whole channels"),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1}, None),
+        (compressed(8, "int", strategy="group", group_size=32), "groups of 32, counted as whole channels"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 64}, "groups of 64, counted as 128"),
+        (quark("int4", group_size=32), "groups of 32, counted as 128"),
+        (quark("int4", group_size=128), None),
+    ],
+)
+def test_scales_of_other_groups_are_noted(tmp_path: Path, config: dict[str, Any], note: str | None) -> None:
+    checkpoint = import_model(write(tmp_path, LLAMA | {"quantization_config": config})).checkpoint
+    assert checkpoint is not None
+    assert checkpoint.notes == ((f"its scales hold for {note}",) if note else ())
+
+
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        (
+            {"ignore": ["re:(", "lm_head"]},
+            "config.json: quantization_config.ignore: got 're:('; not a regular expression",
+        ),
+        ({"dynamic": {"-:[": {}}}, "config.json: quantization_config.dynamic: got 're:['; not a regular expression"),
+        ({"ignore": ["lm_head", 7]}, "config.json: quantization_config.ignore: got 7; give names of modules"),
+    ],
+)
+def test_names_of_modules_that_are_none_are_told_with_their_place(
+    tmp_path: Path, left: dict[str, Any], said: str
+) -> None:
+    config = {"quant_method": "gptq", "bits": 4} | left
+    with pytest.raises(BadInput) as caught:
+        import_model(write(tmp_path, LLAMA | {"quantization_config": config}))
+    assert said in str(caught.value)
 
 
 def test_the_file_beside_a_config_is_read(tmp_path: Path) -> None:
@@ -486,8 +547,44 @@ def test_a_device_without_the_dtype_is_one_line(tmp_path: Path, capsys: pytest.C
     command = ["simulate", "--model", path, "--device", "h100-sxm", "--workload", "chat", "--requests", "2"]
     assert main(command) == 2
     said = capsys.readouterr().err
-    assert "weights: h100-sxm has no products in nvfp4; it has: bf16, fp8," in said
+    assert "weights: h100-sxm has no gemm cost for nvfp4; it has: bf16, fp8," in said
+    assert "llama-3.1-8b was published in it: give another dtype, or another device" in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ({"model": "llama-3.1-8b", "weights": "int8"}, "deployment: weights: h100-sxm has no gemm cost for int8"),
+        ({"model": "qwen3-30b-a3b", "moe_weights": "int8_wo"}, "deployment: moe_weights: h100-sxm has no moe cost for"),
+        ({"model": "gpt-oss-20b", "weights": "mxfp4"}, "deployment: weights: h100-sxm has no gemm cost for mxfp4"),
+    ],
+)
+def test_a_dtype_asked_for_is_refused_in_the_same_words(choices: dict[str, str], said: str) -> None:
+    import apexsim
+
+    with pytest.raises(Unsupported) as caught:
+        apexsim.deployment(device="h100-sxm", **choices)
+    assert str(caught.value).startswith(said)
+    assert "published" not in str(caught.value)
+    assert str(caught.value).endswith("give another dtype, or another device")
+
+
+def test_parts_that_stay_in_bf16_and_stand_ins_need_no_products(tmp_path: Path) -> None:
+    import apexsim
+
+    kept = Checkpoint(dtype="nvfp4", method="modelopt", kept={"mixer": "all", "ffn": "all"})
+    path = saved(tmp_path, catalog.load("model", "llama-3.1-8b"), checkpoint=kept)
+    assert apexsim.deployment(model=path, device="h100-sxm").weights == "nvfp4"
+    assert apexsim.deployment(model="gpt-oss-20b", device="a100-sxm").expert_dtype == "mxfp4"
+
+
+def test_a_search_of_weights_without_products_is_refused() -> None:
+    from apexsim.io.search_files import SearchFile, resolve_search
+
+    file = SearchFile(model="llama-3.1-8b", devices="1xh100-sxm", workload="chat", weights="int8")
+    with pytest.raises(Unsupported, match="question: weights: h100-sxm has no gemm cost for int8"):
+        resolve_search(file, "question")
 
 
 def test_import_says_what_it_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -535,7 +632,12 @@ def test_a_shipped_model_answers_to_the_checkpoint_it_was_taken_from(name: str) 
             "a quantised checkpoint of qwen3-30b-a3b: give model qwen3-30b-a3b with weights fp8",
         ),
         ("x/Llama-3.1-70B-Instruct-AWQ-INT4", "give model llama-3.1-70b with weights int4_wo"),
-        ("nvidia/DeepSeek-R1-FP4", "give model deepseek-r1 with weights nvfp4"),
+        ("nvidia/DeepSeek-R1-FP4", "give model deepseek-r1 with weights nvfp4 or mxfp4"),
+        (
+            "RedHatAI/Meta-Llama-3.1-8B-Instruct-quantized.w8a8",
+            "give model llama-3.1-8b with weights int8 for integers",
+        ),
+        ("RedHatAI/Meta-Llama-3.1-70B-Instruct-quantized.w4a16", "give model llama-3.1-70b with weights int4_wo,"),
         ("deepseek-ai/DeepSeek-R1-0528", "no such shipped model; did you mean deepseek-r1"),
         ("mistralai/Mistral-7B-v0.1", "no such shipped model; did you mean mistral-7b"),
     ],

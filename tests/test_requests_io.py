@@ -302,9 +302,8 @@ def lengths_only(folder: Path, form: str = "parquet") -> Path:
 def test_a_length_only_trace_needs_arrivals_from_its_user(tmp_path: Path, form: str) -> None:
     path = lengths_only(tmp_path, form)
     line = refusal(lambda: resolve_workload(path))
-    assert line == f"{path}: arrival_s: holds no arrival times; ask for a rate, a concurrency or all requests at once"
+    assert line == f"{path}: arrival_s: holds no arrival times; ask for a rate or a concurrency"
     assert resolve_workload(path, concurrency=2).concurrency == 2
-    assert resolve_workload(path, all_at_once=True).arrival_s.tolist() == [0.0] * 3  # type: ignore[union-attr]
     drawn = resolve_workload(path, rate_per_s=2.0, seed=4)
     assert drawn.arrival_s is not None
     assert drawn.arrival_s[1] > 0
@@ -371,7 +370,6 @@ def test_an_unknown_name_gets_the_nearest_ones_and_hears_of_files() -> None:
         ({"requests": 0}, "--requests: got 0; give a whole number of at least 1"),
         ({"seed": -1}, "--seed: got -1; give a whole number of at least 0"),
         ({"rate_per_s": 1.0, "concurrency": 2}, "--rate-per-s --concurrency: give one of them"),
-        ({"rate_per_s": 1.0, "all_at_once": True}, "--rate-per-s --all-at-once: give one of them"),
     ],
 )
 def test_bad_flags_are_named(flags: dict[str, Any], said: str) -> None:

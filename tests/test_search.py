@@ -112,7 +112,7 @@ def test_every_factorisation_of_the_devices_is_a_candidate() -> None:
     assert all(t * p * r == 8 for t, p, r in layouts)
 
 
-@given(st.integers(1, 24))
+@pytest.mark.parametrize("devices", [1, 2, 6, 8])
 def test_idle_devices_add_the_smaller_spaces(devices: int) -> None:
     small = space(devices=devices, allow_idle=True).candidates()
     alone = [c.name for count in range(1, devices + 1) for c in space(devices=count).candidates()]
@@ -437,7 +437,7 @@ def test_resuming_a_finished_search_gives_the_same_answer(tmp_path: Path, monkey
 
 def test_real_searches_are_the_same_with_one_job_and_with_two() -> None:
     asked = {"model": "llama-3.1-8b", "devices": "4xh100-sxm", "workload": "chat", "requests": 30}
-    alone, together = (plan(**asked, slo=SLO(ttft_s=0.5), objective="goodput", jobs=jobs) for jobs in (1, 2))
+    alone, together = (plan(**asked, slo=SLO(ttft_s=0.5), objective="cost", jobs=jobs) for jobs in (1, 2))
     assert json.dumps(comparable(alone)) == json.dumps(comparable(together))
 
 

@@ -34,7 +34,7 @@ def capacity(given: Any) -> int:
 def test_a_context_that_fits_is_left_alone() -> None:
     asked = deployed(tensor=2)
     engine = start(asked)
-    assert (engine.deployment, engine.notes, engine.reduced_context) == (asked, (), None)
+    assert (engine.deployment, engine.notes, engine.options) == (asked, (), {})
     assert engine.memory == plan_memory(asked, asked.pools[0])
 
 
@@ -43,7 +43,7 @@ def test_a_models_own_context_gives_way_to_the_longest_that_starts() -> None:
     engine = start(asked)
     longest = capacity(asked)
     assert longest < 40960
-    assert engine.reduced_context == engine.deployment.context_limit == engine.memory.max_tokens == longest
+    assert engine.options["max_model_len"] == engine.deployment.context_limit == engine.memory.max_tokens == longest
     assert engine.notes == (
         f"max_model_len {longest:,}: a context of 40,960 tokens does not fit in the KV cache; "
         "longer requests are rejected",
@@ -117,7 +117,7 @@ def test_seats_need_room_for_the_states_of_recurrent_layers() -> None:
     # Seats that nobody gave yield, with a note.
     yielded = start(asked)
     assert yielded.deployment.scheduler.max_num_seqs == yielded.options["max_num_seqs"] == room
-    assert yielded.notes == (f"max_num_seqs {room:,}: states of recurrent layers for more sequences do not fit",)
+    assert yielded.notes == (f"max_num_seqs {room:,}: states of recurrent layers for 1,024 sequences do not fit",)
     assert start(deployed("nemotron-h-8b", engine="sglang-0.5")).notes == ()
 
 
@@ -139,7 +139,8 @@ def test_best_yaml_has_the_flag_that_starts_the_engine(tmp_path: Path) -> None:
     best = apexsim.deployment(tmp_path / "one" / "best.yaml")
     assert best.engine.scheduler.max_model_len == capacity(deployed())
     assert study.best is not None
-    assert start(best).deployment == start(study.best).deployment
+    started, there = start(best).deployment, start(study.best).deployment
+    assert (started.scheduler, started.engine.memory) == (there.scheduler, there.engine.memory)
     search(model="qwen3-32b", devices="2xh100-sxm", out=tmp_path / "two", **choices)
     assert apexsim.deployment(tmp_path / "two" / "best.yaml").engine.scheduler.max_model_len is None
 

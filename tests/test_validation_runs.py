@@ -104,7 +104,7 @@ def test_malformed_files_are_told(tmp_path: Path, text: str, said: str) -> None:
 
 
 def test_absent_and_binary_files_are_told(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="cannot be read as CSV"):
+    with pytest.raises(BadInput, match="cannot be read"):
         read_runs(tmp_path / "none.csv")
     (tmp_path / "runs.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BadInput, match="cannot be read as CSV"):

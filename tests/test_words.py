@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import apexsim
 from apexsim.cli.main import main
 from apexsim.errors import BadInput
 from apexsim.io.deployments import deployment_from
+from apexsim.io.model_ids import shipped_name
 from apexsim.io.search_files import read_search
-from apexsim.io.words import FLAGS
+from apexsim.io.words import FLAGS, QUANTISED, dtype_word
 from apexsim.specs.workload import Requests
+from apexsim.units import DTYPE_BYTES
 
 NAMES = {"model": "llama-3.1-8b", "device": "h100-sxm", "engine": "vllm@0.11.0"}
 
@@ -25,11 +28,21 @@ def deployment(**choices: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("word", "meant"),
-    [("bfloat16", "bf16"), ("BF16", "bf16"), ("float32", "fp32"), ("fp8_e4m3", "fp8"), ("float8_e4m3fn", "fp8")],
+    [("bfloat16", "bf16"), ("BF16", "bf16"), ("fp8_e4m3", "fp8"), ("float8_e4m3fn", "fp8")],
 )
 def test_dtypes_that_are_the_same_are_understood(word: str, meant: str) -> None:
     assert deployment(weights=word) == deployment(weights=meant)
     assert deployment(kv_cache=word) == deployment(kv_cache=meant)
+
+
+def test_every_word_of_quantisation_is_answered_alike_in_a_flag_and_in_a_name() -> None:
+    assert dtype_word("float32") == "fp32"
+    for word in QUANTISED.keys() - DTYPE_BYTES.keys():
+        with pytest.raises(BadInput, match=re.escape(f"say {QUANTISED[word]}")):
+            deployment(weights=word)
+    for word, dtypes in QUANTISED.items():
+        with pytest.raises(BadInput, match=re.escape(f"with weights {dtypes}, or import")):
+            shipped_name(f"someone/Llama-3.1-8B-{word}", {"llama-3.1-8b": "llama-3.1-8b"})
 
 
 def test_auto_is_the_default() -> None:
@@ -95,7 +108,9 @@ def test_flags_of_engines_are_engine_options(theirs: dict[str, Any], ours: dict[
         ({"quantization": "fp8"}, "say --weights"),
         ({"kv_cache_dtype": "fp8"}, "say --kv-cache"),
         ({"enforce_eager": "yes"}, "engine_options: enforce_eager is true or false"),
-        ({"enforce_eager": True, "cuda_graphs": True}, "cuda_graphs says cuda_graphs a second time; give it once"),
+        ({"enforce_eager": True, "cuda_graphs": True}, "engine_options: cuda_graphs is given twice"),
+        ({"max_num_seqs": 9, "max_running_requests": 8}, "engine_options: max_num_seqs is given twice"),
+        ({"max_num_seqs": 1, "max-num-seqs": 64}, "engine_options: max_num_seqs is given twice"),
         ({"max_num_sequ": 8}, "did you mean max_num_seqs"),
     ],
 )

@@ -72,7 +72,7 @@ def _show(report: CalibrationReport) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     terms = Table("term", box=SIMPLE_HEAD, title=f"Fitted on {report.rows} rows", title_justify="left")
     for heading in ("value", "standard error", "unit"):
         terms.add_column(heading, justify="right")

@@ -25,7 +25,7 @@ def print_tables(*tables: Table) -> None:
     from rich.console import Console
 
     # In a file or a pipe rows stay whole, for grep and awk.
-    console = Console() if sys.stdout.isatty() else Console(width=250)
+    console = Console(markup=False, emoji=False, width=None if sys.stdout.isatty() else 250)
     for table in tables:
         console.print(table)
 
@@ -131,9 +131,8 @@ def model_table(model: ModelSpec) -> Table:
     """What follows from a model's spec."""
     from apexsim.units import format_bytes
 
-    checkpoint, own = model.checkpoint, model.moe.dtype if model.moe else None
-    dtype = checkpoint.dtype if checkpoint else "bf16"
-    experts = own or (checkpoint.experts if checkpoint else None) or dtype
+    dtype = model.published_dtype
+    experts = model.expert_dtype(dtype)
     kv_bytes = sum(group.bytes_per_token("bf16") for group in model.kv_groups)
     rows = [
         ("parameters", f"{model.params:,}"),

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
@@ -181,7 +182,9 @@ def parse_engine_options(items: Iterable[str]) -> dict[str, EngineOption]:
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
             raise BadInput("give key=value, as in max_num_seqs=128", where="--engine-option", got=item)
-        options[key.strip().replace("-", "_")] = _plain(value.strip())
+        if key.strip() in options:
+            raise BadInput("give it once", where="--engine-option", got=item)
+        options[key.strip()] = _plain(value.strip())
     return options
 
 
@@ -228,8 +231,10 @@ def table_console(json_target: str | None) -> Console:
     """Where tables go: stdout, or stderr when stdout carries JSON."""
     from rich.console import Console
 
-    console = Console(stderr=json_target == "-")
-    return console if console.is_terminal else Console(stderr=console.stderr, width=_FILE_WIDTH)
+    # Names and reasons are text, whatever brackets stand in them.
+    plain = partial(Console, stderr=json_target == "-", markup=False, emoji=False)
+    console = plain()
+    return console if console.is_terminal else plain(width=_FILE_WIDTH)
 
 
 @contextmanager

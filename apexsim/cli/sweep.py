@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from apexsim.cli.options import AllowPluginsFlag, keeping, progress_bar
+from apexsim.errors import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,18 +31,20 @@ def sweep(
     jobs: Annotated[int | None, typer.Option(help="Processes; the cores at hand.", min=1)] = None,
     allow_plugins: AllowPluginsFlag = False,
 ) -> None:
-    """Simulate every point of a grid; a run that fails is a row with its error.
+    """Simulate every point of a grid; a run that fails is a row with its error, one that misses its SLO says so.
 
-    Exit status 1 when no run succeeds.
+    Exit status 1 when no run gives figures.
     """
     from apexsim.sweep import TABLE
     from apexsim.sweep import sweep as run_sweep
 
     with progress_bar("Sweeping") as report, keeping(out, "runs", report) as count:
         table = run_sweep(sweep_file, out=out, resume=resume, jobs=jobs, progress=count, allow_plugins=allow_plugins)
-    done = int((table["verdict"] == "ok").sum())
+    missed = int((table["verdict"] == "misses_slo").sum())
+    done = missed + int((table["verdict"] == "ok").sum())
     _show(table)
-    typer.echo(f"{done} of {len(table)} runs done, written to {out / TABLE}")
+    short = f"; {missed} {'misses' if missed == 1 else 'miss'} the SLO" if missed else ""
+    typer.echo(f"{done} of {len(table)} runs done{short}, written to {out / TABLE}")
     if not done:
         raise typer.Exit(1)
 
@@ -52,16 +55,16 @@ def _show(table: pd.DataFrame) -> None:
     from rich.table import Column, Table
 
     grid = list(table.columns[: list(table.columns).index("verdict")])
-    shown = Table(*(Column(path, no_wrap=True) for path in grid), box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    shown = Table(*(Column(printable(path), no_wrap=True) for path in grid), box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for heading in _FIGURES:
         shown.add_column(heading.replace(" ", "\n", 1), justify="right")
     shown.add_column("verdict")
     for record in table.to_dict("records"):
         figures = [_format(record.get(figure)) for figure in _FIGURES.values()]
-        shown.add_row(*(str(record[path]) for path in grid), *figures, record["verdict"])
-    console = Console()
+        shown.add_row(*(printable(str(record[path])) for path in grid), *figures, record["verdict"])
+    console = Console(markup=False, emoji=False)
     console.print(shown)
-    for error, rows in table[table["verdict"] != "ok"].groupby("error", sort=False):
+    for error, rows in table[~table["verdict"].isin(("ok", "misses_slo"))].groupby("error", sort=False):
         console.print(f"{len(rows)} {rows['verdict'].iloc[0]}: {error}", highlight=False, markup=False)
 
 

@@ -54,14 +54,14 @@ def routed_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> list[Row
         dtype=dtype,
         routing_exponent=moe.random_routing_exponent if random else moe.routing_exponent,
         gated=model.gated,
-        kernel=_stand_in_kernel(deployment, dtype),
+        kernel=stand_in_kernel(deployment, dtype),
     )
     choice_s = deployment.engine.expert_choice_s(deployment.cluster.device.datasheet)
     experts = Experts("experts", layer, rows=_expert_rows(plan), choice_s=choice_s)
     return [Gemm("router", moe.experts, model.hidden, "bf16"), *_carried(deployment, pool, experts)]
 
 
-def _stand_in_kernel(deployment: Deployment, dtype: str) -> str | None:
+def stand_in_kernel(deployment: Deployment, dtype: str) -> str | None:
     """The dtype whose kernels of experts stand for those of MXFP4, where no others were timed.
 
     Marlin, which multiplies 4-bit weights in bf16, is what an engine may ask for, and all that devices before Hopper

@@ -270,11 +270,16 @@ def _loaded_bytes(deployment: Deployment, op: RowOperator) -> float:
 def activation_bytes(deployment: Deployment, lowered: Lowered, stage: int) -> float:
     """Peak of a full step, which an engine finds by running one before it sizes its cache.
 
-    It is the larger of two moments. In the layers every token holds its hidden state and residual, and the widest pair
-    of tensors alive together inside a block: QKV and the attention output, gate/up and its activation, or the expert
-    buffers (one row per visited expert; gate/up and output share one buffer, as in vLLM's fused experts). When the last
-    stage samples, every token still holds its hidden state, and every sequence the copies of its logits that the engine
-    makes. Tokens and sequences are those of an attention-data rank; its experts meet the tokens of all ranks.
+    It is the larger of two moments: inside the layers, and where the last stage samples.
+
+    In the layers every token holds its hidden state and its residual. Beside them stands the widest pair of tensors
+    alive together inside a block. That is QKV and the attention output, gate/up and its activation, or the buffers of
+    the experts. These have one row per visited expert; gate/up and output share one buffer, as in vLLM's fused experts.
+
+    When the last stage samples, every token still holds its hidden state. Every sequence holds the copies of its logits
+    that the engine makes.
+
+    Tokens and sequences are those of an attention-data rank; its experts meet the tokens of all ranks.
     """
     model, scheduler, ranks = deployment.model, deployment.scheduler, lowered.attention_data
     budget, seats = scheduler.token_budget // ranks, scheduler.max_num_seqs // ranks

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from apexsim.costs.operators import Collective, Experts, RowOperator
 from apexsim.costs.steps import StepCost, fitted_operators
+from apexsim.versions import begins, version_in
 
 # An engine and its version in the source of a fitted operator, such as "gemm.parquet (vllm 0.24.0)".
 _TIMED_ON = re.compile(r"\b(?P<engine>vllm|sglang|trtllm) (?P<version>\d[\w.]*)", re.IGNORECASE)
@@ -42,26 +42,20 @@ def _stand_ins(cost: StepCost) -> Iterator[str]:
 def _newer_kernels(cost: StepCost) -> Iterator[str]:
     """Kernels timed on a later version of the engine than its profile answers for."""
     engine, found = cost.engine, dict[Version, set[str]]()
-    last = max(_versions(engine.versions), default=None)
+    last = max(filter(None, map(version_in, engine.versions)), default=None)
     if last is None:
         return
     for kind, key in fitted_operators(cost.lowered):
         timed = _TIMED_ON.findall(cost.tables.costs.operator(kind, key).source)
-        for version in _versions(text for name, text in timed if name.lower() == engine.engine):
+        for text in (text for name, text in timed if name.lower() == engine.engine):
+            version = version_in(text)
             # 0.7.3 is of the series 0.7, and no newer.
-            if version.release[: len(last.release)] > last.release:
+            if version and version > last and not begins(text, str(last)):
                 found.setdefault(version, set()).add(kind)
     if found:
         tables = [f"{version} ({', '.join(sorted(kinds))})" for version, kinds in sorted(found.items())]
         older = f"{engine.engine} up to {last} ({engine.name}) is older than the tables of kernels"
         yield f"{older}, timed on {'; '.join(tables)}: its own may be slower"
-
-
-def _versions(texts: Iterable[str]) -> Iterator[Version]:
-    """Those of the texts that are versions."""
-    for text in texts:
-        with contextlib.suppress(InvalidVersion):
-            yield Version(text)
 
 
 def _operators(cost: StepCost) -> list[RowOperator]:

@@ -8,28 +8,21 @@ from dataclasses import dataclass, field
 
 from apexsim.costs.memory import MemoryPlan, plan_memory
 from apexsim.errors import InfeasiblePlan
+from apexsim.specs.cluster import DEVICES_PER_NODE
 from apexsim.specs.deployment import Deployment, Pool
-
-_WHY = {
-    "max_model_len": "max_model_len {:,}: a longer context does not fit in the KV cache; longer requests are rejected",
-    "max_num_seqs": "max_num_seqs {:,}: states of recurrent layers for more sequences do not fit",
-}
-# Tensor degrees that a hint tries: the devices of a node, of 8 unless the cluster's are larger.
-NODE_DEVICES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A deployment as its engine serves it, the memory of its replicas, and what differs from what was asked for."""
+    """A deployment as its engine serves it, and the memory of its replicas.
+
+    ``options`` are what the engine must be told to start, and ``notes`` why; empty where it starts as it was asked to.
+    """
 
     deployment: Deployment
     memory: MemoryPlan
     options: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the engine must be told to start, in words; empty where it starts as it was asked to."""
-        return tuple(_WHY[option].format(value) for option, value in self.options.items())
+    notes: tuple[str, ...] = ()
 
 
 def start(deployment: Deployment) -> Started:
@@ -49,12 +42,14 @@ def start(deployment: Deployment) -> Started:
         shortage = error.reasons
     else:
         if memory.holds(wanted):
-            return _seated(deployment, memory, {})
+            return _seated(Started(deployment, memory))
     longest = _longest_below(deployment, wanted)
     if explicit or not longest:
         raise InfeasiblePlan([_refusal(deployment, shortage, longest)])
     reduced = _with_context(deployment, longest)
-    return _seated(reduced, plan_memory(reduced, reduced.pools[0]), {"max_model_len": longest})
+    note = f"max_model_len {longest:,}: a context of {wanted:,} tokens does not fit in the KV cache"
+    memory, notes = plan_memory(reduced, reduced.pools[0]), (f"{note}; longer requests are rejected",)
+    return _seated(Started(reduced, memory, {"max_model_len": longest}, notes))
 
 
 def _refusal(deployment: Deployment, shortage: tuple[str, ...], longest: int) -> str:
@@ -70,21 +65,24 @@ def _refusal(deployment: Deployment, shortage: tuple[str, ...], longest: int) ->
     return "; ".join([why, *would_do])
 
 
-def _seated(deployment: Deployment, memory: MemoryPlan, options: Mapping[str, int]) -> Started:
-    """The started engine, with no more seats than states of recurrent layers fit, where it refuses more.
+def _seated(started: Started) -> Started:
+    """The same engine, with no more seats than states of recurrent layers fit, where it refuses more.
 
     Seats given as an option stand: with too many of them the engine does not start.
     """
+    deployment, memory = started.deployment, started.memory
     needed = memory.fixed_blocks if deployment.engine.memory.seats_need_states else 0
     seats, room = deployment.rank_scheduler.max_num_seqs, memory.rank_blocks // max(1, needed)
     if not needed or seats <= room:
-        return Started(deployment, memory, options)
+        return started
     if "max_num_seqs" in deployment.engine.given or not room:
         states = f"states of recurrent layers for {room:,} sequences fit, not for max_num_seqs {seats:,}"
         raise InfeasiblePlan([f"{states}; needs max_num_seqs <= {room:,}"])
     # Fewer seats leave more memory, never less: what is planned for them holds at least as many states.
     fewer = _with_seats(deployment, room)
-    return Started(fewer, plan_memory(fewer, fewer.pools[0]), {**options, "max_num_seqs": room})
+    note = f"max_num_seqs {room:,}: states of recurrent layers for {seats:,} sequences do not fit"
+    options, notes = {**started.options, "max_num_seqs": room}, (*started.notes, note)
+    return Started(fewer, plan_memory(fewer, fewer.pools[0]), options, notes)
 
 
 def _longest_below(deployment: Deployment, wanted: int) -> int:
@@ -124,10 +122,10 @@ def _with_context(deployment: Deployment, context: int) -> Deployment:
 def _smallest_tensor(deployment: Deployment) -> int | None:
     """Smallest higher tensor degree under which one replica starts as it was asked for, or at all where it may choose.
 
-    Its cluster has as many nodes of the same devices as it takes.
+    Its cluster has as many nodes of the same devices as it takes, of ``DEVICES_PER_NODE`` unless its own are larger.
     """
     pool, cluster = deployment.pools[0], deployment.cluster
-    per_node = max(NODE_DEVICES, cluster.devices_per_node)
+    per_node = max(DEVICES_PER_NODE, cluster.devices_per_node)
     for tensor in range(pool.plan.tensor + 1, per_node + 1):
         plan = pool.plan.model_copy(update={"tensor": tensor})
         room = cluster.model_copy(update={"devices_per_node": per_node, "nodes": -(-plan.devices // per_node)})

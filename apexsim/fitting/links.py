@@ -14,6 +14,7 @@ from apexsim.costs.forms.hardware import Array
 from apexsim.fitting.facts import Facts
 from apexsim.fitting.problems import Operators, summary
 from apexsim.fitting.tables import SECONDS_PER_US, read_table, table_version
+from apexsim.specs.cluster import DEVICES_PER_NODE
 from apexsim.specs.device import Evidence, FittedOperator, HoldOut, Points
 
 NCCL_KINDS = {
@@ -28,8 +29,8 @@ ACTIVATION_BYTES = 2
 WIDER = {"gb200": "b200_sxm", "gb300": "b300_sxm"}
 # Multiprocessors that DeepEP takes by default, of the counts in the tables.
 DEEPEP_SMS = 20
-# Groups of these exchanges are listed by nodes of 8 devices; trays of GB200 and GB300 hold 4.
-DEVICES_PER_NODE = {"gb200": 4, "gb300": 4}
+# Groups of these exchanges are listed by nodes; trays of GB200 and GB300 hold fewer devices than the nodes of others.
+TRAY_DEVICES = {"gb200": 4, "gb300": 4}
 # Points are left out that those kept give back within this; shapes that send alike already differ by more.
 TOLERANCE, EXCHANGE_TOLERANCE = 0.01, 0.08
 PCIE = ("l40s", "rtx_pro_6000_server", "rtx_4090")
@@ -107,7 +108,7 @@ def _sized(rows: pd.DataFrame) -> list[tuple[float, float]]:
 
 def _exchanges(folder: Path) -> Iterator[Curve]:
     """Tokens sent to the ranks of their experts and back, by what a rank sends in bf16 (see ``copies_sent``)."""
-    per_node = DEVICES_PER_NODE.get(folder.name, 8)
+    per_node = TRAY_DEVICES.get(folder.name, DEVICES_PER_NODE)
     for name in ("deepep_normal__multinode", "deepep_normal", "deepep_ll__multinode", "deepep_ll"):
         table = folder / f"{name}.parquet"
         if table.is_file():

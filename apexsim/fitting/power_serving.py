@@ -21,7 +21,7 @@ from apexsim.costs.steps import build_step_cost
 from apexsim.errors import ApexsimError, BadInput
 from apexsim.fitting.power_tables import fit_error
 from apexsim.specs.device import DeviceProfile
-from apexsim.specs.power import FitError, PowerModel
+from apexsim.specs.power import PowerModel
 from apexsim.validation.cases import case_of
 from apexsim.validation.loads import prompt_tokens_of
 from apexsim.validation.runs import RunRow, read_runs
@@ -108,12 +108,6 @@ def fit_serving(start: PowerModel, runs: Sequence[ServedRun]) -> PowerModel:
 def errors(power: PowerModel, runs: Sequence[ServedRun]) -> Array:
     """Relative errors of watts, which are those of joules a token, with the measured time of a step."""
     return np.array([run.predicted_w(power) / run.power_w - 1 for run in runs])
-
-
-def constant_watts(runs: Sequence[ServedRun]) -> FitError:
-    """The error of a baseline: every run draws the mean of all."""
-    watts = np.array([run.power_w for run in runs])
-    return fit_error(watts.mean() / watts - 1)
 
 
 def _fit(start: PowerModel, runs: Sequence[ServedRun]) -> PowerModel:

@@ -20,6 +20,7 @@ from apexsim.costs.forms.hardware import COMPUTE_DTYPE
 from apexsim.errors import nearest
 from apexsim.fitting.power import Kin, scaled
 from apexsim.fitting.problems import Operators
+from apexsim.specs.cluster import DEVICES_PER_NODE
 from apexsim.specs.device import Datasheet, DeviceProfile, FittedOperator, Points, Price, Provenance, SustainedClock
 from apexsim.specs.power import PowerModel
 
@@ -41,7 +42,6 @@ GENERATIONS: dict[str, Generation] = {
 # Operators that cross links, and those among them that leave a node whatever their group.
 _LINKED = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv", "deepep", "trtllm")
 _ACROSS = ("send_recv_across_nodes",)
-_NODE = 8
 _KEY = re.compile(r"(?P<dtype>[a-z0-9_]+?)(_d\d+|_sparse)?")
 
 
@@ -203,7 +203,7 @@ def scaled_points(points: Points, factor: float) -> Points:
 def _link_rate(sheet: Datasheet, kind: str, key: str) -> float:
     """Bytes/s of the links that a collective is bound by: of the network where its group is larger than a node."""
     group = re.search(r"_(\d+)$", key)
-    across = kind in _ACROSS or "_over_" in key or (group is not None and int(group[1]) > _NODE)
+    across = kind in _ACROSS or "_over_" in key or (group is not None and int(group[1]) > DEVICES_PER_NODE)
     return sheet.inter_node_bytes_per_s if across else sheet.intra_node_bytes_per_s
 
 

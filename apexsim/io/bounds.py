@@ -31,6 +31,9 @@ MAX_ID_CHARS = 256
 _MAX_DEPTH = 32
 _MAX_LINE_BYTES = 1 << 24
 _BLOCK_BYTES = 1 << 20
+# Patterns for many lines at once: Python looks at a line of its own only where one of them strikes.
+_NO_OBJECT = re.compile(rb"^(?:\xef\xbb\xbf)?[ \t\r]*(?!\xef\xbb\xbf)[^{\s]", re.MULTILINE)
+_MANY_BRACKETS = re.compile(rb"^(?:[^\n\[{]*[\[{]){%d}[^\n]*" % (_MAX_DEPTH + 1), re.MULTILINE)
 _JSON_KEY = re.compile(rb'"([^"\\]{1,200})"\s*:')
 
 
@@ -48,18 +51,17 @@ def check_jsonl(path: Path) -> None:
     """Raise BadInput for a file of JSON lines with too many of them, too many keys, or one nested too deep."""
     _check_size(path)
     keys: set[bytes] = set()
-    for row, line in enumerate(_lines(path), 1):
-        _check_most(row, "rows", MAX_REQUESTS, path)
-        if len(line) > _MAX_LINE_BYTES:
-            raise BadInput(f"give at most {_MAX_LINE_BYTES:,} bytes a line", where=path, key=f"row {row}")
-        start = line.lstrip(b" \t\r\n\xef\xbb\xbf")
-        if start and not start.startswith(b"{"):  # pyarrow dies of a file of nulls
-            got = start[:100].decode(errors="replace")
-            raise BadInput("give one JSON object a line", where=path, key=f"row {row}", got=got)
-        if line.count(b"[") + line.count(b"{") > _MAX_DEPTH:
-            _check_depth(line, path, row)
-        keys.update(_JSON_KEY.findall(line))
+    above = 0  # lines
+    for lines in _whole_lines(path):
+        if found := _NO_OBJECT.search(lines):  # pyarrow dies of a file of nulls
+            got = lines[found.start() : found.start() + 100].decode(errors="replace")
+            raise BadInput("give one JSON object a line", where=path, key=_row(above, lines, found), got=got)
+        for found in _MANY_BRACKETS.finditer(lines):
+            _check_depth(found[0], path, _row(above, lines, found))
+        keys.update(_JSON_KEY.findall(lines))
         _check_most(len(keys), "keys", MAX_COLUMNS, path)
+        above += lines.count(b"\n")
+    _check_most(above, "rows", MAX_REQUESTS, path)
 
 
 def check_parquet(file: pq.ParquetFile, columns: list[str], path: Path) -> None:
@@ -111,19 +113,24 @@ def _blocks(path: Path) -> Iterator[bytes]:
             yield block
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a text file; one that is too long comes in parts, the first of which is too long as well."""
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a text file, many at a time, each with its end; BadInput for one that is too long."""
     rest = b""
     for block in _blocks(path):
-        *whole, rest = (rest + block).split(b"\n")
-        yield from whole
+        lines, end, rest = (rest + block).rpartition(b"\n")
         if len(rest) > _MAX_LINE_BYTES:
-            yield rest
+            raise BadInput(f"give at most {_MAX_LINE_BYTES:,} bytes a line", where=path)
+        yield lines + end
     if rest:
-        yield rest
+        yield rest + b"\n"
 
 
-def _check_depth(line: bytes, path: Path, row: int) -> None:
+def _row(above: int, lines: bytes, found: re.Match[bytes]) -> str:
+    number = above + lines.count(b"\n", 0, found.start()) + 1
+    return f"row {number}"
+
+
+def _check_depth(line: bytes, path: Path, row: str) -> None:
     try:
         depth = _depth(json.loads(line))
     except RecursionError:
@@ -131,7 +138,7 @@ def _check_depth(line: bytes, path: Path, row: int) -> None:
     except ValueError:  # pyarrow tells what is wrong with it; brackets that nobody closes are deep all the same
         depth = line.count(b"[") + line.count(b"{") - line.count(b"]") - line.count(b"}")
     if depth > _MAX_DEPTH:
-        raise BadInput(f"is nested too deep; give at most {_MAX_DEPTH} levels", where=path, key=f"row {row}")
+        raise BadInput(f"is nested too deep; give at most {_MAX_DEPTH} levels", where=path, key=row)
 
 
 def _depth(value: Any) -> int:

@@ -10,7 +10,6 @@ engine_options: {max_num_seqs: 128}
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,11 +18,11 @@ from typing import Any
 from pydantic import Field
 
 from apexsim import catalog
-from apexsim.errors import BadInput, nearest
+from apexsim.errors import BadInput, Unsupported, nearest
 from apexsim.io.words import Dtype, EngineOption, EngineOptions, outweighing
 from apexsim.io.yaml_files import load_spec, write_yaml
 from apexsim.specs.base import Spec, parse_spec
-from apexsim.specs.cluster import MAX_DEVICES, Cluster, Overhead
+from apexsim.specs.cluster import DEVICES_PER_NODE, MAX_DEVICES, Cluster, Overhead
 from apexsim.specs.deployment import Bill, Deployment, Plan, Pool, Prompts, TokenChoice
 from apexsim.specs.device import DeviceProfile
 from apexsim.specs.engine import EngineProfile
@@ -31,7 +30,6 @@ from apexsim.specs.model import ModelSpec
 from apexsim.units import DTYPE_BYTES
 
 DEFAULT_ENGINE = "vllm-v1-async"
-DEVICES_PER_NODE = 8
 ALLOW_PLUGINS = "--allow-plugins"
 
 # Parts of an engine profile whose fields are engine options; no two of them share a field name.
@@ -158,6 +156,7 @@ def deployment_from(path: Path | str | None, choices: Mapping[str, Any], *, allo
     file = parse_spec(DeploymentFile, {**base, **choices, "engine_options": options}, where)
     deployment = resolve_deployment(file, where, allow_plugins=allow_plugins)
     check_lawful(deployment, where)
+    check_computes(deployment, where)
     return deployment
 
 
@@ -166,9 +165,11 @@ def resolve_deployment(file: DeploymentFile, where: object, *, allow_plugins: bo
 
     Code that the engine's file names is imported only if ``allow_plugins``; keys of ``file`` are the caller's affair.
     """
+    from apexsim.serving.named import router_class
+
     for key in ("weights", "moe_weights", "kv_cache"):
         _check_known(getattr(file, key), DTYPE_BYTES, where, key)
-    _check_class(file.router, "router", where)
+    router_class(file.router, where=where)
     _check_catalog("model", file.model, where)
     _check_catalog("device", file.device, where)
     _check_catalog("engine", file.engine, where)
@@ -183,7 +184,7 @@ def resolve_deployment(file: DeploymentFile, where: object, *, allow_plugins: bo
         engine=with_engine_options(engine, file.engine_options, where),
         pools=(Pool(plan=file.plan, replicas=file.replicas),),
         router=file.router,
-        weights=file.weights or _as_published(model, device, where),
+        weights=file.weights or model.published_dtype,
         moe_weights=file.moe_weights,
         sampling=file.sampling,
         prompts=file.prompts,
@@ -194,16 +195,28 @@ def resolve_deployment(file: DeploymentFile, where: object, *, allow_plugins: bo
     return deployment.model_copy(update={"kv_cache": kv_cache})
 
 
-def _as_published(model: ModelSpec, device: DeviceProfile, where: object) -> str:
-    """Dtype that the model's checkpoint was published in; bf16 where it names none."""
-    if model.checkpoint is None:
-        return "bf16"
-    dtype, known = model.checkpoint.dtype, device.operators.get("gemm", {})
-    if known and dtype not in known:
-        have = f"{device.name} has no products in {dtype}; it has: {', '.join(sorted(known))}"
-        published = f"{model.name} was published in it: give weights of another dtype, or another device"
-        raise BadInput(f"{have}; {published}", where=where, key="weights")
-    return dtype
+def check_computes(deployment: Deployment, where: object) -> None:
+    """Raise ``Unsupported`` for weights or experts, given or as published, that the device has no products for.
+
+    A kernel that stands for another's counts as that one.
+    """
+    from apexsim.costs.experts import stand_in_kernel
+
+    model = deployment.model
+    experts = model.expert_dtypes(deployment.expert_dtype)
+    kernels = {stand_in_kernel(deployment, dtype) or dtype for dtype in experts}
+    _check_products(deployment, "gemm", model.dense_dtypes(deployment.weights), f"{where}: weights")
+    _check_products(deployment, "moe", kernels, f"{where}: moe_weights")
+
+
+def _check_products(deployment: Deployment, kind: str, dtypes: set[str], where: str) -> None:
+    device, model = deployment.cluster.device, deployment.model
+    published = {model.published_dtype, model.expert_dtype(model.published_dtype)} if deployment.as_published else ()
+    known = device.operators.get(kind, {})
+    for dtype in sorted(dtypes - known.keys()):
+        have = f"{device.name} has no {kind} cost for {dtype}; it has: {', '.join(sorted(known)) or 'none'}"
+        said = f"; {model.name} was published in it" if dtype in published else ""
+        raise Unsupported(f"{where}: {have}{said}: give another dtype, or another device")
 
 
 def check_lawful(deployment: Deployment, where: object) -> None:
@@ -226,6 +239,8 @@ def with_engine_options(engine: EngineProfile, options: Mapping[str, EngineOptio
 
     An option given by hand also holds where the engine would change it by itself.
     """
+    from apexsim.serving.named import policy_class
+
     data = engine.model_dump()
     sections = {key: section for section in _OPTION_SECTIONS for key in data[section]}
     for key, value in options.items():
@@ -236,7 +251,7 @@ def with_engine_options(engine: EngineProfile, options: Mapping[str, EngineOptio
             change.pop(key, None)
     data["given"] = tuple(sorted({*data["given"], *options}))
     profile = parse_spec(EngineProfile, data, where)
-    _check_class(profile.scheduler.policy, "policy", where)
+    policy_class(profile.scheduler.policy, where=where)
     return profile
 
 
@@ -246,25 +261,6 @@ def policy_classes() -> dict[str, dict[str, type]]:
     from apexsim.serving.routing import ROUTERS
 
     return {"batching": dict(POLICIES), "router": dict(ROUTERS)}
-
-
-# Keys whose value names a class: its kind, and the methods that make it one.
-_CLASSES = {"policy": ("batching", ("fill", "repeats")), "router": ("router", ("choose",))}
-
-
-def _check_class(name: str, key: str, where: object) -> None:
-    """``name`` is one that apexsim knows, or ``module:Name`` of a class that can be imported."""
-    kind, methods = _CLASSES[key]
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        _check_known(name, policy_classes()[kind], where, key)
-        return
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a module of the user's may fail in any way
-        raise BadInput(f"cannot be imported ({error}); give module:Name", where=where, key=key, got=name) from None
-    if not isinstance(found, type) or not all(callable(getattr(found, method, None)) for method in methods):
-        raise BadInput(f"give a class with {' and '.join(methods)}", where=where, key=key, got=name)
 
 
 def _cluster(file: DeploymentFile, device: DeviceProfile, where: object) -> Cluster:
@@ -302,9 +298,12 @@ def _fits(plan: Plan, tensor: int, model: ModelSpec, cluster: Cluster) -> bool:
 
 
 def _check_catalog(kind: catalog.Kind, name: str, where: object) -> None:
-    """Unknown names are told with the file and key they stand in; a path is for ``catalog.load`` to judge."""
-    if "/" not in name and not name.endswith((".yaml", ".yml")):
+    """Unknown names and absent files are told with the file and key they stand in."""
+    # A publisher's name of a model has a slash, too.
+    if not name.endswith((".yaml", ".yml")) and ("/" not in name or (kind == "model" and not os.path.lexists(name))):
         catalog.locate(kind, name, where=f"{where}: {kind}")
+    elif not os.path.lexists(name):
+        raise BadInput("no such file; give a name, or the path of a YAML file", where=where, key=kind, got=name)
 
 
 def _check_known(name: str | None, known: Mapping[str, object] | tuple[str, ...], where: object, key: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from apexsim.errors import BadInput
 from apexsim.io.hf_json import Config, read_json
-from apexsim.io.hf_modules import Kept, kept_parts, parts_of
+from apexsim.io.hf_modules import Kept, Pattern, kept_parts, parts_of
 from apexsim.specs.checkpoint import Checkpoint
 from apexsim.specs.model import ModelSpec
 
@@ -26,10 +28,12 @@ _MODELOPT = {
     "INT8_SQ": "int8",
     "W8A8_SQ_PER_CHANNEL": "int8",
 }
-# Quark's element types by whether a block of elements shares a scale.
-_QUARK = {("fp8_e4m3", False): "fp8", ("fp4", True): "mxfp4", ("int4", True): "int4_wo", ("int8", False): "int8"}
-# Elements that share a scale, as the bytes of ``int4_wo`` count them (units.py).
-GROUP = 128
+# Quark's element types by whether a block of elements shares a scale; "float 4" is read with its groups.
+_QUARK = {("fp8_e4m3", False): "fp8", ("fp4", True): "float 4", ("int4", True): "int4_wo", ("int8", False): "int8"}
+# Floats of 4 bits by how many of them share a scale.
+_FLOAT_4 = {16: "nvfp4", 32: "mxfp4"}
+# Elements that share a scale, as the bytes of a dtype count them (units.py).
+_COUNTED = {"int4_wo": "128", "int8_wo": "whole channels"}
 _WOULD_DO = "take it out to import the shape alone, and give weights in the deployment"
 
 
@@ -74,7 +78,10 @@ def _described(outer: Config, config: Config) -> Config | None:
 
 def _method(quant: Config) -> str:
     """What the checkpoint calls its quantisation; ModelOpt's configs may name the algorithm alone."""
-    return str(quant.get("quant_method", "modelopt" if quant.get("quant_algo") else None))
+    method = quant.get("quant_method", "modelopt" if quant.get("quant_algo") else None)
+    if method is None:
+        raise quant.refuse("quant_method", f"is missing; give it, or {_WOULD_DO}")
+    return str(method)
 
 
 def _as_spec(spec: ModelSpec, dtype: str, held: tuple[Kept, list[str]], quant: Config) -> Checkpoint | None:
@@ -95,30 +102,41 @@ def _as_spec(spec: ModelSpec, dtype: str, held: tuple[Kept, list[str]], quant: C
 def _notes(quant: Config, dtype: str, partly: list[str]) -> list[str]:
     """What of the checkpoint's description is not taken into account."""
     notes = [f"modules of its {what} are bf16, counted as {dtype}" for what in partly]
-    group = _group_size(quant)
-    if dtype == "int4_wo" and isinstance(group, int) and group not in (0, -1, GROUP):
-        notes.append(f"its scales hold for groups of {group}, counted as {GROUP}")
+    counted = _COUNTED.get(dtype)
+    others = [size for size in sorted(_group_sizes(quant)) if counted and size > 0 and str(size) != counted]
+    notes += [f"its scales hold for groups of {size}, counted as {counted}" for size in others]
     if any(quant.get(key) for key in ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_quant_config")):
         notes.append("its scales of a quantised KV cache are used only where kv_cache is set")
     return notes
 
 
-def _group_size(quant: Config) -> Any:
-    if quant.get("group_size") is not None:
-        return quant.get("group_size")
-    groups = quant.mapping("config_groups")
-    return next((_inside(group, "weights").get("group_size") for group in groups.values()), None)
+def _group_sizes(quant: Config) -> set[int]:
+    """How many elements share a scale, wherever it is said."""
+    groups = [_inside(group, "weights") for group in quant.mapping("config_groups").values()]
+    quark = _inside(quant.mapping("global_quant_config"), "weight")
+    said = [quant.get("group_size"), *(each.get("group_size") for each in (*groups, quark))]
+    return {size for size in said if isinstance(size, int)}
 
 
-def _left_alone(quant: Config) -> list[str]:
+def _left_alone(quant: Config) -> list[Pattern]:
     """Names and patterns of modules that are not quantised, under any of the keys that list them."""
-    listed: list[Any] = []
+    listed: list[Pattern] = []
     for key in ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules", "exclude"):
-        listed += quant.listed(key) or []
+        listed += [_pattern(quant, key, name) for name in quant.listed(key) or []]
     # GPTQModel: rules by regular expression, of which -: leaves modules out.
-    dynamic = quant.mapping("dynamic")
-    listed += ["re:" + rule[2:] for rule in dynamic if rule.startswith("-:")]
-    return [name for name in listed if isinstance(name, str)]
+    rules = [rule for rule in quant.mapping("dynamic") if rule.startswith("-:")]
+    return listed + [_pattern(quant, "dynamic", "re:" + rule[2:]) for rule in rules]
+
+
+def _pattern(quant: Config, key: str, name: Any) -> Pattern:
+    """A listed name, or the regular expression after ``re:``."""
+    place: dict[str, Any] = {"where": quant.where, "key": quant.prefix + key, "got": name}
+    if not isinstance(name, str):
+        raise BadInput("give names of modules", **place)
+    try:
+        return re.compile(name[3:]) if name.startswith("re:") else name
+    except re.error as error:
+        raise BadInput(f"not a regular expression: {error}", **place) from None
 
 
 def _inside(value: Any, key: str) -> dict[str, Any]:
@@ -133,8 +151,11 @@ def _fp8(quant: Config) -> str:
 
 def _by_bits(quant: Config) -> str:
     """Integers with scales of groups, activations left alone."""
-    bits = quant.get("bits", quant.get("w_bit", quant.get("weight_bits", 4)))
-    if any(rule.startswith("+:") or not rule.startswith("-:") for rule in quant.mapping("dynamic")):
+    bits = quant.get("bits", quant.get("w_bit", quant.get("weight_bits")))
+    quant.demand("data_type", "int", f"integers are known; {_WOULD_DO}")
+    if bits is None:
+        raise quant.refuse("bits", f"is missing; give 4 or 8, or {_WOULD_DO}")
+    if any(not rule.startswith("-:") for rule in quant.mapping("dynamic")):
         raise quant.refuse("dynamic", f"other bits for some modules are not modelled; {_WOULD_DO}")
     if bits not in (4, 8):
         raise quant.refuse("bits", f"got {bits!r}; weights of 4 and 8 bits are known; {_WOULD_DO}")
@@ -156,8 +177,8 @@ def _scheme(quant: Config, name: str, group: Any) -> str:
     bits, kind, blocks = weights.get("num_bits"), weights.get("type"), weights.get("strategy")
     known = {
         ("float", 8, True): "fp8_block" if blocks == "block" else "fp8",
-        ("float", 4, True): "mxfp4" if weights.get("group_size") == 32 else "nvfp4",
-        ("float", 4, False): "mxfp4" if weights.get("group_size") == 32 else "nvfp4",
+        ("float", 4, True): "float 4",
+        ("float", 4, False): "float 4",
         ("int", 8, True): "int8",
         ("int", 8, False): "int8_wo",
         ("int", 4, False): "int4_wo",
@@ -167,7 +188,17 @@ def _scheme(quant: Config, name: str, group: Any) -> str:
         with_inputs = f" with activations of {inputs.get('num_bits')} bits" if inputs else " with bf16 activations"
         reason = f"weights of {kind} {bits}{with_inputs} are not known; {_WOULD_DO}"
         raise quant.refuse(f"config_groups.{name}", reason)
-    return known[key]
+    return _by_groups(quant, f"config_groups.{name}.weights", known[key], weights.get("group_size"))
+
+
+def _by_groups(quant: Config, key: str, dtype: str, size: Any) -> str:
+    """``dtype``, where it is a float of 4 bits by how many of them share a scale."""
+    if dtype != "float 4":
+        return dtype
+    if not isinstance(size, int) or size not in _FLOAT_4:
+        reason = f"got {size!r}; floats of 4 bits are known in groups of 16 and 32; {_WOULD_DO}"
+        raise quant.refuse(f"{key}.group_size", reason)
+    return _FLOAT_4[size]
 
 
 def _modelopt(quant: Config) -> str:
@@ -175,7 +206,11 @@ def _modelopt(quant: Config) -> str:
     algorithm = str(quant.get("quant_algo")).upper()
     if algorithm not in _MODELOPT:
         raise quant.refuse("quant_algo", f"got {algorithm!r}; known: {', '.join(sorted(_MODELOPT))}; {_WOULD_DO}")
-    return _MODELOPT[algorithm]
+    dtype, size = _MODELOPT[algorithm], quant.get("group_size")
+    own = [known for known, each in _FLOAT_4.items() if each == dtype]
+    if own and size not in [None, *own]:
+        raise quant.refuse("group_size", f"got {size!r}; another than that of {dtype} is not known; {_WOULD_DO}")
+    return dtype
 
 
 def _quark(quant: Config) -> str:
@@ -187,7 +222,7 @@ def _quark(quant: Config) -> str:
     if key not in _QUARK:
         reason = f"weights of {key[0]} by {weights.get('qscheme')} are not known; {_WOULD_DO}"
         raise quant.refuse("global_quant_config.weight", reason)
-    return _QUARK[key]
+    return _by_groups(quant, "global_quant_config.weight", _QUARK[key], weights.get("group_size"))
 
 
 _READERS: dict[str, Callable[[Config], str]] = {

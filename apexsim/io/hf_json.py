@@ -9,6 +9,7 @@ from typing import Any
 
 from apexsim.errors import BadInput, Unsupported
 from apexsim.reading import read_object
+from apexsim.specs.base import MAX_WHOLE
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Config:
         value = self.get(key, default)
         if value is None:
             raise BadInput("is missing and has no default", where=self.where, key=self.prefix + key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_WHOLE:
             raise BadInput("give a whole number", where=self.where, key=self.prefix + key, got=value)
         return value
 

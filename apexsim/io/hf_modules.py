@@ -6,15 +6,16 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Literal
 
-from apexsim.errors import BadInput
 from apexsim.specs.checkpoint import PART_NAMES, Part
 from apexsim.specs.layers import LayerKind
 from apexsim.specs.model import ModelSpec
 
 Kept = dict[Part, tuple[int, ...] | Literal["all"]]
 Matcher = Callable[[str], bool]
+# A name of modules, or a regular expression of names.
+Pattern = str | re.Pattern[str]
 
 # What stands before ``layers.N`` in the names of modules, of text models and of those inside others.
 _ROOTS = ("model.", "", "model.language_model.", "language_model.model.", "backbone.")
@@ -61,11 +62,11 @@ _MODULES: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 
 
-def kept_parts(spec: ModelSpec, patterns: Iterable[str]) -> tuple[Kept, list[str]]:
+def kept_parts(spec: ModelSpec, patterns: Iterable[Pattern]) -> tuple[Kept, list[str]]:
     """Parts that the patterns leave alone, by layer, and names of parts of which they leave some modules alone.
 
-    A pattern is a regular expression after ``re:``, a name with ``*`` in it, or a name: of a module, of what stands
-    around it, or of any stretch of its path (``self_attn``).
+    A pattern is a regular expression, a name with ``*`` in it, or a name: of a module, of what stands around it, or of
+    any stretch of its path (``self_attn``).
     """
     matchers = _Matchers(list(dict.fromkeys(patterns)))
     kept: dict[Part, list[int]] = defaultdict(list)
@@ -101,15 +102,16 @@ def parts_of(spec: ModelSpec, kind: LayerKind) -> dict[Part, str]:
 class _Matchers:
     """Patterns made ready: those that name one layer are looked at for that layer alone."""
 
-    def __init__(self, patterns: list[str]) -> None:
+    def __init__(self, patterns: list[Pattern]) -> None:
         self._of_layer: dict[int, list[Matcher]] = defaultdict(list)
         self._general: list[Matcher] = []
         for pattern in patterns:
+            if isinstance(pattern, re.Pattern):
+                self._general.append(_regex(pattern))
+                continue
             plain = re.sub(r"^.*?(?=(?:^|\.)layers\.)", "", pattern).lstrip(".")
             named = re.match(r"layers\.(\d+)(?=$|\.|\*)", plain)
-            if pattern.startswith("re:"):
-                self._general.append(_regex(pattern[3:]))
-            elif named:
+            if named:
                 self._of_layer[int(named[1])].append(_name(plain))
             else:
                 self._general.append(_name(plain))
@@ -119,12 +121,8 @@ class _Matchers:
         return any(matcher(name) for matcher in (*self._general, *self._of_layer.get(layer, ())))
 
 
-def _regex(pattern: str) -> Matcher:
-    try:
-        ready: Any = re.compile(pattern)
-    except re.error as error:
-        raise BadInput(f"not a regular expression: {error}", where="quantization_config", got=pattern) from None
-    return lambda name: any(ready.match(root + name) for root in _ROOTS)
+def _regex(pattern: re.Pattern[str]) -> Matcher:
+    return lambda name: any(pattern.match(root + name) for root in _ROOTS)
 
 
 def _name(pattern: str) -> Matcher:

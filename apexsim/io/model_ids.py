@@ -6,32 +6,25 @@ import re
 from collections.abc import Iterable, Mapping
 
 from apexsim.errors import BadInput, nearest
+from apexsim.io.words import QUANTISED
 
 _ID = re.compile(r"(?:[\w.-]+/)?(?P<name>[\w.-]+)")
 # Parts of a name that leave shape and dtype alone: how a model was tuned, who made it, bf16 said aloud.
 _OF_NO_ACCOUNT = {"instruct", "it", "pt", "chat", "thinking", "base", "hf", "meta", "bf16"}
-# Parts that say how a checkpoint was quantised, and the weights that they mean.
-_QUANTISED = {
-    "fp8": "fp8, or fp8_block where scales are those of blocks",
-    "awq": "int4_wo",
-    "gptq": "int4_wo (int8_wo for 8 bits)",
-    "int4": "int4_wo",
-    "w4a16": "int4_wo",
-    "int8": "int8_wo",
-    "w8a16": "int8_wo",
-    "w8a8": "int8",
-    "nvfp4": "nvfp4",
-    "fp4": "nvfp4",
-    "mxfp4": "mxfp4",
-}
-# Stand beside those.
+# Stand beside words of quantisation.
 _WITH_QUANTISED = {"dynamic", "block", "kv", "quantized", "v2", "g128", "autoround"}
 
 
 def _key(name: str, *, without: Iterable[str] = ()) -> str:
     """A name less its parts of no account, and less those of ``without``."""
     dropped = _OF_NO_ACCOUNT | set(without)
-    return "-".join(part for part in name.lower().split("-") if part not in dropped)
+    kept = (separator + part for separator, part in _parts(name) if part not in dropped)
+    return "".join(kept).lstrip("-.")
+
+
+def _parts(name: str) -> list[tuple[str, str]]:
+    """Parts of a name in small letters, each with the hyphen or dot before it."""
+    return re.findall(r"(^|[-.])([^-.]+)", name.lower())
 
 
 def published_names(name: str, source: str) -> list[str]:
@@ -50,9 +43,9 @@ def shipped_name(text: str, known: Mapping[str, str]) -> str | None:
         return None
     if exact := known.get(_key(found["name"])):
         return exact
-    words = [part for part in found["name"].lower().split("-") if part in _QUANTISED]
-    if words and (plain := known.get(_key(found["name"], without={*_QUANTISED, *_WITH_QUANTISED}))):
-        would_do = f"a quantised checkpoint of {plain}: give model {plain} with weights {_QUANTISED[words[0]]}"
+    words = [part for _, part in _parts(found["name"]) if part in QUANTISED]
+    if words and (plain := known.get(_key(found["name"], without={*QUANTISED, *_WITH_QUANTISED}))):
+        would_do = f"a quantised checkpoint of {plain}: give model {plain} with weights {QUANTISED[words[0]]}"
         raise BadInput(f"{would_do}, or import its config.json", where="model", got=text)
     if "/" not in text:
         return None

@@ -33,7 +33,7 @@ from apexsim.atomic import atomic_path
 from apexsim.errors import BadInput, nearest
 from apexsim.io.bounds import check_csv, check_ids, check_jsonl, check_parquet
 from apexsim.reading import check_regular
-from apexsim.specs.laws import MAX_CONCURRENCY, AllAtOnce, ClosedLoop, Floats, PoissonArrivals, RenewalArrivals
+from apexsim.specs.laws import MAX_CONCURRENCY, ClosedLoop, Floats, PoissonArrivals, RenewalArrivals
 from apexsim.specs.supply import Supply
 from apexsim.specs.workload import (
     DEADLINE,
@@ -55,7 +55,7 @@ _PREFIX = "prefix_hash_ids"
 OPTIONAL = (*_COUNTS, *_IDS, _PREFIX, DEADLINE)
 _FLAT_LIST = re.compile(r"\s*\[[^\[\]]*\]\s*")
 
-_Wanted = PoissonArrivals | ClosedLoop | AllAtOnce
+_Wanted = PoissonArrivals | ClosedLoop
 
 
 def resolve_workload(
@@ -65,18 +65,11 @@ def resolve_workload(
     concurrency: int | None = None,
     requests: int | None = None,
     seed: int = 0,
-    all_at_once: bool = False,
 ) -> Requests:
     """The requests of ``resolve_supply``, for whoever needs no more of them."""
-    supply = resolve_supply(
-        name_or_path,
-        rate_per_s=rate_per_s,
-        concurrency=concurrency,
-        requests=requests,
-        seed=seed,
-        all_at_once=all_at_once,
-    )
-    return supply.requests
+    return resolve_supply(
+        name_or_path, rate_per_s=rate_per_s, concurrency=concurrency, requests=requests, seed=seed
+    ).requests
 
 
 def resolve_supply(
@@ -86,38 +79,35 @@ def resolve_supply(
     concurrency: int | None = None,
     requests: int | None = None,
     seed: int = 0,
-    all_at_once: bool = False,
 ) -> Supply:
     """Requests of a shipped workload (by name), a workload YAML or a request file (by path).
 
-    At most one of ``rate_per_s``, ``concurrency`` and ``all_at_once`` replaces the workload's own arrivals. A rate
-    stretches the time of a trace, of the ``requests`` first rows where those are asked for; where there is no time to
-    stretch (no arrival times, all at once, closed loop) Poisson arrivals are drawn from ``seed``, and a note says so.
+    ``rate_per_s`` or ``concurrency``, not both, replaces the workload's own arrivals. A rate stretches the time of a
+    trace, of the ``requests`` first rows where those are asked for. Where there is no time to stretch (no arrival
+    times, all at once, closed loop) Poisson arrivals are drawn from ``seed``, and a note says so.
     Raises BadInput in one line naming the flag, or the file, column and row.
     """
     if requests is not None:
         check_count(requests, "--requests", most=MAX_REQUESTS)
     check_count(seed, "--seed", least=0)
-    wanted = _wanted_arrivals(rate_per_s, concurrency, all_at_once)
+    wanted = _wanted_arrivals(rate_per_s, concurrency)
     found = _find(os.fspath(name_or_path), lengths_will_do=wanted is not None)
     if isinstance(found, Workload):
         return _drawn(found, wanted, requests, seed)
     return Supply(requests=_replay(found, wanted, requests, seed))
 
 
-def _wanted_arrivals(rate_per_s: float | None, concurrency: int | None, all_at_once: bool) -> _Wanted | None:
+def _wanted_arrivals(rate_per_s: float | None, concurrency: int | None) -> _Wanted | None:
     """The arrivals that the flags ask for; ``None`` for the workload's own."""
-    asked = {"--rate-per-s": rate_per_s, "--concurrency": concurrency, "--all-at-once": all_at_once or None}
-    given = [flag for flag, value in asked.items() if value is not None]
-    if len(given) > 1:
-        raise BadInput("give one of them: each sets the arrivals", where=" ".join(given))
+    if rate_per_s is not None and concurrency is not None:
+        raise BadInput("give one of them: each sets the arrivals", where="--rate-per-s --concurrency")
     if rate_per_s is not None:
         check_rate(rate_per_s, "--rate-per-s")
         return PoissonArrivals(rate_per_s=rate_per_s)
     if concurrency is not None:
         check_count(concurrency, "--concurrency", most=MAX_CONCURRENCY)
         return ClosedLoop(concurrency=concurrency)
-    return AllAtOnce() if all_at_once else None
+    return None
 
 
 def _find(text: str, *, lengths_will_do: bool) -> Workload | Requests:
@@ -149,8 +139,6 @@ def _replay(rows: Requests, wanted: _Wanted | None, requests: int | None, seed: 
     rows = rows if requests is None else rows.head(requests)
     if isinstance(wanted, ClosedLoop):
         return rows.closed_loop(wanted.concurrency)
-    if isinstance(wanted, AllAtOnce):
-        return rows.all_at_once()
     if isinstance(wanted, PoissonArrivals):
         return rows.at_rate(wanted.rate_per_s) if rows.span_s else rows.arriving(wanted, seed=seed)
     return rows
@@ -176,7 +164,7 @@ def read_requests(path: str | os.PathLike[str], *, lengths_will_do: bool = False
     if arrival_s is not None:
         return replace(rows, arrival_s=arrival_s)
     if not lengths_will_do:
-        would_do = "holds no arrival times; ask for a rate, a concurrency or all requests at once"
+        would_do = "holds no arrival times; ask for a rate or a concurrency"
         raise BadInput(would_do, where=path, key="arrival_s")
     return replace(rows, notes=(*rows.notes, f"{path.name} holds no arrival times"))
 
@@ -258,7 +246,8 @@ def _reason(error: Exception) -> str:
 
 def _read_parquet(path: Path) -> pa.Table:
     # Ids stay dictionaries until their lengths are known: a file may hold one long text a million times.
-    ids = [name for name in pq.read_schema(path).names if name in _IDS]
+    schema = pq.read_schema(path)
+    ids = [name for name in schema.names if name in _IDS and pa.types.is_string(schema.field(name).type)]
     with pq.ParquetFile(path, read_dictionary=ids) as file:
         known = [name for name in file.schema_arrow.names if name in (*REQUIRED, *OPTIONAL)]
         check_parquet(file, known, path)

@@ -22,9 +22,9 @@ from apexsim.costs.starting import start
 from apexsim.errors import BadInput
 from apexsim.io.deployments import (
     DEFAULT_ENGINE,
-    DEVICES_PER_NODE,
     DeploymentFile,
     beside,
+    check_computes,
     resolve_deployment,
     write_deployment,
 )
@@ -37,7 +37,7 @@ from apexsim.search.question import Question
 from apexsim.search.space import SearchSpace
 from apexsim.search.study import Study
 from apexsim.specs.base import Spec
-from apexsim.specs.cluster import parse_devices
+from apexsim.specs.cluster import DEVICES_PER_NODE, parse_devices
 from apexsim.specs.deployment import Bill, Prompts, TokenChoice
 from apexsim.specs.slo import SLO
 from apexsim.specs.supply import Supply
@@ -97,6 +97,7 @@ def resolve_search(file: SearchFile, where: object, *, allow_plugins: bool = Fal
     """Look every name up; ``BadInput`` at ``where`` on the first that means nothing."""
     objective = objective_named(file.objective, f"{where}: objective")
     base = resolve_deployment(deployment_file(file, where), where, allow_plugins=allow_plugins)
+    check_computes(base, where)
     space = SearchSpace(base=base, allow_idle=file.allow_idle)
     return Question(space=space, supply=file.supply(), objective=objective, slo=file.slo, seed=file.seed)
 

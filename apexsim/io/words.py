@@ -21,22 +21,29 @@ _SAME_DTYPE = {
     "float8_e4m3fn": "fp8",
 }
 _HALF = "say bf16: it takes the same bytes and time"
-_FOUR_BITS = "say int4_wo: weights of 4 bits, scaled in groups of 128"
-_EIGHT_BITS = "say int8_wo: weights of 8 bits alone"
+# Words that say how weights were quantised, and the dtypes that they may mean. In names of checkpoints, those that are
+# dtypes here too.
+QUANTISED = {
+    "fp8": "fp8, or fp8_block where scales are those of blocks",
+    "awq": "int4_wo",
+    "awq_marlin": "int4_wo",
+    "gptq": "int4_wo (int8_wo for 8 bits)",
+    "gptq_marlin": "int4_wo (int8_wo for 8 bits)",
+    "int4": "int4_wo",
+    "w4a16": "int4_wo",
+    "int8": "int8_wo, or int8 where activations are of 8 bits too",
+    "w8a16": "int8_wo",
+    "w8a8": "int8 for integers of 8 bits, fp8 for floats",
+    "nvfp4": "nvfp4",
+    "fp4": "nvfp4 or mxfp4",
+    "mxfp4": "mxfp4",
+}
 _NEAR_DTYPE = {
+    **{word: f"say {dtypes}" for word, dtypes in QUANTISED.items() if word not in DTYPE_BYTES},
     "float16": _HALF,
     "fp16": _HALF,
     "half": _HALF,
-    "awq": _FOUR_BITS,
-    "awq_marlin": _FOUR_BITS,
-    "gptq": _FOUR_BITS,
-    "gptq_marlin": _FOUR_BITS,
-    "int4": _FOUR_BITS,
-    "w4a16": _FOUR_BITS,
-    "w8a16": _EIGHT_BITS,
-    "w8a8": "say int8 for integers of 8 bits, fp8 for floats",
     "fp8_e5m2": "say fp8: it takes the same bytes and time",
-    "fp4": "say nvfp4 or mxfp4",
 }
 
 
@@ -48,7 +55,7 @@ def dtype_word(word: Any) -> Any:
     if not isinstance(word, str) or word in DTYPE_BYTES:
         return word
     lowered = word.strip().lower()
-    if lowered in _NEAR_DTYPE and lowered not in DTYPE_BYTES:
+    if lowered in _NEAR_DTYPE:
         raise ValueError(_NEAR_DTYPE[lowered])
     if lowered == "auto":
         return None
@@ -123,7 +130,7 @@ def option_words(options: Any) -> Any:
             raise ValueError(f"{word} is true or false")
         given = _SWITCHES[name][not value] if name in _SWITCHES else {_SAME_OPTION.get(name, name): value}
         if twice := found.keys() & given.keys():
-            raise ValueError(f"{word} says {min(twice)} a second time; give it once")
+            raise ValueError(f"{min(twice)} is given twice")
         found |= given
     return found
 

@@ -41,7 +41,7 @@ _SCALARS = (str, int, float, bool, type(None))
 # Long enough that indenting the grids of numbers in a profile costs little.
 LINE_WIDTH = 320
 # The largest profile has 60 KB, a few levels and no alias. PyYAML takes 200 bytes of memory for one of a file.
-MAX_YAML_BYTES = 2 << 20
+MAX_YAML_BYTES = 1 << 20
 _MAX_DEPTH, _MAX_NODES = 100, 1_000_000
 
 
@@ -145,8 +145,10 @@ def _check_size(text: str) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             size = known[anchors.pop()] = sizes.pop()
             sizes[-1] += size
-        elif isinstance(event, yaml.NodeEvent):
-            sizes[-1] += known.get(event.anchor or "", 1) if isinstance(event, yaml.AliasEvent) else 1
+        elif isinstance(event, yaml.AliasEvent):  # inside what it stands for it has no end
+            sizes[-1] += _MAX_NODES if event.anchor in anchors else known.get(event.anchor or "", 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            sizes[-1] += 1
         if len(sizes) > _MAX_DEPTH or sizes[-1] > _MAX_NODES:
             most = f"{_MAX_DEPTH} levels and {_MAX_NODES:,} values"
             line = event.start_mark.line + 1 if event.start_mark else 1
@@ -156,6 +158,8 @@ def _check_size(text: str) -> None:
 def _syntax_message(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1}: not valid YAML: {error.problem or error.context}"
+    if isinstance(error, LookupError):
+        return f"not valid YAML: {error} is not what its tag (!!bool, !!int, ...) says; leave the tag away"
     return f"not valid YAML: {str(error) or type(error).__name__}"
 
 

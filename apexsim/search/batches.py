@@ -46,9 +46,9 @@ def _spendings(result: SimulationResult) -> dict[str, Values]:
     edges = np.linspace(arrival_s.min(), arrival_s.max(), BATCHES + 1)
     inside = (edges[:-1] >= steady.from_s) & (edges[1:] <= steady.to_s)
     flows = flows_of(result, edges)
-    usd_per_s = result.deployment.billed_devices * result.deployment.cluster.device.price.usd_per_hour / 3600
+    microdollars = 1e6 * result.deployment.usd_per_s * np.diff(edges)
     return {
-        "steady_usd_per_million_output_tokens": _beyond_due(1e6 * usd_per_s * np.diff(edges), flows.tokens, inside),
+        "steady_usd_per_million_output_tokens": _beyond_due(microdollars, flows.tokens, inside),
         "steady_energy_per_output_token_j": _beyond_due(flows.joules, flows.tokens, inside),
     }
 

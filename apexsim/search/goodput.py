@@ -1,12 +1,17 @@
 """Goodput: the highest rate that lasts, found by bisection over runs that are long enough to tell.
 
-A rate lasts when attainment reaches the target and waits do not lengthen, over arrivals of at least ``LEAST_SPAN_S``
-seconds, ``PER_REPLICA`` requests a replica, and ``E2ES`` end-to-end times: the largest median that any plan of the
-search has at low load, so that all plans are asked the same. A shorter run rewards bursts: with 512 requests at
-150 requests/s all have come within 3.4 s, and a queue that would grow for ever has not grown yet.
+A rate lasts when attainment reaches the target and waits do not lengthen. A run is long enough when its arrivals reach
+all three of:
 
-Every probe takes the first requests of the same supply and scales their times. Short ones come first, of all plans, to
-learn where to look, and for which plans it is worth while.
+- ``LEAST_SPAN_S`` seconds,
+- ``PER_REPLICA`` requests a replica,
+- ``E2ES`` end-to-end times, of the plan whose median at low load is the largest.
+
+So every plan of a search is asked the same. A shorter run rewards bursts. With 512 requests at 150 requests/s all have
+come within 3.4 s, and a queue that would grow for ever has not grown yet.
+
+Every probe takes the first requests of the same supply and scales their times. Short probes of all plans come first.
+They show where to look, and which plans are worth a long one.
 """
 
 from __future__ import annotations
@@ -27,8 +32,8 @@ FIRST_STEP = 1.1
 RATE_TOLERANCE = 0.02  # the bracket of the answer is this narrow
 MAX_DOUBLINGS = 12  # of the rate, up or down, within which goodput is looked for
 LOW_LOAD_REQUESTS = 64
-# Of the best rate per device that short probes let pass, the share below which a plan is not probed at length: they
-# flatter all plans, and none twice as much as another.
+# Of the best rate per device that short probes let pass, the share below which a plan is not probed at length.
+# Short probes flatter all plans. That they flatter none twice as much as another is an assumption: nothing measured it.
 WITHIN_REACH = 0.5
 
 

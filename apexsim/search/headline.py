@@ -7,7 +7,7 @@ import numpy as np
 from apexsim.search.judging import Row
 from apexsim.search.objective import Objective
 from apexsim.search.study import MOST_DRAWN, Study
-from apexsim.search.ties import FEWEST_PARTS, broken_by, half_width
+from apexsim.search.ties import FEWEST_PARTS, broken_by, half_width, short_rivals
 
 USUAL = "the usual choice (largest tensor degree in a node)"
 MOST_NAMED = 3
@@ -55,8 +55,8 @@ def _opening(study: Study) -> str:
 
 def _would_do(study: Study) -> str:
     """What would make windows long enough."""
-    near = [row.outcome for row in study.rows[: len(study.leaders) + 1] if row.outcome.window == "short"]
-    wanted = [outcome.figures.get("steady_wanted_requests") for outcome in near]
+    short = short_rivals(study.rows, study.question.objective)
+    wanted = [row.outcome.figures.get("steady_wanted_requests") for row in short]
     most = max((count for count in wanted if count is not None), default=None)
     said = "" if most is None else f", wanted about {most:.0f} requests"
     supply = study.question.supply
@@ -87,7 +87,9 @@ def _margins(study: Study) -> list[str]:
     said = []
     if rest:
         order = "next" if len(study.leaders) > 1 else "second"
-        said.append(f"{_compare(objective, best, rest[0])} the {order}, {rest[0].candidate.name}")
+        said.append(
+            f"{_compare(objective, best, rest[0])} the {order}, {rest[0].candidate.name}{_doubt(rest[0], objective)}"
+        )
     elif len(study.leaders) == 1:
         said.append("no other plan keeps the SLO")
     return [*said, _versus_usual(study, usual_choice(study))]
@@ -140,9 +142,11 @@ def _versus_usual(study: Study, usual: Row | None) -> str:
         return f"it is {USUAL}"
     if any(usual is row for row in study.leaders):
         return f"a tie with {USUAL}, {usual.candidate.name}"
-    compared = f"{_compare(objective, best, usual)} {USUAL}, {usual.candidate.name}"
-    verdict = {"ok": "", "misses_slo": ", which misses the SLO"}.get(usual.outcome.verdict, ", which does not run")
-    return compared + verdict
+    named = f"{USUAL}, {usual.candidate.name}"
+    if usual.outcome.verdict == "ok":
+        return f"{_compare(objective, best, usual)} {named}"
+    # A plan that falls behind has no figure worth comparing: its queue would grow on.
+    return f"{named}, {'misses the SLO' if usual.outcome.verdict == 'misses_slo' else 'does not run'}"
 
 
 def _compare(objective: Objective, best: Row, other: Row) -> str:
@@ -151,6 +155,14 @@ def _compare(objective: Objective, best: Row, other: Row) -> str:
         return "not comparable with"
     better, worse = ("above", "below") if objective.highest else ("below", "above")
     return f"{abs(gap):.1%} {better if gap >= 0 else worse}"
+
+
+def _doubt(other: Row, objective: Objective) -> str:
+    """The sampling error of a figure that a short window gave."""
+    value, error = objective.value(other.outcome.figures), objective.error(other.outcome.figures)
+    if not objective.window or other.outcome.window != "short" or not value or error is None:
+        return ""
+    return f" (whose window is short: +-{error / abs(value):.0%})"
 
 
 def _figure(row: Row, objective: Objective) -> str:
@@ -167,8 +179,8 @@ def _intervals(row: Row, objective: Objective, value: float) -> str:
     figures, said = row.outcome.figures, []
     if not objective.own_rate:
         said.append(f"a rate {objective.resolution:.0%} higher fails")
-    elif (error := objective.error(figures) or _spread(row, objective)) is not None:
-        said.append(f"+-{error / abs(value):.1%} by sampling, 95 %" if value else "no spread")
+    elif value and (error := _sampling_error(row, objective)) is not None:
+        said.append(f"+-{error / abs(value):.1%} by sampling, 95 %")
     else:
         said.append("no interval is known for its sampling")
     whole = figures.get(objective.whole) if objective.whole else None
@@ -181,7 +193,9 @@ def _intervals(row: Row, objective: Objective, value: float) -> str:
     return "; ".join(said)
 
 
-def _spread(row: Row, objective: Objective) -> float | None:
-    """Half-width of a figure that is known over parts of the run; None where it is not."""
+def _sampling_error(row: Row, objective: Objective) -> float | None:
+    """Half-width of the figure that counts: its own, or over the parts of the run; None where neither is known."""
+    if (known := objective.error(row.outcome.figures)) is not None:
+        return known
     parts = [value for value in row.outcome.batches.get(objective.column, ()) if value is not None]
     return half_width(np.array(parts)) if len(parts) >= FEWEST_PARTS else None

@@ -19,7 +19,7 @@ from apexsim.search.outcomes import Outcome, Progress, settle
 from apexsim.search.pareto import pareto_front
 from apexsim.search.question import Question
 from apexsim.search.space import Candidate
-from apexsim.search.ties import Decision, decide, leaders, rank
+from apexsim.search.ties import Decision, decide, leaders, may_be_best, rank
 from apexsim.specs.deployment import Deployment
 from apexsim.specs.slo import SLO
 
@@ -157,10 +157,12 @@ def search(
 def wanted_requests(rows: Iterable[Row], question: Question) -> int:
     """How many requests would make the windows of all contenders long enough, as far as a search draws by itself.
 
-    A backlog that grows may do so by chance while the run is short: that is looked at again, too.
+    A plan that cannot be best, whatever its sampling error, is no contender: its window may stay short. A backlog that
+    grows may do so by chance while the run is short: that is looked at again, too.
     """
     now = len(question.requests)
-    unsure = [row.outcome for row in rows if _unsure(row, question)]
+    rows = tuple(rows)
+    unsure = [row.outcome for row in rows if _unsure(row, question) and may_be_best(row, rows, question.objective)]
     if not (unsure and question.objective.window and question.supply.grows):
         return now
     wanted = [outcome.figures.get("steady_wanted_requests") or 0 for outcome in unsure]

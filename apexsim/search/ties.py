@@ -26,7 +26,7 @@ from apexsim.search.judging import Row
 from apexsim.search.objective import Break, Objective
 
 # ``win``: the first plan is best. ``tie``: it ties with others, and a break decides. ``equal``: no break decides.
-# ``short``: the steady window of a leader, or of the next plan, is too short to say. ``none``: no plan qualifies.
+# ``short``: the steady window of a plan that may be best is too short to say. ``none``: no plan qualifies.
 Decision = Literal["win", "tie", "equal", "short", "none"]
 
 RANK_OF_VERDICT = {"ok": 0, "misses_slo": 1, "failed": 2, "infeasible": 3, "unlawful": 4}
@@ -64,6 +64,20 @@ def ties(one: Row, other: Row, objective: Objective) -> bool:
     return abs(mine - theirs) <= max(allowed, sampling_error(one, other, objective))
 
 
+def may_be_best(row: Row, rows: Iterable[Row], objective: Objective) -> bool:
+    """Whether sampling errors leave open that no other of ``rows`` is better; so too where a figure is not known."""
+    sign = -1 if objective.highest else 1
+
+    def reach(other: Row) -> tuple[float, float]:
+        value, error = objective.value(other.outcome.figures), objective.error(other.outcome.figures)
+        if value is None or error is None:
+            return -math.inf, math.inf
+        return sign * value - error, sign * value + error
+
+    best = min((reach(other)[1] for other in rows if other.outcome.verdict == "ok"), default=math.inf)
+    return reach(row)[0] <= best
+
+
 def sampling_error(one: Row, other: Row, objective: Objective) -> float:
     """Half-width of the 95 % interval of the difference of two plans; 0 where their runs tell none."""
     parts = (row.outcome.batches.get(objective.column, ()) for row in (one, other))
@@ -89,12 +103,17 @@ def decide(rows: Sequence[Row], objective: Objective) -> Decision:
     ahead = leaders(rows, objective)
     if not ahead:
         return "none"
-    rivals = [row for row in rows[: len(ahead) + 1] if row.outcome.verdict == "ok"]
-    if objective.window and any(row.outcome.window == "short" for row in rivals):
+    if short_rivals(rows, objective):
         return "short"
     if len(ahead) == 1:
         return "win"
     return "tie" if broken_by(ahead, objective.breaks) else "equal"
+
+
+def short_rivals(rows: Sequence[Row], objective: Objective) -> list[Row]:
+    """Plans that keep the SLO and may be best, and whose steady window is too short to say."""
+    short = [row for row in rows if row.outcome.verdict == "ok" and row.outcome.window == "short"]
+    return [row for row in short if objective.window and may_be_best(row, rows, objective)]
 
 
 def _score(row: Row, objective: Objective) -> tuple[float, ...]:

@@ -23,9 +23,12 @@ class Run(Protocol):
 
 @dataclass(frozen=True)
 class Scouted:
-    """A first look at all plans: ``e2e_s``, of their median end-to-end times at low load the largest, ``best_per_s``,
-    of their rates per device that short probes let pass the highest, and that rate of the plan on trial; None where
-    there is none."""
+    """What a first look at all plans found; a figure that does not exist is None.
+
+    ``e2e_s``: every plan has a median end-to-end time at low load; the largest of them.
+    ``best_per_s``: the highest rate per device, in requests a second, that short probes let pass on any plan.
+    ``own_per_s``: the same rate of the plan on trial.
+    """
 
     e2e_s: float | None
     best_per_s: float | None

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,16 +18,15 @@ from apexsim.costs.notes import cost_notes
 from apexsim.costs.starting import Started, start
 from apexsim.costs.steps import StepCost, build_step_cost
 from apexsim.costs.timing import StepTimes
-from apexsim.errors import BadInput, nearest
+from apexsim.errors import BadInput
 from apexsim.results import SimulationResult
-from apexsim.serving.audit import Audited
-from apexsim.serving.batching import POLICIES, BatchPolicy
+from apexsim.serving.batching import BatchPolicy
 from apexsim.serving.clock import ARRIVAL, Clock
 from apexsim.serving.kv_cache import BlockManager
+from apexsim.serving.named import make_policy, make_router
 from apexsim.serving.recording import Recorder
 from apexsim.serving.replica import Replica, ReplicaSettings
 from apexsim.serving.request import Request
-from apexsim.serving.routing import ROUTERS, Router
 from apexsim.serving.unfinished import why_unfinished
 from apexsim.specs.deployment import Deployment
 from apexsim.specs.engine import SchedulerDefaults
@@ -342,43 +339,3 @@ class Door:
         if self._memory_limit is not None and total > self._memory_limit:
             return f"{total} tokens need more than the {self._blocks}"
         return ""
-
-
-def make_policy(scheduler: SchedulerDefaults) -> BatchPolicy:
-    """The batching policy that a scheduler names: one of ``POLICIES``, or of the class that ``module:Name`` gives.
-
-    The latter are audited.
-    """
-    policy = _made(scheduler.policy, POLICIES, "policy", scheduler)
-    if not isinstance(policy, BatchPolicy):
-        raise BadInput("give a subclass of apexsim.serving.batching.BatchPolicy", key="policy", got=scheduler.policy)
-    return policy if scheduler.policy in POLICIES else Audited(policy)
-
-
-def make_router(name: str) -> Router:
-    """A router by name, or an instance of the class that ``module:Name`` points to."""
-    router: Router = _made(name, ROUTERS, "router")
-    return router
-
-
-def _made(name: str, known: Mapping[str, Callable[..., Any]], what: str, *arguments: object) -> Any:
-    """An instance of the class of that name, built from ``arguments``."""
-    found = _named(name, known, what)
-    try:
-        return found(*arguments)
-    except TypeError as error:
-        takes = "the scheduler's settings" if arguments else "nothing"
-        raise BadInput(f"cannot be built ({error}); its constructor takes {takes}", key=what, got=name) from None
-
-
-def _named(name: str, known: Mapping[str, Callable[..., Any]], what: str) -> Callable[..., Any]:
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        if name not in known:
-            raise BadInput(f"unknown {what}; {nearest(name, known)}, or give module:Name", key=what, got=name)
-        return known[name]
-    try:
-        found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise BadInput(f"cannot be imported ({error}); give module:Name", key=what, got=name) from None
-    return found

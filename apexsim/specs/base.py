@@ -13,6 +13,9 @@ from apexsim.errors import BadInput, nearest
 # A name stands in tables, file names and messages; the longest one known has some 60 characters.
 MAX_NAME_CHARS = 200
 
+# Products of some of them, as floats, stay finite.
+MAX_WHOLE = 10**30
+
 _CONFIG = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -42,6 +45,8 @@ def _strict(schema: Any) -> Any:
 def _no_text_or_bool(value: Any) -> Any:
     if isinstance(value, bool | str | bytes):
         raise PydanticCustomError("int_type", "give a whole number")
+    if isinstance(value, int) and abs(value) > MAX_WHOLE:
+        raise PydanticCustomError("int_type", "give a whole number of at most 30 digits")
     return value
 
 

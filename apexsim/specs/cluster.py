@@ -12,6 +12,8 @@ from apexsim.specs.device import DeviceProfile
 
 # Far more than serve one model; a larger number is a slip of the finger, and costs hours.
 MAX_DEVICES = 10_000
+# Devices of a node where nothing says otherwise: those of an HGX or DGX board.
+DEVICES_PER_NODE = 8
 
 
 class Overhead(Spec):
@@ -36,7 +38,7 @@ class Cluster(Spec):
     """``nodes`` x ``devices_per_node`` devices of one kind."""
 
     device: DeviceProfile
-    devices_per_node: int = Field(8, ge=1, le=MAX_DEVICES)
+    devices_per_node: int = Field(DEVICES_PER_NODE, ge=1, le=MAX_DEVICES)
     nodes: int = Field(1, ge=1, le=MAX_DEVICES)
     overhead: Overhead = Overhead()
 

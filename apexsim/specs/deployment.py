@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from apexsim.specs.base import Spec, parse_spec
 from apexsim.specs.cluster import MAX_DEVICES, Cluster
 from apexsim.specs.engine import EngineProfile, SchedulerDefaults, token_budget
+from apexsim.specs.laws import Floats
 from apexsim.specs.model import ModelSpec
 
 Stage = Literal["encode", "prefill", "decode"]
 TokenChoice = Literal["greedy", "top_p"]
 Prompts = Literal["text", "random_tokens"]
 Bill = Literal["used", "node", "fleet"]
+Seconds = TypeVar("Seconds", float, Floats)
 
 
 class Plan(Spec):
@@ -143,8 +146,7 @@ class Deployment(Spec):
             return data
         model = data.get("model")
         known = parse_spec(ModelSpec, model, "model") if isinstance(model, dict) else model
-        checkpoint = known.checkpoint if isinstance(known, ModelSpec) else None
-        return {**data, "weights": checkpoint.dtype if checkpoint else "bf16"}
+        return {**data, "weights": known.published_dtype if isinstance(known, ModelSpec) else "bf16"}
 
     @property
     def as_published(self) -> bool:
@@ -153,14 +155,8 @@ class Deployment(Spec):
 
     @property
     def expert_dtype(self) -> str:
-        """Dtype of expert weights: the one asked for, else the model's own (MXFP4 of gpt-oss), else that of weights.
-
-        Where the weights are as published, that of experts is too.
-        """
-        own = self.model.moe.dtype if self.model.moe else None
-        if own is None and self.as_published and self.model.checkpoint:
-            own = self.model.checkpoint.experts
-        return self.moe_weights or own or self.weights
+        """Dtype of expert weights: the one asked for, else what the model has with these weights."""
+        return self.moe_weights or self.model.expert_dtype(self.weights)
 
     @property
     def assumptions(self) -> tuple[str, ...]:
@@ -220,3 +216,21 @@ class Deployment(Spec):
             return self.cluster.devices
         per_node = self.cluster.devices_per_node
         return self.devices_used if self.bill == "used" else per_node * -(-self.devices_used // per_node)
+
+    @property
+    def usd_per_hour(self) -> float:
+        """Rent of the billed devices, idle ones too."""
+        return self.cluster.device.price.usd_per_hour * self.billed_devices
+
+    @property
+    def usd_per_s(self) -> float:
+        """The same rent, a second."""
+        return self.usd_per_hour / 3600
+
+    def idle_j(self, span_s: Seconds, working_s: Seconds) -> Seconds:
+        """Joules that the billed devices draw with nothing to do, over ``span_s`` seconds of the clock.
+
+        ``working_s``: seconds of work of all devices together. More work than the span holds leaves nothing idle.
+        """
+        idle_s: Seconds = np.maximum(0.0, self.billed_devices * span_s - working_s)
+        return self.cluster.device.power.idle_w * idle_s

@@ -11,6 +11,7 @@ from apexsim.specs.base import Spec
 
 ShareOf = Literal["total", "started", "loaded"]
 # Share that an engine leaves outside at most: on small devices SGLang computes shorter chunks, and leaves less.
+# A fifth is an assumption, not read from a log.
 MOST_LEFT = 0.2
 
 

@@ -290,6 +290,21 @@ class ModelSpec(Spec):
 
     # Dtypes
 
+    @property
+    def published_dtype(self) -> str:
+        """Dtype that the checkpoint's weights were published in; bf16 where none is named."""
+        return self.checkpoint.dtype if self.checkpoint else "bf16"
+
+    def expert_dtype(self, weights: str) -> str:
+        """Dtype of experts where nobody asks for one: the model's own (MXFP4 of gpt-oss), else that of ``weights``.
+
+        Where the weights are as published, that of experts is too.
+        """
+        if self.moe and self.moe.dtype:
+            return self.moe.dtype
+        as_published = self.checkpoint is not None and weights == self.checkpoint.dtype
+        return (self.checkpoint.experts if self.checkpoint and as_published else None) or weights
+
     def part_dtype(self, part: Part, kind: LayerKind, dtype: str) -> str:
         """Dtype of the matrices of a part of a layer where those of its kind are asked for in ``dtype``.
 
@@ -307,13 +322,21 @@ class ModelSpec(Spec):
         """
         size, counted = 0.0, 0
         for kind in self.layer_kinds:
-            for elements, dtype in self._matrices(kind, weights, moe_weights):
+            for elements, dtype in (*self._dense(kind, weights), *self._experts(kind, moe_weights)):
                 size += kind.count * elements * dtype_bytes(dtype)
                 counted += kind.count * elements
         return size + (self.params - counted) * dtype_bytes("bf16")
 
-    def _matrices(self, kind: LayerKind, weights: str, moe_weights: str) -> list[tuple[int, str]]:
-        """Elements and dtype of the matrices of one layer."""
+    def dense_dtypes(self, weights: str) -> set[str]:
+        """Dtypes of the matrices of the layers, routed experts left out."""
+        return {dtype for kind in self.layer_kinds for elements, dtype in self._dense(kind, weights) if elements}
+
+    def expert_dtypes(self, moe_weights: str) -> set[str]:
+        """Dtypes of routed experts: bf16 in layers where the checkpoint keeps it."""
+        return {dtype for kind in self.layer_kinds for _, dtype in self._experts(kind, moe_weights)}
+
+    def _dense(self, kind: LayerKind, weights: str) -> list[tuple[int, str]]:
+        """Elements and dtype of the matrices of one layer, routed experts left out."""
         mixer, mixer_dtype = self.mixer_params(kind), self.part_dtype("mixer", kind, weights)
         parts = [(mixer, mixer_dtype)]
         if self.mla and kind.mixer == "attention":
@@ -321,10 +344,15 @@ class ModelSpec(Spec):
             parts = [(mixer - unfolding, self.mla.projection_dtype(mixer_dtype)), (unfolding, "bf16")]
         if kind.ffn and kind.moe and self.moe:
             parts.append((self.shared_params, self.part_dtype("shared", kind, weights)))
-            parts.append((self.moe.experts * self.expert_params, self.part_dtype("experts", kind, moe_weights)))
         elif kind.ffn:
             parts.append((self.dense_ffn_params, self.part_dtype("ffn", kind, weights)))
         return parts
+
+    def _experts(self, kind: LayerKind, moe_weights: str) -> list[tuple[int, str]]:
+        """The same of the routed experts of one layer; empty where it has none."""
+        if not (kind.ffn and kind.moe and self.moe):
+            return []
+        return [(self.moe.experts * self.expert_params, self.part_dtype("experts", kind, moe_weights))]
 
     # Work
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from apexsim.errors import BadInput, Unsupported
+from apexsim.errors import Unsupported
 from apexsim.specs.base import Spec
 
 PowerEvidence = Literal["kernel", "serving", "scaled", "prior"]
@@ -162,25 +162,6 @@ class PowerModel(Spec):
                 "j_per_byte": self.j_per_byte * memory,
                 "j_per_flop": {dtype: joules * squared for dtype, joules in self.j_per_flop.items()},
                 "operators": {kind: own.at(slowed, squared) for kind, own in self.operators.items()},
-            }
-        )
-
-    def anchored(self, predicted_w: float, measured_w: float) -> PowerModel:
-        """Coefficients whose part above idle is rescaled by one measured load: ``measured_w`` where they say
-        ``predicted_w`` (watts of one device)."""
-        if min(predicted_w, measured_w) <= self.idle_w:
-            raise BadInput(f"give a load that draws more than idle ({self.idle_w:g} W)", key="anchor", got=measured_w)
-        factor = (measured_w - self.idle_w) / (predicted_w - self.idle_w)
-
-        def rescaled(watts: float) -> float:
-            return self.idle_w + (watts - self.idle_w) * factor
-
-        return self.model_copy(
-            update={
-                **{name: rescaled(getattr(self, name)) for name in ("active_w", "gap_w")},
-                "j_per_byte": self.j_per_byte * factor,
-                "j_per_flop": {dtype: joules * factor for dtype, joules in self.j_per_flop.items()},
-                "operators": {kind: own.at(rescaled, factor) for kind, own in self.operators.items()},
             }
         )
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from apexsim.errors import BadInput
+from apexsim.reading import check_regular
 from apexsim.uncertainty import ANY, FIGURES, Coverage, Figure, IntervalTable, Residuals
 from apexsim.validation.scores import SCORED, UNVERSIONED, with_parts
 
@@ -52,6 +53,7 @@ def read_rows(path: Path) -> pd.DataFrame:
     """The rows that ``validate --out`` wrote; BadInput for anything else."""
     import pandas as pd
 
+    check_regular(path)
     try:
         table = pd.read_csv(path, low_memory=False, dtype=dict.fromkeys(_TEXTS, str))
     except OSError as error:

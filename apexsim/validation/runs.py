@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError
 
 from apexsim.errors import BadInput, nearest
 from apexsim.io.deployments import beside, check_engine
+from apexsim.reading import check_regular
 from apexsim.specs.base import Cells
 from apexsim.specs.deployment import Prompts, TokenChoice
 
@@ -153,6 +154,7 @@ def sampled(runs: Sequence[MeasuredRun], count: int, seed: int) -> list[Measured
 
 def _lines(path: Path) -> Iterator[list[str]]:
     """The lines of a CSV file as lists of cells, the header first; at least one row."""
+    check_regular(path)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = [line for line in csv.reader(file, strict=True) if line]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from apexsim.reading import check_regular
 from apexsim.results import SimulationResult
 from apexsim.validation.runs import MeasuredRun
 
@@ -35,6 +36,7 @@ def request_errors(run: MeasuredRun, result: SimulationResult) -> dict[str, floa
 
 
 def _read(path: Path) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]]:
+    check_regular(path)
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}

@@ -43,8 +43,7 @@ def steady_figures(
     tokens = int((steps["survivors"] * steps["repeats"]).sum())
     window_s = int(steps["end_ns"].max() - steps["start_ns"].min()) / NS_PER_S * scale
     usage = Usage.of(account(cost, steps, chunks, time_scale=scale))
-    idle_s = max(0.0, deployment.devices_used * window_s - usage.working_s)
-    energy_j = sum(usage.energy_j.values()) + deployment.cluster.device.power.idle_w * idle_s
+    energy_j = sum(usage.energy_j.values()) + deployment.idle_j(window_s, usage.working_s)
     length = steps["end_ns"] - steps["start_ns"]
     return {
         "itl_mean_s": itl["mean"] * scale,

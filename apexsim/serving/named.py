@@ -1,0 +1,65 @@
+"""Policies and routers by name: one that apexsim knows, or ``module:Name`` of a class of one's own."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from apexsim.errors import BadInput, nearest
+from apexsim.serving.audit import Audited
+from apexsim.serving.batching import POLICIES, BatchPolicy
+from apexsim.serving.routing import ROUTERS, Router
+from apexsim.specs.engine import SchedulerDefaults
+
+
+def policy_class(name: str, *, where: object = None) -> type[BatchPolicy]:
+    """The class of a batching policy: one of ``POLICIES``, or a subclass of ``BatchPolicy`` as ``module:Name``."""
+    found: type[BatchPolicy] = _class(name, POLICIES, "policy", where)
+    if not issubclass(found, BatchPolicy):
+        raise BadInput("give a subclass of BatchPolicy", where=where, key="policy", got=name)
+    return found
+
+
+def router_class(name: str, *, where: object = None) -> type[Router]:
+    """The class of a router: one of ``ROUTERS``, or one with a method ``choose`` as ``module:Name``."""
+    found: type[Router] = _class(name, ROUTERS, "router", where)
+    if not callable(getattr(found, "choose", None)):
+        raise BadInput("give a class with a method choose", where=where, key="router", got=name)
+    return found
+
+
+def make_policy(scheduler: SchedulerDefaults) -> BatchPolicy:
+    """The batching policy that a scheduler names. One of one's own is audited."""
+    policy: BatchPolicy = _built(policy_class(scheduler.policy), "policy", scheduler.policy, scheduler)
+    return policy if scheduler.policy in POLICIES else Audited(policy)
+
+
+def make_router(name: str) -> Router:
+    """A router by name."""
+    router: Router = _built(router_class(name), "router", name)
+    return router
+
+
+def _class(name: str, known: Mapping[str, type], key: str, where: object) -> type[Any]:
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        if name not in known:
+            would_do = f"unknown {key}; {nearest(name, known)}, or give module:Name"
+            raise BadInput(would_do, where=where, key=key, got=name)
+        return known[name]
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # a module of the user's may fail in any way
+        raise BadInput(f"cannot be imported ({error}); give module:Name", where=where, key=key, got=name) from None
+    if not isinstance(found, type):
+        raise BadInput("give a class", where=where, key=key, got=name)
+    return found
+
+
+def _built(found: type[Any], key: str, name: str, *arguments: object) -> Any:
+    try:
+        return found(*arguments)
+    except TypeError as error:
+        takes = "the scheduler's settings" if arguments else "nothing"
+        raise BadInput(f"cannot be built ({error}); its constructor takes {takes}", key=key, got=name) from None
