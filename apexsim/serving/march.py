@@ -92,16 +92,13 @@ class March(Stretch):
         return self.from_ns + self.run.elapsed_ns(count - self._first)
 
     def passed(self, now_ns: int) -> int:
-        count, first, start_ns = self.silent, self._first, self.from_ns
-        if not count:
-            return 0
-        last_ns = self.end_ns(count)
-        if last_ns < now_ns:
-            return count
-        if count > first:
+        silent, first, start_ns = self.silent, self._first, self.from_ns
+        count = min(silent, first)
+        if silent > first and now_ns > start_ns:
             # Steps differ little, so that a straight line through both ends of the run guesses within a few steps.
-            count = first + (count - first) * max(0, now_ns - start_ns) // max(1, last_ns - start_ns)
-        while self.end_ns(count + 1) < now_ns:  # the last silent end is no earlier, so that this stops
+            ahead = (silent + 1 - first) * (now_ns - start_ns) // max(1, self.next_end_ns - start_ns)
+            count = min(silent, first + ahead)
+        while count < silent and self.end_ns(count + 1) < now_ns:
             count += 1
         while count and self.end_ns(count) >= now_ns:
             count -= 1
