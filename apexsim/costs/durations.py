@@ -61,8 +61,8 @@ class WeightedTimes:
     """
 
     def __init__(self) -> None:
-        self._numbers: dict[int, int] = {}
-        self._tables: list[PlainRun] = []  # a run of each table
+        self._numbers: dict[tuple[int, int, int], int] = {}
+        self._kinds: list[PlainRun] = []
         self._plain = array("q")
         self._others: list[tuple[int, int, int, RunTimes]] = []
 
@@ -71,17 +71,16 @@ class WeightedTimes:
         if not isinstance(run, PlainRun):
             self._others.append((step, steps, left_ns, run))
             return
-        table, step_ns, layers = run.kind
-        number = self._numbers.setdefault(table, len(self._tables))
-        if number == len(self._tables):
-            self._tables.append(run)
-        self._plain.extend((step, steps, left_ns, number, run.mean, step_ns, layers))
+        number = self._numbers.setdefault(run.kind, len(self._kinds))
+        if number == len(self._kinds):
+            self._kinds.append(run)
+        self._plain.extend((step, steps, left_ns, number, run.mean))
 
     @property
     def steps(self) -> int:
         """Where the last span ends."""
         ends = [step + steps for step, steps, *_ in self._others[-1:]]
-        return max([*ends, *([self._plain[-7] + self._plain[-6]] if self._plain else [])], default=0)
+        return max([*ends, *([self._plain[-5] + self._plain[-4]] if self._plain else [])], default=0)
 
     def sum(self, weights: NDArray[np.int64]) -> int:
         """Over all spans; ``weights[n]`` is that of common step n."""
@@ -90,7 +89,7 @@ class WeightedTimes:
             elapsed_ns = np.zeros(steps, dtype=np.int64)
             elapsed_ns[1:] = np.cumsum(run.durations_ns(steps - 1)) if steps > 1 else 0
             total += int((weights[step : step + steps] * (left_ns - elapsed_ns)).sum())
-        spans = np.array(self._plain, dtype=np.int64).reshape(-1, 7)
+        spans = np.array(self._plain, dtype=np.int64).reshape(-1, 5)
         for first in range(0, len(spans), _SPANS):
             total += sum(self._sums_of(spans[first : first + _SPANS].T, weights).tolist())
         return total
@@ -100,7 +99,8 @@ class WeightedTimes:
 
         Running sums may leave the range of 64 bits and come back: their differences are exact.
         """
-        step, steps, left_ns, _, _, step_ns, layers = spans
+        step, steps, left_ns, number, _ = spans
+        step_ns, layers = np.array([run.kind[1:] for run in self._kinds]).T[:, number]
         prefix, mean_at = self._prefixes(spans)
         first, last = int(step[0]), int(step[-1] + steps[-1])
         at = np.arange(first, last)
@@ -116,15 +116,15 @@ class WeightedTimes:
         )
 
     def _prefixes(self, spans: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The part of every table that spans ask for, one behind the other, and where each span's mean context is."""
-        _, steps, _, number, mean, _, _ = spans
-        low = np.full(len(self._tables), np.iinfo(np.int64).max)
-        high = np.zeros(len(self._tables), dtype=np.int64)
+        """The part of every kind's table that spans ask for, one behind the other, and where each span's mean context is."""
+        _, steps, _, number, mean = spans
+        low = np.full(len(self._kinds), np.iinfo(np.int64).max)
+        high = np.zeros(len(self._kinds), dtype=np.int64)
         np.minimum.at(low, number, mean)
         np.maximum.at(high, number, mean + steps)
         shift, parts, length = np.zeros_like(high), [], 0
-        for table in np.flatnonzero(high).tolist():
-            parts.append(self._tables[table].prefix_of(int(low[table]), int(high[table])))
-            shift[table] = length - low[table]
+        for kind in np.flatnonzero(high).tolist():
+            parts.append(self._kinds[kind].prefix_of(int(low[kind]), int(high[kind])))
+            shift[kind] = length - low[kind]
             length += len(parts[-1])
         return np.concatenate(parts), mean + shift[number]

@@ -22,7 +22,7 @@ class DecodeRow:
     answers for decode attention of one layer; ``layers`` counts the layers of that kind, stage by stage.
     """
 
-    __slots__ = ("fixed", "floor", "floors", "layers", "prefix", "tables")
+    __slots__ = ("fixed", "floor", "floors", "kind", "layers", "prefix", "tables")
 
     def __init__(
         self, fixed: Nanoseconds, floors: Nanoseconds, layers: Layers, tables: tuple[PrefixTable, ...]
@@ -33,6 +33,7 @@ class DecodeRow:
         self.layers = layers
         self.tables = tables
         self.prefix = tables[0].prefix
+        self.kind = id(tables[0]), fixed[0], layers[0][0]
 
     def stage_ns(self, means: Sequence[int]) -> tuple[int, ...]:
         """Nanoseconds of every stage at these mean contexts, one per kind of attention."""
@@ -137,10 +138,10 @@ class PlainRun(DecodeRun):
     """The common case, quickly: one stage, one kind of attention that grows, no step faster than the host.
 
     Step k takes ``constant`` + ``layers`` x T(mean + k), so n steps n x ``constant`` + ``layers`` x (prefix[mean + n] -
-    prefix[mean]).
+    prefix[mean]). Runs of one ``kind`` (table, ``constant``, ``layers``) take the same time at the same mean context.
     """
 
-    __slots__ = ("_base", "_layers", "_prefix", "_table", "mean")
+    __slots__ = ("_base", "_layers", "_prefix", "_table", "kind", "mean")
 
     def __init__(self, row: DecodeRow, layers: int, mean: int, limit: int) -> None:
         self.limit = limit
@@ -149,6 +150,7 @@ class PlainRun(DecodeRun):
         self.mean = mean
         self._table = row.tables[0]
         self._prefix = row.prefix
+        self.kind = row.kind
         if mean >= len(self._prefix):
             self._table.grow(mean)
         self._base = self._prefix[mean]
@@ -179,8 +181,3 @@ class PlainRun(DecodeRun):
         """T(0) + ... + T(n - 1) of its table for every context n from ``first`` to ``last``."""
         self._table.between(first, last)
         return np.frombuffer(self._prefix[first : last + 1], dtype=np.int64)
-
-    @property
-    def kind(self) -> tuple[int, int, int]:
-        """Runs of one kind take the same time at the same mean context."""
-        return id(self._table), self._constant, self._layers

@@ -42,9 +42,6 @@ class Growth(Protocol):
     def missing(self, step: int, steps: int) -> int:
         """Blocks that the members lack to march ``steps`` steps from count ``step``."""
 
-    def most_missing(self, steps: int) -> int:
-        """At least as many as they lack, told at once."""
-
     def march(self, step: int, steps: int) -> None:
         """Take those blocks."""
 
@@ -91,9 +88,6 @@ class SteadyGrowth:
         if steps >= size:
             crossings += steps // size * self._members
         return self._each * crossings
-
-    def most_missing(self, steps: int) -> int:
-        return self._each * self._members * (1 + steps // self._size)
 
     def march(self, step: int, steps: int) -> None:
         missing = self.missing(step, steps)
@@ -142,9 +136,6 @@ class MemberGrowth:
 
     def missing(self, step: int, steps: int) -> int:
         return sum(self._blocks.missing(request, tokens) for request, tokens in self._growing(step, steps))
-
-    def most_missing(self, steps: int) -> int:
-        return sum(map(len, self._due)) * self._blocks.needed(steps + self._blocks.block_size)
 
     def march(self, step: int, steps: int) -> None:
         for request, tokens in self._growing(step, steps):

@@ -76,9 +76,7 @@ class March(Stretch):
         for position, batch in enumerate(in_flight):
             if batch.leaving and position < silent:
                 silent = position
-        self._missing = cohort.most_missing(silent + owed)
-        if self._missing > blocks.free:
-            self._missing = cohort.missing(silent + owed)
+        self._missing = cohort.missing(silent + owed)
         if self._missing > blocks.free:
             silent = bisect_right(range(1, silent + owed + 1), blocks.free, key=cohort.missing) - owed
         if silent + owed <= 0:
