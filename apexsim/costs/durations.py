@@ -116,7 +116,7 @@ class WeightedTimes:
         )
 
     def _prefixes(self, spans: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The part of every kind's table that spans ask for, one behind the other, and where each span's mean context is."""
+        """What spans ask for of the table of every kind, one behind the other, and where each one's mean context is."""
         _, steps, _, number, mean = spans
         low = np.full(len(self._kinds), np.iinfo(np.int64).max)
         high = np.zeros(len(self._kinds), dtype=np.int64)
