@@ -41,6 +41,7 @@ from apexsim.specs.deployment import Deployment
 from apexsim.specs.slo import SLO
 from apexsim.specs.supply import Supply
 from apexsim.specs.workload import Requests
+from apexsim.steady import COST, ENERGY
 
 REQUESTS = Requests(
     name="four", arrival_s=np.arange(4) * 0.5, prompt_tokens=np.full(4, 100), output_tokens=np.full(4, 10)
@@ -70,7 +71,8 @@ def summary(window: str = "steady", reason: str = "", **figures: float) -> dict[
         for key in path[:-1]:
             inner = inner.setdefault(key, {})
         inner[path[-1]] = figures.get(figure, 0.0 if "half_width" in figure else 1.0)
-    nested["steady"] |= {"kind": window, "reason": reason}
+    short_of = dict.fromkeys((COST, ENERGY), reason if window == "short" else None)
+    nested["steady"] |= {"kind": window, "reason": reason, "short_of": short_of}
     return nested
 
 

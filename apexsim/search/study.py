@@ -165,7 +165,7 @@ def wanted_requests(rows: Iterable[Row], question: Question) -> int:
     unsure = [row.outcome for row in rows if _unsure(row, question) and may_be_best(row, rows, question.objective)]
     if not (unsure and question.objective.window and question.supply.grows):
         return now
-    wanted = [outcome.figures.get("steady_wanted_requests") or 0 for outcome in unsure]
+    wanted = [question.objective.wanted_requests(outcome.figures) or 0 for outcome in unsure]
     return max(now, min(MOST_DRAWN, max(2 * now, *map(math.ceil, wanted))))
 
 
