@@ -326,9 +326,10 @@ def _no_window(result: SimulationResult, e2e_s: float) -> Steady:
 
 def _without_figures(reason: str, wanted: int | None) -> Steady:
     """A run too short for any figure."""
-    each = COST, ENERGY
-    short_of, wanted_of = dict.fromkeys(each, reason), dict.fromkeys(each, wanted)
-    return Steady(kind="short", reason=reason, wanted_requests=wanted, short_of={**short_of}, wanted_of=wanted_of)
+    figures = COST, ENERGY
+    short_of: dict[str, str | None] = dict.fromkeys(figures, reason)
+    wanted_of = dict.fromkeys(figures, wanted)
+    return Steady(kind="short", reason=reason, wanted_requests=wanted, short_of=short_of, wanted_of=wanted_of)
 
 
 def _told(result: SimulationResult, flows: Flows, figures: tuple[Estimate, Estimate], said: Verdict) -> Steady:

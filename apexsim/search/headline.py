@@ -41,7 +41,8 @@ def _idle(study: Study) -> list[str]:
         said.append("plans on fewer devices were not looked at (--allow-idle)")
     if idle := cluster.devices - study.best.devices_used:
         paid = study.best.billed_devices - study.best.devices_used
-        beside = f", but {paid} of them {'is' if paid == 1 else 'are'} paid for (bill: {study.best.bill})"
+        which = "" if paid == idle else f"{paid} of them {'is' if paid == 1 else 'are'} "
+        beside = f", but {which}paid for (bill: {study.best.bill})"
         said.append(f"{number_of(idle, 'device')} {'is' if idle == 1 else 'are'} not needed" + beside * bool(paid))
     return said
 
@@ -51,7 +52,7 @@ def _resolved(study: Study) -> list[str]:
     objective, ran = study.question.objective, [row for row in study.rows if row.outcome.verdict == "ok"]
     if len(ran) < 2 or objective.any_devices or sampling_error(ran[0], ran[1], objective) is not None:
         return []
-    return [f"sampling errors are not known: plans tie within {objective.resolution:.1%}, whatever their sampling"]
+    return [f"plans tie within {objective.resolution:.1%} only, as no sampling error of theirs is known"]
 
 
 def _opening(study: Study) -> str:
@@ -104,7 +105,7 @@ def _margins(study: Study) -> list[str]:
     rest = [row for row in study.rows[len(study.leaders) :] if row.outcome.verdict == "ok"]
     usual = usual_choice(study)
     if not rest:
-        alone = ["no other plan keeps the SLO"] if len(study.leaders) == 1 else []
+        alone = [f"no other plan {_kept(study)}"] if len(study.leaders) == 1 else []
         return [*alone, _versus_usual(study, usual)]
     order = "next" if len(study.leaders) > 1 else "second"
     ahead = f"{_compare(objective, best, rest[0])} the {order}, {rest[0].candidate.name}{_doubt(rest[0], objective)}"
@@ -143,11 +144,16 @@ def margin(objective: Objective, best: Row, other: Row) -> float | None:
 def _no_winner(study: Study) -> str:
     first = study.rows[0]
     if first.outcome.verdict == "misses_slo":
-        fails = (
-            "keeps up" if first.outcome.window == "growing" and study.question.objective.lasting else "keeps the SLO"
-        )
+        behind = first.outcome.window == "growing" and study.question.objective.lasting
+        fails = "keeps up" if behind else _kept(study)
         return f"no plan {fails}; the nearest is {first.candidate.name}: {first.outcome.reason}"
     return f"no plan could run; {first.candidate.name}: {first.outcome.reason}"
+
+
+def _kept(study: Study) -> str:
+    """What a plan that is good enough does."""
+    slo = study.question.slo
+    return "keeps the SLO" if slo.limited else f"serves {slo.target_words} of requests"
 
 
 def _versus_usual(study: Study, usual: Row | None) -> str:

@@ -136,21 +136,20 @@ class Objective:
         """Why a plan with these figures is not accepted, or what to know about one that is; mostly nothing."""
         if not self.own_rate:
             if not self.accepts(figures, steady["kind"], slo):
-                return f"no rate tried keeps attainment at the target {slo.target:g}"
+                return f"at no rate tried {slo.target_words} of requests keep the SLO"
             return "" if figures["goodput_span_s"] else "by short probes, which flatter: it is far behind the best"
         attainment = figures["attainment"]
         if attainment is None:
             return "no request tells the attainment"
-        if attainment < slo.target:
-            return f"attainment {attainment:.3f} is below the target {slo.target:g}"
+        if missed := slo.missed(attainment):
+            return missed
         if self.window and steady["kind"] in ("steady", "short"):
             return steady["short_of"][self.window] or ""
         return str(steady["reason"]) if self.window or (self.lasting and steady["kind"] == "growing") else ""
 
     def check(self, requests: Requests, slo: SLO) -> None:
         """Raise ``BadInput`` where the objective has no meaning for the workload or the SLO."""
-        limits = slo.ttft_s, slo.tpot_s, slo.e2e_s
-        if (self.any_devices or not self.own_rate) and limits == (None, None, None):
+        if (self.any_devices or not self.own_rate) and not slo.limited:
             would_do = f"{self.name} needs a limit to keep: give --slo, as in ttft_s=0.5,tpot_s=0.05"
             raise BadInput(would_do, where="slo")
         if not self.own_rate and not math.isfinite(requests.rate_per_s):

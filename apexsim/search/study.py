@@ -110,6 +110,7 @@ class Study:
             "replicas": candidate.replicas,
             "devices_used": candidate.devices,
             "devices_idle": self.question.space.base.cluster.devices - candidate.devices,
+            "devices_billed": self.question.space.deployment(candidate).billed_devices,
         }
 
     def _result(self, row: Row) -> dict[str, Any]:
