@@ -328,7 +328,7 @@ def _without_figures(reason: str, wanted: int | None) -> Steady:
     """A run too short for any figure."""
     figures = COST, ENERGY
     short_of: dict[str, str | None] = dict.fromkeys(figures, reason)
-    wanted_of = dict.fromkeys(figures, wanted)
+    wanted_of: dict[str, int | None] = dict.fromkeys(figures, wanted)
     return Steady(kind="short", reason=reason, wanted_requests=wanted, short_of=short_of, wanted_of=wanted_of)
 
 

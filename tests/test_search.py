@@ -367,6 +367,15 @@ def test_without_an_slo_no_plan_is_said_to_miss_it() -> None:
     )
 
 
+def test_the_usual_choice_that_will_not_do_says_why() -> None:
+    def narrow_is_good(deployment: Deployment, *_: Any, **__: Any) -> Mapping[str, Any]:
+        return summary(attainment=0.5 if layout(deployment)[0] == 2 else 1.0)
+
+    line = headline(search(question(space=space(devices=2)), evaluate=narrow_is_good))
+    usual = "the usual choice (largest tensor degree in a node), tp2-pp1-dp1"
+    assert f"{usual}, is not good enough: 50.0% of requests keep the SLO, 90% wanted" in line
+
+
 def test_names_that_tie_are_one_list() -> None:
     def alike(deployment: Deployment, *_: Any, **__: Any) -> Mapping[str, Any]:
         _tensor, pipeline, replicas = layout(deployment)

@@ -168,7 +168,8 @@ def _versus_usual(study: Study, usual: Row | None) -> str:
     if usual.outcome.verdict == "ok":
         return f"{_compare(objective, best, usual)} {named}"
     # A plan that falls behind has no figure worth comparing: its queue would grow on.
-    return f"{named}, {'misses the SLO' if usual.outcome.verdict == 'misses_slo' else 'does not run'}"
+    verdict = "is not good enough" if usual.outcome.verdict == "misses_slo" else "does not run"
+    return f"{named}, {verdict}: {usual.outcome.reason}"
 
 
 def _compare(objective: Objective, best: Row, other: Row) -> str:
