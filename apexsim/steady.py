@@ -28,7 +28,9 @@ shorter than 5 times in which 99 % of requests leave cannot tell it from chance.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -48,6 +50,7 @@ LEAST_GROWTH = 0.02  # of what came in the window; a backlog that grows less mov
 FEWEST_BATCHES, MOST_BATCHES = 10, 20
 SPARE = 1.1  # of requests that are asked for beyond those that would just do
 COST, ENERGY = "usd_per_million_output_tokens", "energy_per_output_token_j"
+_WORDS = {COST: "cost", ENERGY: "energy"}
 BY_LAW = "offered load, corrected by what the backlog changed over the window"
 BY_RUN = "whole run"
 BY_BATCHES = "ratio over the window, half-widths by batch means"
@@ -70,6 +73,8 @@ class Steady:
     ``half_width``: relative, at 95 %, of each figure.
     ``wanted_requests``: about how many of this workload would make the window long enough.
     ``estimator``: how the figures were had.
+    ``kind`` and ``wanted_requests`` are of both figures, as strict as the stricter.
+    ``short_of`` and ``wanted_of``: the same of each figure alone; None where the window is long enough for it.
     """
 
     kind: Kind
@@ -85,6 +90,8 @@ class Steady:
     energy_per_output_token_j: float | None = None
     half_width: dict[str, float | None] = field(default_factory=lambda: {COST: None, ENERGY: None})
     wanted_requests: int | None = None
+    short_of: dict[str, str | None] = field(default_factory=lambda: {COST: None, ENERGY: None})
+    wanted_of: dict[str, int | None] = field(default_factory=lambda: {COST: None, ENERGY: None})
     estimator: str = ""
 
 
@@ -111,13 +118,21 @@ class Flows:
         return self.window_s / len(self.tokens)
 
 
+class Short(NamedTuple):
+    """Why a window is too short, and about how many requests would do; empty and None where it is long enough."""
+
+    reason: str = ""
+    wanted: int | None = None
+
+
 class Verdict(NamedTuple):
-    """What may be said, and why; how the figures were had; how many requests would make the window long enough."""
+    """What may be said, and why; how the figures were had; how the window is too short, for both and for each."""
 
     kind: Kind
     reason: str
     estimator: str = ""
     wanted: int | None = None
+    each: Mapping[str, Short] = {COST: Short(), ENERGY: Short()}
 
 
 class Window(NamedTuple):
@@ -151,11 +166,13 @@ def steady_part(result: SimulationResult) -> Steady:
     flows = flows_of(result, np.linspace(window.from_s, window.to_s, batches + 1))
     if reason := _growth(result, window):
         return _told(result, flows, (UNKNOWN, UNKNOWN), Verdict("growing", reason))
-    by_law = result.concurrency is None and bool(result.finished.all())
+    by_law = _by_law_known(result)
     figures = (_by_law if by_law else _by_batches)(result, flows)
     estimator = BY_LAW if by_law else BY_BATCHES
-    reason, wanted = _shortness(result, window, e2e_s, figures, estimator)
-    return _told(result, flows, figures, Verdict("short" if reason else "steady", reason, estimator, wanted))
+    of_window = partial(_shortness, result, window, e2e_s, figures)
+    reason, wanted = of_window((COST, ENERGY))
+    each = {figure: of_window((figure,)) for figure in (COST, ENERGY)}
+    return _told(result, flows, figures, Verdict("short" if reason else "steady", reason, estimator, wanted, each))
 
 
 # -- window and flows ------------------------------------------------------------------------------------------------
@@ -199,6 +216,11 @@ def flows_of(result: SimulationResult, edges: Floats) -> Flows:
         )
         joules = drawn_j + result.deployment.idle_j(np.diff(edges), worked_s)
     return Flows(edges, np.diff(made), np.diff(worked), np.diff(owed), np.diff(came), joules)
+
+
+def _by_law_known(result: SimulationResult) -> bool:
+    """Whether the long run's load is known and all of it was served."""
+    return result.concurrency is None and bool(result.finished.all())
 
 
 # -- figures ---------------------------------------------------------------------------------------------------------
@@ -257,11 +279,15 @@ def _growth(result: SimulationResult, window: Window) -> str:
 
 
 def _shortness(
-    result: SimulationResult, window: Window, e2e_s: float, figures: tuple[Estimate, Estimate], estimator: str
-) -> tuple[str, int | None]:
-    """Why the window is too short, and about how many requests would do; empty and None where it is long enough."""
-    widths = {"cost": figures[0].relative, "energy": figures[1].relative}
-    wide = {what: width for what, width in widths.items() if width > WIDEST}
+    result: SimulationResult,
+    window: Window,
+    e2e_s: float,
+    figures: tuple[Estimate, Estimate],
+    asked: tuple[str, ...],
+) -> Short:
+    """How the window is too short for the figures that are ``asked``, COST, ENERGY or both."""
+    widths = {figure: each.relative for figure, each in zip((COST, ENERGY), figures, strict=True) if figure in asked}
+    wide = {_WORDS[figure]: width for figure, width in widths.items() if width > WIDEST}
     length_s = f"the window of {window.length_s:.3g} s"
     if not window.filled:
         why = f"{length_s} begins before the system has filled"
@@ -273,16 +299,16 @@ def _shortness(
         said = " and ".join(f"{width:.1%} of {what}" for what, width in wide.items())
         why = f"the half-width over {length_s} is {said}, above {WIDEST:.0%}"
     else:
-        return "", None
+        return Short()
     needed_s = LEAST_E2ES * e2e_s
     if window.length_s >= needed_s and window.filled:
         # The backlog's part of an error falls with the length of the window, chance among batches with its root.
-        powers = {"cost": 1 if estimator == BY_LAW else 2, "energy": 2}
+        powers = {"cost": 1 if _by_law_known(result) else 2, "energy": 2}
         times = ((width / WIDEST) ** powers[what] for what, width in wide.items())
         needed_s = window.length_s * max(times, default=2.0)
     per_s = len(result.request_columns["arrival_s"]) / (window.to_s - window.first_s)
     wanted = math.ceil(SPARE * per_s * (window.ramp_s + needed_s))
-    return f"{why}; about {wanted:,} requests would do", wanted
+    return Short(f"{why}; about {wanted:,} requests would do", wanted)
 
 
 def _all_at_once(result: SimulationResult) -> Steady:
@@ -298,10 +324,18 @@ def _all_at_once(result: SimulationResult) -> Steady:
 
 def _no_window(result: SimulationResult, e2e_s: float) -> Steady:
     if math.isnan(e2e_s) or result.concurrency is None:
-        return Steady(kind="short", reason="no request finished, so nothing is known of a steady part")
+        return _without_figures("no request finished, so nothing is known of a steady part", None)
     wanted = math.ceil(SPARE * result.concurrency * (2 + LEAST_E2ES))
     why = "the last request is sent before the first wave has ended"
-    return Steady(kind="short", reason=f"{why}; about {wanted:,} requests would do", wanted_requests=wanted)
+    return _without_figures(f"{why}; about {wanted:,} requests would do", wanted)
+
+
+def _without_figures(reason: str, wanted: int | None) -> Steady:
+    """A run too short for any figure."""
+    figures = COST, ENERGY
+    short_of: dict[str, str | None] = dict.fromkeys(figures, reason)
+    wanted_of: dict[str, int | None] = dict.fromkeys(figures, wanted)
+    return Steady(kind="short", reason=reason, wanted_requests=wanted, short_of=short_of, wanted_of=wanted_of)
 
 
 def _told(result: SimulationResult, flows: Flows, figures: tuple[Estimate, Estimate], said: Verdict) -> Steady:
@@ -320,6 +354,8 @@ def _told(result: SimulationResult, flows: Flows, figures: tuple[Estimate, Estim
         energy_per_output_token_j=_known(energy.value),
         half_width={COST: _known(tokens.relative), ENERGY: _known(energy.relative)},
         wanted_requests=said.wanted,
+        short_of={figure: short.reason or None for figure, short in said.each.items()},
+        wanted_of={figure: short.wanted for figure, short in said.each.items()},
         estimator=said.estimator,
     )
 

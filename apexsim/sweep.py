@@ -156,11 +156,7 @@ def simulated(run: Run) -> Outcome:
 
 def _missed(slo: SLO, attainment: float | None) -> str:
     """What a run misses of its SLO; empty where it keeps it, or has none."""
-    limits = slo.model_dump(exclude={"target"}, exclude_none=True)
-    if not limits or (attainment or 0.0) >= slo.target:
-        return ""
-    # Rounded down, so that no share reads as the target that it misses.
-    return f"{math.floor(1000 * (attainment or 0.0)) / 1000:.1%} of requests keep the SLO, {slo.target:.0%} wanted"
+    return slo.missed(attainment or 0.0) if slo.limited else ""
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -36,11 +36,13 @@ from apexsim.search.pareto import pareto_front
 from apexsim.search.question import Question
 from apexsim.search.space import SearchSpace, divisors
 from apexsim.search.study import search
+from apexsim.search.ties import sampling_error
 from apexsim.specs.cluster import Cluster
 from apexsim.specs.deployment import Deployment
 from apexsim.specs.slo import SLO
 from apexsim.specs.supply import Supply
 from apexsim.specs.workload import Requests
+from apexsim.steady import COST, ENERGY
 
 REQUESTS = Requests(
     name="four", arrival_s=np.arange(4) * 0.5, prompt_tokens=np.full(4, 100), output_tokens=np.full(4, 10)
@@ -70,7 +72,8 @@ def summary(window: str = "steady", reason: str = "", **figures: float) -> dict[
         for key in path[:-1]:
             inner = inner.setdefault(key, {})
         inner[path[-1]] = figures.get(figure, 0.0 if "half_width" in figure else 1.0)
-    nested["steady"] |= {"kind": window, "reason": reason}
+    short_of = dict.fromkeys((COST, ENERGY), reason if window == "short" else None)
+    nested["steady"] |= {"kind": window, "reason": reason, "short_of": short_of}
     return nested
 
 
@@ -160,7 +163,7 @@ def test_every_plan_is_a_row_whatever_becomes_of_it() -> None:
     assert rows["tp1-pp1-dp8"] == Outcome("infeasible", "weights of 10 bytes exceed 5 bytes")
     assert rows["tp1-pp8-dp1"] == Outcome("failed", "RuntimeError: no luck")
     assert rows["tp2-pp4-dp1"].verdict == "misses_slo"
-    assert rows["tp2-pp4-dp1"].reason == "attainment 0.200 is below the target 0.9"
+    assert rows["tp2-pp4-dp1"].reason == "20.0% of requests keep the SLO, 90% wanted"
     assert rows["tp8-pp1-dp1"].verdict == "ok"
 
 
@@ -291,12 +294,99 @@ def test_headline_says_what_is_taken_for_granted_of_the_best_plan() -> None:
     assert wide.endswith("estimated: collectives of tensor ranks on several nodes")
 
 
+def test_the_usual_choice_as_the_second_is_said_once() -> None:
+    def second(deployment: Deployment, *_: Any, **__: Any) -> Mapping[str, Any]:
+        return summary(e2e_p90_s={1: 1.0, 2: 2.0}[layout(deployment)[0]] * layout(deployment)[1] ** 3)
+
+    line = headline(search(question(space=space(devices=2)), evaluate=second))
+    assert line.count("tp2-pp1-dp1") == 1
+    assert "50.0% below the second, tp2-pp1-dp1, which is the usual choice (largest tensor degree in a node)" in line
+    assert line.count("usual choice") == 1
+
+
 def test_headline_gives_the_margin_over_the_second_and_the_usual_choice() -> None:
     line = headline(search(question("throughput", slo=SLO(ttft_s=1.0, target=0.1)), evaluate=toy))
     assert line.startswith("best by throughput: tp2-pp1-dp4")
     assert "100.0% above the second" in line
     assert "300.0% above the usual choice (largest tensor degree in a node), tp8-pp1-dp1" in line
     assert "it is the usual choice" in headline(search(question(), evaluate=toy))
+
+
+def test_a_sampling_error_that_nobody_knows_is_not_nought() -> None:
+    study = search(question("throughput", slo=SLO(ttft_s=1.0, target=0.1)), evaluate=toy)
+    one, other = study.rows[:2]
+    assert sampling_error(one, other, OBJECTIVES["throughput"]) is None
+    said = "plans tie within 0.5% only, as no sampling error of theirs is known"
+    assert said in headline(study)
+    assert "its sampling error is not known" in headline(study)
+    known = search(question("cost", space=space(devices=2)), evaluate=toy)
+    assert said not in headline(known)
+    assert sampling_error(*known.rows[:2], OBJECTIVES["cost"]) == 0.0  # both are known exactly
+
+
+def test_headline_says_that_fewer_devices_were_not_looked_at() -> None:
+    said = "plans on fewer devices were not looked at (--allow-idle)"
+    asked = {"slo": SLO(ttft_s=1.0, target=0.1)}
+    for objective, so in (("cost", True), ("energy", True), ("latency", False)):
+        assert (said in headline(search(question(objective, **asked), evaluate=toy))) is so
+    idle = space(devices=4, allow_idle=True)
+    assert said not in headline(search(question("cost", space=idle, **asked), evaluate=toy))
+    assert said not in headline(
+        search(question("cost", space=space("llama-3.1-8b", 1)), evaluate=lambda *_, **__: summary())
+    )
+
+
+@pytest.mark.parametrize(("bill", "paid"), [("used", 0), ("fleet", 2)])
+def test_devices_that_are_not_needed_are_said_to_be_paid_for_where_they_are(bill: str, paid: int) -> None:
+    base = space(devices=4).base.model_copy(update={"bill": bill})
+    asked = question("cost", space=SearchSpace(base=base, allow_idle=True), slo=SLO(ttft_s=1.0, target=0.1))
+    few = search(asked, evaluate=cheap_on_two)
+    assert few.winner is not None
+    assert few.winner.candidate.devices == 2
+    assert few.records[0]["devices_billed"] == 2 + paid
+    line = headline(few)
+    assert "2 devices are not needed" in line
+    assert ("2 devices are not needed, but paid for (bill: fleet)" in line) is bool(paid)
+
+
+def cheap_on_two(deployment: Deployment, *_: Any, **__: Any) -> Mapping[str, Any]:
+    return summary(steady_usd_per_million_output_tokens=1.0 + abs(deployment.devices_used - 2))
+
+
+def test_a_part_of_the_idle_devices_may_be_paid_for() -> None:
+    base = space(devices=4, nodes=2).base.model_copy(update={"bill": "node"})
+    asked = question("cost", space=SearchSpace(base=base, allow_idle=True), slo=SLO(ttft_s=1.0, target=0.1))
+    line = headline(search(asked, evaluate=cheap_on_two))
+    assert "6 devices are not needed, but 2 of them are paid for (bill: node)" in line
+
+
+def test_without_an_slo_no_plan_is_said_to_miss_it() -> None:
+    study = search(question(slo=SLO(), space=space(devices=2)), evaluate=lambda *_, **__: summary(attainment=0.5))
+    assert headline(study) == (
+        "no plan serves 90% of requests; the nearest is tp1-pp1-dp2: 50.0% of requests are served, 90% wanted"
+    )
+
+
+def test_the_usual_choice_that_will_not_do_says_why() -> None:
+    def narrow_is_good(deployment: Deployment, *_: Any, **__: Any) -> Mapping[str, Any]:
+        return summary(attainment=0.5 if layout(deployment)[0] == 2 else 1.0)
+
+    line = headline(search(question(space=space(devices=2)), evaluate=narrow_is_good))
+    usual = "the usual choice (largest tensor degree in a node), tp2-pp1-dp1"
+    assert f"{usual}, is not good enough: 50.0% of requests keep the SLO, 90% wanted" in line
+
+
+def test_names_that_tie_are_one_list() -> None:
+    def alike(deployment: Deployment, *_: Any, **__: Any) -> Mapping[str, Any]:
+        _tensor, pipeline, replicas = layout(deployment)
+        return summary(attainment=1 - replicas / 100 - pipeline / 1000)
+
+    three = headline(search(question("cost", space=space(devices=2)), evaluate=alike))
+    assert three.startswith("a tie by cost: tp2-pp1-dp1, tp1-pp2-dp1 and tp1-pp1-dp2; tp2-pp1-dp1 is first by SLO")
+    six = headline(search(question("cost", space=space(devices=4)), evaluate=lambda *_, **__: summary()))
+    assert six.startswith(
+        "equal by cost and by all that breaks ties: tp1-pp1-dp4, tp1-pp2-dp2, tp1-pp4-dp1 and 3 more: "
+    )
 
 
 # -- determinism, resuming, failing ------------------------------------------------------------------------------------
@@ -458,6 +548,42 @@ def test_devices_that_a_plan_leaves_idle_are_not_billed() -> None:
     assert one["usd_per_hour"] == alone["usd_per_hour"]
     assert one["energy_per_output_token_j"] == alone["energy_per_output_token_j"]
     assert one["e2e_p90_s"] == alone["e2e_p90_s"]
+
+
+def test_the_table_marks_what_misses_the_slo_and_shows_what_is_paid_for(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["search", *SMALL, "--slo", "ttft_s=0.0001,target=0.8", "--allow-idle", "--bill", "node"])
+    said = capsys.readouterr().out
+    marked = [line.split() for line in said.splitlines() if line.lstrip().startswith("tp")]
+    assert [each[1] for each in marked] == ["x"] * 4
+    assert "x misses the SLO (80%)" in said
+    assert "0.0% of requests keep the SLO, 80% wanted" in said
+    one = next(each for each in marked if each[0] == "tp1-pp1-dp1")
+    assert one[3:5] == ["1", "2"]  # of a node of two, for no more are given
+
+
+def test_without_an_slo_no_share_is_said_to_keep_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", *SMALL]) == 0
+    said = capsys.readouterr().out
+    rows = [line.split() for line in said.splitlines() if line.lstrip().startswith("tp")]
+    assert len(rows) == 3
+    assert all("-" in each and "100.0%" not in each for each in rows)
+    assert "paid" not in said  # as many as are used
+
+
+def test_the_question_keeps_the_rate_that_was_asked_for() -> None:
+    told = plan(
+        model="llama-3.1-8b", devices="1xh100-sxm", workload="chat", requests=30, rate_per_s=10.0
+    ).question.describe()
+    assert told["rate_per_s"] == 10.0
+    assert told["realised_rate_per_s"] != 10.0
+    assert told["realised_rate_per_s"] == pytest.approx(10.0, rel=0.5)
+    trace = question().describe()
+    assert trace["rate_per_s"] == trace["realised_rate_per_s"] == 2.0
+
+
+def test_help_shows_the_extra_that_ray_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", "--help"]) == 0
+    assert "ray (extra [ray])" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 def test_nothing_feasible_is_exit_status_1_and_no_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

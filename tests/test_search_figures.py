@@ -35,6 +35,7 @@ from apexsim.specs.deployment import Deployment, Plan
 from apexsim.specs.slo import SLO
 from apexsim.specs.supply import Supply
 from apexsim.specs.workload import Requests
+from apexsim.steady import COST, ENERGY
 
 CHAT = catalog.load("workload", "chat")
 
@@ -217,8 +218,7 @@ def test_the_headline_says_tie_and_what_broke_it() -> None:
     line = headline(study)
     assert line.startswith("a tie by cost: ")
     assert "tp4-pp1-dp1 is first by SLO attainment (98.90%, the next 98.80%)" in line
-    assert "+-0.0% by sampling, 95 %" in line
-    assert "none is known for the errors of the model" in line
+    assert "(95 %: +-0.0% from sampling; how wrong the model may be for this figure is not known)" in line
     assert study_data(study)["decision"] == "tie"
 
 
@@ -243,7 +243,8 @@ def needs(count: int) -> Any:
         return summary(
             window="short" if short else "steady",
             reason="too short" if short else "",
-            steady_wanted_requests=float(count),
+            steady_usd_wanted_requests=float(count),
+            steady_energy_wanted_requests=float(count),
             attainment=0.1 if far else 1.0,
             requests=float(len(requests)),
         )
@@ -260,18 +261,54 @@ def test_a_search_draws_more_requests_where_windows_are_too_short() -> None:
     assert judged == {"tp1-pp1-dp2": 500, "tp2-pp1-dp1": 500, "tp1-pp2-dp1": 100}  # the last misses the SLO by far
 
 
+def noisy_joules(deployment: Deployment, requests: Requests, slo: SLO, seed: int, **_: bool) -> Mapping[str, Any]:
+    """Money is known well, joules are not before 700 requests."""
+    wide = None if len(requests) >= 700 else "the half-width is 5.0% of energy; about 700 requests would do"
+    run = summary(
+        window="short" if wide else "steady",
+        reason=wide or "",
+        steady_usd_per_million_output_tokens=float(layout(deployment)[0]),
+        steady_usd_half_width=0.001,
+        steady_energy_half_width=0.05,
+        steady_energy_wanted_requests=700.0,
+    )
+    run["steady"]["short_of"] = {COST: None, ENERGY: wide}
+    run["steady"]["wanted_of"][COST] = None
+    return run
+
+
+def test_a_window_is_too_short_for_the_figure_that_counts_or_not_at_all() -> None:
+    """A search by cost does not draw more requests because joules are not yet known well."""
+    asked = {"space": space(devices=2), "supply": drawn(100)}
+    cost, energy = (search(question(by, **asked), evaluate=noisy_joules) for by in ("cost", "energy"))
+    assert len(cost.question.requests) == 100
+    assert {each.outcome.window for each in cost.rows} == {"steady"}
+    assert {each.outcome.reason for each in cost.rows} == {""}
+    assert cost.decision == "equal"  # tp1-pp1-dp2 and tp1-pp2-dp1: of the same cost, and as fast
+    assert len(energy.question.requests) == 700
+    fixed = question("energy", space=space(devices=2), supply=drawn(100, fixed=True))
+    assert {each.outcome.window for each in search(fixed, evaluate=noisy_joules).rows} == {"short"}
+    assert "5.0% of energy" in search(fixed, evaluate=noisy_joules).rows[0].outcome.reason
+
+
 def test_a_number_that_was_asked_for_stays_and_says_that_it_is_too_short() -> None:
     asked = question("energy", space=space(devices=2), supply=drawn(100, fixed=True))
     study = search(asked, evaluate=needs(500))
     assert len(study.question.requests) == 100
-    assert headline(study).startswith("too short to say which plan is best by energy, wanted about 500 requests")
+    assert headline(study).startswith(
+        "too short to say which plan is best by energy (about 500 requests would do): first is tp1-pp1-dp2"
+    )
+    assert "; too short" not in headline(study)  # said once
 
 
 def test_a_search_draws_so_many_by_itself_and_no_more() -> None:
     asked = question("cost", space=space(devices=2), supply=drawn(1000))
     study = search(asked, evaluate=needs(10**6), jobs=1)
     assert len(study.question.requests) == MOST_DRAWN
-    assert f"more than the {MOST_DRAWN} that a search draws by itself: give --requests" in headline(study)
+    assert (
+        f"(about 1,000,000 requests would do, more than the {MOST_DRAWN:,} that a search draws by itself: "
+        in headline(study)
+    )
 
 
 # -- fewest devices ----------------------------------------------------------------------------------------------------
@@ -290,8 +327,13 @@ def test_fewest_devices_that_keep_the_slo() -> None:
     assert study.winner.candidate.name == "tp1-pp1-dp3"  # as many, at the least energy
     line = headline(study)
     assert "3 devices" in line
-    assert "with one device fewer the nearest plan, tp1-pp1-dp2, misses it: attainment 0.620 is below" in line
-    assert "1 devices stand idle" in line
+    assert (
+        "with one device fewer the nearest plan, tp1-pp1-dp2, misses it: 62.0% of requests keep the SLO, 90% wanted"
+        in line
+    )
+    assert "1 device is not needed" in line
+    assert "paid for" not in line
+    assert "--allow-idle" not in line  # all were looked at
 
 
 def test_fewest_devices_needs_an_slo() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -30,7 +31,7 @@ from apexsim.specs.laws import (
     UniformLength,
 )
 from apexsim.specs.workload import Requests, Workload
-from apexsim.steady import COST, ENERGY, Steady, flows_of
+from apexsim.steady import COST, ENERGY, Steady, flows_of, steady_part
 from apexsim.testing import LinearCost, made_up_deployment, made_up_memory
 
 # One seat, a millisecond a token: a request of 10 tokens keeps the server for 10 ms.
@@ -197,6 +198,35 @@ def test_a_short_window_says_how_many_requests_would_do_and_they_do() -> None:
         longer = chat(wanted, 0).steady
         wanted = longer.wanted_requests or wanted
     assert longer.kind == "steady"
+
+
+def test_each_figure_says_whether_the_window_is_too_short_for_it() -> None:
+    steady = chat(300, 0).steady
+    cost, energy = (steady.short_of[figure] or "" for figure in (COST, ENERGY))
+    assert "% of cost, above 3%" in cost
+    assert "energy" not in cost
+    assert "% of energy, above 3%" in energy
+    assert "cost" not in energy
+    assert "% of cost and " in steady.reason
+    wanted = [steady.wanted_of[figure] or 0 for figure in (COST, ENERGY)]
+    assert 300 < wanted[0] < wanted[1] == steady.wanted_requests  # the backlog's part falls faster
+    enough = chat(600, 0).steady
+    assert enough.short_of == enough.wanted_of == {COST: None, ENERGY: None}
+
+
+def test_money_may_be_known_well_where_joules_are_not() -> None:
+    """Requests of one size, evenly: tokens a second are certain. Joules of a step that wander are not."""
+    even = Requests(
+        name="even", arrival_s=np.arange(400) * 0.5, prompt_tokens=np.full(400, 10), output_tokens=np.full(400, 10)
+    )
+    result = simulate(small(), even)
+    joules = result.step_columns["energy_j"]
+    columns = {**result.step_columns, "energy_j": joules * (1 + 0.9 * np.sin(np.linspace(0, 40, len(joules))))}
+    steady = steady_part(replace(result, step_columns=columns))
+    assert steady.kind == "short"
+    assert steady.short_of[COST] is steady.wanted_of[COST] is None
+    assert "of energy, above 3%" in (steady.short_of[ENERGY] or "")
+    assert steady.wanted_of[ENERGY] == steady.wanted_requests
 
 
 def test_requests_that_come_at_once_are_a_whole_run() -> None:

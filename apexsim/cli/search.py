@@ -24,7 +24,7 @@ from apexsim.cli.options import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from apexsim.search.objective import Objective
+    from apexsim.search.question import Question
     from apexsim.search.study import Study
 
 _QUESTION, _RUN = "Question", "Run"
@@ -75,7 +75,10 @@ class SearchFlags:
     ] = None
 
     bill: Annotated[
-        str | None, typer.Option(help="Devices paid for: used, node or fleet.", rich_help_panel=_QUESTION)
+        str | None,
+        typer.Option(
+            help="Devices paid for: used, node (8, or all where fewer are given) or fleet.", rich_help_panel=_QUESTION
+        ),
     ] = None
 
     def choices(self) -> dict[str, Any]:
@@ -98,7 +101,7 @@ class RunFlags:
         False
     )
     jobs: Annotated[int | None, typer.Option(help="Processes; the cores at hand.", min=1, rich_help_panel=_RUN)] = None
-    executor: Annotated[str, typer.Option(help="local, or ray (extra [ray]).", rich_help_panel=_RUN)] = "local"
+    executor: Annotated[str, typer.Option(help="local, or ray (extra \\[ray]).", rich_help_panel=_RUN)] = "local"
     allow_plugins: AllowPluginsFlag = False
     top: Annotated[int | None, typer.Option(help="Show only so many plans.", min=1, rich_help_panel=_RUN)] = None
     json: JsonFlag = None
@@ -144,7 +147,7 @@ def _show(study: Study, run: RunFlags) -> None:
     ran = [record for record in study.records if record["verdict"] in ("ok", "misses_slo")]
     others = [record for record in study.records if record not in ran]
     if ran:
-        console.print(_ranking(study.question.objective, ran[: run.top]))
+        console.print(_ranking(study.question, ran[: run.top]))
     for line in _not_run(others):
         console.print(line, highlight=False)
     line = headline(study)
@@ -153,10 +156,12 @@ def _show(study: Study, run: RunFlags) -> None:
         console.print(f"Written to {run.out}.", highlight=False)
 
 
+_KEPT = "SLO\nkept"
 # Heading of a column: the figure it shows and its format. The objective is put first where it is not among them.
 _COLUMNS = {
-    "SLO\nkept": ("attainment", "{:.1%}"),
+    _KEPT: ("attainment", "{:.1%}"),
     "de-\nvices": ("devices_used", "{:d}"),
+    "paid\nfor": ("devices_billed", "{:d}"),
     "TTFT\np90 s": ("ttft_p90_s", "{:.3f}"),
     "TPOT\np90 s": ("tpot_p90_s", "{:.4f}"),
     "e2e\np90 s": ("e2e_p90_s", "{:.2f}"),
@@ -167,24 +172,46 @@ _COLUMNS = {
 }
 
 
-def _ranking(objective: Objective, records: Sequence[dict[str, Any]]) -> Table:
-    """Plans that ran, best first. A star: on the Pareto front; =: ties with the best; dim: misses the SLO."""
-    known = {figure for figure, _ in _COLUMNS.values()} | {"devices"}
-    columns = _COLUMNS if objective.column in known else {objective.name: (objective.column, "{:.4g}")} | _COLUMNS
+def _ranking(question: Question, records: Sequence[dict[str, Any]]) -> Table:
+    """Plans that ran, best first. A star: on the Pareto front; =: ties with the best; x, dim: not good enough."""
+    objective, columns = question.objective, _columns(question, records)
     table = _table("plan", "")
     for heading, (figure, _) in columns.items():
         table.add_column(heading, justify="right", style="bold" if figure == objective.column else None)
     tied = sum(record["leads"] for record in records) > 1
     for record in records:
-        marks = "=" * (tied and record["leads"]) + "*" * record["front"]
+        missed = record["verdict"] == "misses_slo"
+        marks = "=" * (tied and record["leads"]) + "*" * record["front"] + "x" * missed
         figures = [_format(record[figure], form) for figure, form in columns.values()]
-        table.add_row(record["plan"], marks, *figures, style=None if record["verdict"] == "ok" else "dim")
+        if not question.slo.limited:
+            figures[list(columns).index(_KEPT)] = "-"  # there is nothing to keep
+        table.add_row(record["plan"], marks, *figures, style="dim" if missed else None)
     legend = {
         "= ties with the best": tied,
         "* on the Pareto front of latency, cost and energy": any(r["front"] for r in records),
+        _missed_words(question, records): any(r["verdict"] == "misses_slo" for r in records),
     }
     table.caption = "; ".join(said for said, holds in legend.items() if holds) or None
     return table
+
+
+def _columns(question: Question, records: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:
+    """What the table shows: the objective first where no column holds it; devices paid for where they differ."""
+    objective = question.objective
+    known = {figure for figure, _ in _COLUMNS.values()} | {"devices"}
+    own = {} if objective.column in known else {objective.name: (objective.column, "{:.4g}")}
+    beyond = any(record["devices_billed"] != record["devices_used"] for record in records)
+    return own | {heading: shown for heading, shown in _COLUMNS.items() if beyond or shown[0] != "devices_billed"}
+
+
+def _missed_words(question: Question, records: Sequence[dict[str, Any]]) -> str:
+    """What x means of the plans that have it."""
+    slo, missed = question.slo, [record for record in records if record["verdict"] == "misses_slo"]
+    if not question.objective.own_rate:
+        return f"x misses the SLO ({slo.target_words}) at every rate tried"
+    behind = [record for record in missed if (record["attainment"] or 0.0) >= slo.target]
+    kept = f"misses the SLO ({slo.target_words})" if slo.limited else f"serves less than {slo.target_words} of requests"
+    return "x " + " or ".join([kept] * (len(behind) < len(missed)) + ["does not keep up"] * bool(behind))
 
 
 def _not_run(records: Sequence[dict[str, Any]]) -> Iterator[str]:

@@ -62,7 +62,7 @@ def _refusal(deployment: Deployment, shortage: tuple[str, ...], longest: int) ->
     if degree := _smallest_tensor(deployment):
         would_do.append(f"starts with tensor degree {degree}")
     why = "; ".join(shortage) or f"a context of {deployment.context_limit:,} tokens does not fit in the KV cache"
-    return "; ".join([why, *would_do])
+    return "; ".join(filter(None, (why, ", or ".join(would_do))))
 
 
 def _seated(started: Started) -> Started:

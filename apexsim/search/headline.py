@@ -6,8 +6,9 @@ import numpy as np
 
 from apexsim.search.judging import Row
 from apexsim.search.objective import Objective
+from apexsim.search.reasons import number_of
 from apexsim.search.study import MOST_DRAWN, Study
-from apexsim.search.ties import FEWEST_PARTS, broken_by, half_width, short_rivals
+from apexsim.search.ties import FEWEST_PARTS, broken_by, half_width, sampling_error, short_rivals
 
 USUAL = "the usual choice (largest tensor degree in a node)"
 MOST_NAMED = 3
@@ -20,11 +21,12 @@ def headline(study: Study) -> str:
     best, objective = study.winner, study.question.objective
     parts = [f"{_opening(study)}, {_figure(best, objective)}"]
     parts += _fewer(study) if objective.any_devices else _margins(study)
-    parts += _idle(study)
-    if best.outcome.reason:
+    parts += _resolved(study) + _idle(study)
+    # Where the opening says how many requests would do, the reason says it again for one plan.
+    if best.outcome.reason and not (study.decision == "short" and _wanted(study)):
         parts.append(best.outcome.reason)
-    if len(study.question.requests) > study.asked:
-        parts.append(f"{len(study.question.requests)} requests drawn in place of {study.asked}: windows were too short")
+    if (drawn := len(study.question.requests)) > study.asked:
+        parts.append(f"{number_of(drawn, 'request')} drawn in place of {study.asked:,}: windows were too short")
     parts += best.candidate.plan.assumptions
     if best.candidate.plan.tensor > study.question.space.base.cluster.devices_per_node:
         parts.append("estimated: collectives of tensor ranks on several nodes")
@@ -32,11 +34,25 @@ def headline(study: Study) -> str:
 
 
 def _idle(study: Study) -> list[str]:
-    """How many devices stand idle, and whether they are paid for all the same."""
+    """How many devices are not needed, and whether they are paid for all the same; or that fewer were not tried."""
     assert study.best is not None
-    idle = study.best.cluster.devices - study.best.devices_used
-    paid = study.best.billed_devices - study.best.devices_used
-    return [f"{idle} devices stand idle" + (f", {paid} of them paid for" if paid else "")] if idle else []
+    cluster, said = study.best.cluster, []
+    if not study.question.space.allow_idle and study.question.objective.window and cluster.devices > 1:
+        said.append("plans on fewer devices were not looked at (--allow-idle)")
+    if idle := cluster.devices - study.best.devices_used:
+        paid = study.best.billed_devices - study.best.devices_used
+        which = "" if paid == idle else f"{paid} of them {'is' if paid == 1 else 'are'} "
+        beside = f", but {which}paid for (bill: {study.best.bill})"
+        said.append(f"{number_of(idle, 'device')} {'is' if idle == 1 else 'are'} not needed" + beside * bool(paid))
+    return said
+
+
+def _resolved(study: Study) -> list[str]:
+    """That plans are told apart by their resolution alone, where no sampling error of the nearest two is known."""
+    objective, ran = study.question.objective, [row for row in study.rows if row.outcome.verdict == "ok"]
+    if len(ran) < 2 or objective.any_devices or sampling_error(ran[0], ran[1], objective) is not None:
+        return []
+    return [f"plans tie within {objective.resolution:.1%} only, as no sampling error of theirs is known"]
 
 
 def _opening(study: Study) -> str:
@@ -48,21 +64,23 @@ def _opening(study: Study) -> str:
         case "equal":
             return f"equal by {by} and by all that breaks ties: {_names(study.leaders)}: first is {name}"
         case "tie":
-            others = _names(study.leaders[1:])
-            return f"a tie by {by}: {name} and {others}; {name} is first by {_break(study)}"
+            return f"a tie by {by}: {_names(study.leaders)}; {name} is first by {_break(study)}"
     return f"best by {by}: {name}"
 
 
 def _would_do(study: Study) -> str:
     """What would make windows long enough."""
-    short = short_rivals(study.rows, study.question.objective)
-    wanted = [row.outcome.figures.get("steady_wanted_requests") for row in short]
-    most = max((count for count in wanted if count is not None), default=None)
-    said = "" if most is None else f", wanted about {most:.0f} requests"
-    supply = study.question.supply
-    if not supply.grows:
-        return said
-    return f"{said}, more than the {MOST_DRAWN} that a search draws by itself: give --requests"
+    said = [f"about {wanted:,.0f} requests would do"] if (wanted := _wanted(study)) else []
+    if study.question.supply.grows:
+        said.append(f"more than the {MOST_DRAWN:,} that a search draws by itself: give --requests")
+    return f" ({', '.join(said)})" if said else ""
+
+
+def _wanted(study: Study) -> float | None:
+    """The most requests that a window of a plan which may be best wants; None where that is not known."""
+    objective = study.question.objective
+    wanted = [objective.wanted_requests(row.outcome.figures) for row in short_rivals(study.rows, objective)]
+    return max((count for count in wanted if count is not None), default=None)
 
 
 def _break(study: Study) -> str:
@@ -76,23 +94,22 @@ def _break(study: Study) -> str:
 
 def _names(rows: tuple[Row, ...]) -> str:
     names = [row.candidate.name for row in rows[:MOST_NAMED]]
-    more = len(rows) - len(names)
-    return ", ".join(names) + (f" and {more} more" if more else "")
+    if more := len(rows) - len(names):
+        names.append(f"{more} more")
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _margins(study: Study) -> list[str]:
     """By how much the first plan is ahead of the next that does not tie with it, and of the usual choice."""
     best, objective = study.rows[0], study.question.objective
     rest = [row for row in study.rows[len(study.leaders) :] if row.outcome.verdict == "ok"]
-    said = []
-    if rest:
-        order = "next" if len(study.leaders) > 1 else "second"
-        said.append(
-            f"{_compare(objective, best, rest[0])} the {order}, {rest[0].candidate.name}{_doubt(rest[0], objective)}"
-        )
-    elif len(study.leaders) == 1:
-        said.append("no other plan keeps the SLO")
-    return [*said, _versus_usual(study, usual_choice(study))]
+    usual = usual_choice(study)
+    if not rest:
+        alone = [f"no other plan {_kept(study)}"] if len(study.leaders) == 1 else []
+        return [*alone, _versus_usual(study, usual)]
+    order = "next" if len(study.leaders) > 1 else "second"
+    ahead = f"{_compare(objective, best, rest[0])} the {order}, {rest[0].candidate.name}{_doubt(rest[0], objective)}"
+    return [f"{ahead}, which is {USUAL}"] if rest[0] is usual else [ahead, _versus_usual(study, usual)]
 
 
 def _fewer(study: Study) -> list[str]:
@@ -127,11 +144,16 @@ def margin(objective: Objective, best: Row, other: Row) -> float | None:
 def _no_winner(study: Study) -> str:
     first = study.rows[0]
     if first.outcome.verdict == "misses_slo":
-        fails = (
-            "keeps up" if first.outcome.window == "growing" and study.question.objective.lasting else "keeps the SLO"
-        )
+        behind = first.outcome.window == "growing" and study.question.objective.lasting
+        fails = "keeps up" if behind else _kept(study)
         return f"no plan {fails}; the nearest is {first.candidate.name}: {first.outcome.reason}"
     return f"no plan could run; {first.candidate.name}: {first.outcome.reason}"
+
+
+def _kept(study: Study) -> str:
+    """What a plan that is good enough does."""
+    slo = study.question.slo
+    return "keeps the SLO" if slo.limited else f"serves {slo.target_words} of requests"
 
 
 def _versus_usual(study: Study, usual: Row | None) -> str:
@@ -146,7 +168,8 @@ def _versus_usual(study: Study, usual: Row | None) -> str:
     if usual.outcome.verdict == "ok":
         return f"{_compare(objective, best, usual)} {named}"
     # A plan that falls behind has no figure worth comparing: its queue would grow on.
-    return f"{named}, {'misses the SLO' if usual.outcome.verdict == 'misses_slo' else 'does not run'}"
+    verdict = "is not good enough" if usual.outcome.verdict == "misses_slo" else "does not run"
+    return f"{named}, {verdict}: {usual.outcome.reason}"
 
 
 def _compare(objective: Objective, best: Row, other: Row) -> str:
@@ -171,7 +194,7 @@ def _figure(row: Row, objective: Objective) -> str:
     if value is None:
         return f"{objective.title} unknown"
     if objective.any_devices:
-        return f"{value:.0f} {objective.title}"
+        return number_of(round(value), "device")
     return f"{objective.title} {value:.4g} {objective.unit} ({_intervals(row, objective, value)})"
 
 
@@ -180,16 +203,16 @@ def _intervals(row: Row, objective: Objective, value: float) -> str:
     if not objective.own_rate:
         said.append(f"a rate {objective.resolution:.0%} higher fails")
     elif value and (error := _sampling_error(row, objective)) is not None:
-        said.append(f"+-{error / abs(value):.1%} by sampling, 95 %")
+        said.append(f"95 %: +-{error / abs(value):.1%} from sampling")
     else:
-        said.append("no interval is known for its sampling")
+        said.append("its sampling error is not known")
     whole = figures.get(objective.whole) if objective.whole else None
     reach = [figures.get(name) for name in objective.range or ()]
     if whole and len(reach) == 2 and None not in reach:
         low, high = (each / whole - 1 for each in reach if each is not None)
-        said.append(f"{low:+.0%} to {high:+.0%} by the errors of the model, 80 %")
+        said.append(f"80 %: {low:+.0%} to {high:+.0%} from errors of the model")
     else:
-        said.append("none is known for the errors of the model")
+        said.append("how wrong the model may be for this figure is not known")
     return "; ".join(said)
 
 

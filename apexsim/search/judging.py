@@ -101,4 +101,4 @@ def _measured(candidate: Candidate, question: Question, evaluate: Evaluate, fiel
         figures |= objective.probe(trial)
     verdict: Verdict = "ok" if objective.accepts(figures, steady["kind"], slo) else "misses_slo"
     reason = objective.explain(figures, steady, slo)
-    return Outcome(verdict, reason, figures, window=steady["kind"], batches=summary["batches"])
+    return Outcome(verdict, reason, figures, window=objective.window_of(steady), batches=summary["batches"])

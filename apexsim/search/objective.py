@@ -18,6 +18,7 @@ from apexsim.search.outcomes import Figures
 from apexsim.search.trial import Trial
 from apexsim.specs.slo import SLO
 from apexsim.specs.workload import Requests
+from apexsim.steady import COST, ENERGY
 
 # Figure of a plan: where a run's summary holds it.
 FIGURES: dict[str, tuple[str, ...]] = {
@@ -40,12 +41,13 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "requests_unfinished": ("requests", "unfinished"),
     "duration_s": ("duration_s",),
     "steady_usd_per_million_output_tokens": ("steady", "usd_per_million_output_tokens"),
-    "steady_usd_half_width": ("steady", "half_width", "usd_per_million_output_tokens"),
+    "steady_usd_half_width": ("steady", "half_width", COST),
+    "steady_usd_wanted_requests": ("steady", "wanted_of", COST),
     "steady_energy_per_output_token_j": ("steady", "energy_per_output_token_j"),
-    "steady_energy_half_width": ("steady", "half_width", "energy_per_output_token_j"),
+    "steady_energy_half_width": ("steady", "half_width", ENERGY),
+    "steady_energy_wanted_requests": ("steady", "wanted_of", ENERGY),
     "steady_window_s": ("steady", "window_s"),
     "steady_share": ("steady", "share"),
-    "steady_wanted_requests": ("steady", "wanted_requests"),
     "energy_low_j": ("uncertainty", "energy_per_output_token_j", "low"),
     "energy_high_j": ("uncertainty", "energy_per_output_token_j", "high"),
 }
@@ -77,10 +79,11 @@ class Objective:
     ``probe`` makes the further runs that the figure needs, after ``scout`` has had a first look at all plans; ``runs``
     is about how many a plan takes in all. ``own_rate`` says whether a plan must keep the SLO on the workload
     as given; goodput does not ask that, for it is itself a rate at which the SLO is kept. ``lasting``: a plan must keep
-    up with the workload too, or its figure is none that lasts; ``window``: the figure is of the steady window.
+    up with the workload too, or its figure is none that lasts; ``window``: which figure of the steady window it is.
     ``resolution``: two plans tie where they differ by no larger a share. ``breaks``: ties go by these figures.
     ``half_width`` and ``range``: the figures that hold the relative half-width of the sampling error, and the least
-    and most that the errors of the model allow, around ``whole``, the figure of the whole run.
+    and most that the errors of the model allow, around ``whole``, the figure of the whole run. ``wanted``: that which
+    holds how many requests would make the window long enough.
     """
 
     name: str
@@ -90,7 +93,7 @@ class Objective:
     highest: bool = False
     own_rate: bool = True
     lasting: bool = False
-    window: bool = False
+    window: str | None = None
     any_devices: bool = False
     runs: int = 1
     scout: Callable[[Trial], Figures] | None = None
@@ -98,6 +101,7 @@ class Objective:
     resolution: float = LEAST_GAP
     breaks: tuple[Break, ...] = BREAKS
     half_width: str | None = None
+    wanted: str | None = None
     range: tuple[str, str] | None = None
     whole: str | None = None
 
@@ -109,6 +113,16 @@ class Objective:
         """Half-width of the sampling error of the figure that counts, in its unit; None when not known."""
         value, share = self.value(figures), figures.get(self.half_width) if self.half_width else None
         return None if value is None or share is None else share * abs(value)
+
+    def window_of(self, steady: Mapping[str, Any]) -> str:
+        """The kind of a run's steady part, for the figure that counts: others may be short."""
+        if self.window is None or steady["kind"] not in ("steady", "short"):
+            return str(steady["kind"])
+        return "short" if steady["short_of"][self.window] else "steady"
+
+    def wanted_requests(self, figures: Mapping[str, float | None]) -> float | None:
+        """About how many requests would make the window long enough; None where it is, or where that is not known."""
+        return figures.get(self.wanted) if self.wanted else None
 
     def accepts(self, figures: Mapping[str, float | None], window: str, slo: SLO) -> bool:
         """Whether a plan with these figures is good enough to be chosen; ``window`` is the kind of its steady part."""
@@ -122,20 +136,20 @@ class Objective:
         """Why a plan with these figures is not accepted, or what to know about one that is; mostly nothing."""
         if not self.own_rate:
             if not self.accepts(figures, steady["kind"], slo):
-                return f"no rate tried keeps attainment at the target {slo.target:g}"
+                return f"at no rate tried {slo.target_words} of requests keep the SLO"
             return "" if figures["goodput_span_s"] else "by short probes, which flatter: it is far behind the best"
         attainment = figures["attainment"]
         if attainment is None:
             return "no request tells the attainment"
-        if attainment < slo.target:
-            return f"attainment {attainment:.3f} is below the target {slo.target:g}"
-        about = steady["reason"] if self.window or (self.lasting and steady["kind"] == "growing") else ""
-        return str(about)
+        if missed := slo.missed(attainment):
+            return missed
+        if self.window and steady["kind"] in ("steady", "short"):
+            return steady["short_of"][self.window] or ""
+        return str(steady["reason"]) if self.window or (self.lasting and steady["kind"] == "growing") else ""
 
     def check(self, requests: Requests, slo: SLO) -> None:
         """Raise ``BadInput`` where the objective has no meaning for the workload or the SLO."""
-        limits = slo.ttft_s, slo.tpot_s, slo.e2e_s
-        if (self.any_devices or not self.own_rate) and limits == (None, None, None):
+        if (self.any_devices or not self.own_rate) and not slo.limited:
             would_do = f"{self.name} needs a limit to keep: give --slo, as in ttft_s=0.5,tpot_s=0.05"
             raise BadInput(would_do, where="slo")
         if not self.own_rate and not math.isfinite(requests.rate_per_s):
@@ -194,8 +208,9 @@ OBJECTIVES = {
             "energy per output token",
             "J",
             lasting=True,
-            window=True,
+            window=ENERGY,
             half_width="steady_energy_half_width",
+            wanted="steady_energy_wanted_requests",
             range=("energy_low_j", "energy_high_j"),
             whole="energy_per_output_token_j",
         ),
@@ -205,8 +220,9 @@ OBJECTIVES = {
             "cost per million output tokens",
             "USD",
             lasting=True,
-            window=True,
+            window=COST,
             half_width="steady_usd_half_width",
+            wanted="steady_usd_wanted_requests",
         ),
         Objective(
             "devices",

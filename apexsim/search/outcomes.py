@@ -23,7 +23,8 @@ Progress = Callable[[int, int], None]  # (runs settled, all runs)
 class Outcome:
     """A verdict, the reason for it in words, and the figures of the run; they are empty where there was none.
 
-    ``window``: the kind of the run's steady part (see ``Steady``); empty where there is none.
+    ``window``: the kind of the run's steady part (see ``Steady``), for the objective's own figure where it is one of
+    that part; empty where there is none.
     ``batches``: figures over parts of the run, for ties (see ``batches.py``).
     ``passing``: what it failed of may be gone next time (a lost process, memory, a disk), so it is never remembered.
     """

@@ -71,7 +71,11 @@ class Question:
         return {**{key: law.model_dump(mode="json")[key] for key in numbers}, "seed": self.supply.seed}
 
     def describe(self) -> dict[str, Any]:
-        """The question as plain data, specs by name."""
+        """The question as plain data, specs by name.
+
+        ``rate_per_s`` is what was asked for, or what the workload's law says; ``realised_rate_per_s`` that of the rows,
+        which differs by chance where they are drawn.
+        """
         base = self.space.base
         return {
             "model": base.model.name,
@@ -89,7 +93,8 @@ class Question:
             "workload": self.requests.name,
             "workload_notes": list(self.requests.notes),
             "requests": len(self.requests),
-            "rate_per_s": self.requests.rate_per_s,
+            "rate_per_s": self.requests.offered.rate_per_s,
+            "realised_rate_per_s": self.requests.rate_per_s,
             "concurrency": self.requests.concurrency,
             "slo": self.slo.model_dump(mode="json"),
             "objective": self.objective.name,

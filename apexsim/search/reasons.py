@@ -20,6 +20,11 @@ def counted(reasons: Iterable[str]) -> list[tuple[int, str]]:
     return sorted(found, key=lambda each: (-each[0], each[1]))
 
 
+def number_of(count: int, noun: str) -> str:
+    """How many there are of a thing whose plural ends in s: ``1 device``, ``1,024 requests``."""
+    return f"{count:,} {noun}" + "s" * (count != 1)
+
+
 def _worded(text: str, numbers: list[list[str]]) -> str:
     first, *parts = text.split("\0")
     spans = [_span(column) for column in zip(*numbers, strict=True)]

@@ -110,6 +110,7 @@ class Study:
             "replicas": candidate.replicas,
             "devices_used": candidate.devices,
             "devices_idle": self.question.space.base.cluster.devices - candidate.devices,
+            "devices_billed": self.question.space.deployment(candidate).billed_devices,
         }
 
     def _result(self, row: Row) -> dict[str, Any]:
@@ -165,7 +166,7 @@ def wanted_requests(rows: Iterable[Row], question: Question) -> int:
     unsure = [row.outcome for row in rows if _unsure(row, question) and may_be_best(row, rows, question.objective)]
     if not (unsure and question.objective.window and question.supply.grows):
         return now
-    wanted = [outcome.figures.get("steady_wanted_requests") or 0 for outcome in unsure]
+    wanted = [question.objective.wanted_requests(outcome.figures) or 0 for outcome in unsure]
     return max(now, min(MOST_DRAWN, max(2 * now, *map(math.ceil, wanted))))
 
 

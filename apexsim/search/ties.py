@@ -6,7 +6,8 @@ Two plans tie where their figures differ by no more than
 
 with d the differences of the n parts that both runs know (``batches.py``: same requests, so what they share cancels)
 and t Student's quantile at 95 %. Runs that share no parts (a closed loop: the plan sets the pace) have the half-widths
-of their steady figures, as of independent runs, in place of the second term.
+of their steady figures, as of independent runs, in place of the second term. Where those are not known either, the
+first term alone counts, and the headline says so.
 
 The leaders are the best plan by its figure and all that tie with it. They are put in order by the objective's
 ``breaks``; those behind them stay in order of their figures.
@@ -61,7 +62,7 @@ def ties(one: Row, other: Row, objective: Objective) -> bool:
     if mine is None or theirs is None:
         return mine is theirs
     allowed = objective.resolution * max(abs(mine), abs(theirs))
-    return abs(mine - theirs) <= max(allowed, sampling_error(one, other, objective))
+    return abs(mine - theirs) <= max(allowed, sampling_error(one, other, objective) or 0.0)
 
 
 def may_be_best(row: Row, rows: Iterable[Row], objective: Objective) -> bool:
@@ -78,12 +79,14 @@ def may_be_best(row: Row, rows: Iterable[Row], objective: Objective) -> bool:
     return reach(row)[0] <= best
 
 
-def sampling_error(one: Row, other: Row, objective: Objective) -> float:
-    """Half-width of the 95 % interval of the difference of two plans; 0 where their runs tell none."""
+def sampling_error(one: Row, other: Row, objective: Objective) -> float | None:
+    """Half-width of the 95 % interval of the difference of two plans; None where their runs do not tell it."""
     parts = (row.outcome.batches.get(objective.column, ()) for row in (one, other))
     pairs = [(a, b) for a, b in zip(*parts, strict=False) if a is not None and b is not None]
     if len(pairs) < FEWEST_PARTS:
-        return math.hypot(*(objective.error(row.outcome.figures) or 0.0 for row in (one, other)))
+        errors = [objective.error(row.outcome.figures) for row in (one, other)]
+        known = [error for error in errors if error is not None]
+        return math.hypot(*known) if len(known) == len(errors) else None
     return half_width(np.subtract(*np.array(pairs).T))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from pydantic import Field
 
 from apexsim.errors import BadInput, nearest
@@ -19,6 +21,27 @@ class SLO(Spec):
     tpot_s: float | None = Field(None, gt=0)
     e2e_s: float | None = Field(None, gt=0)
     target: float = Field(0.9, gt=0, le=1)
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is a limit to keep."""
+        return (self.ttft_s, self.tpot_s, self.e2e_s) != (None, None, None)
+
+    @property
+    def target_words(self) -> str:
+        """The target for a person: ``90%``."""
+        return f"{100 * self.target:g}%"
+
+    def missed(self, attainment: float) -> str:
+        """What is wrong with a share of requests that is below the target; empty where it is not.
+
+        Without a limit, requests that are served keep it.
+        """
+        if attainment >= self.target:
+            return ""
+        # Rounded down, so that no share reads as the target that it misses.
+        share = math.floor(1000 * attainment) / 1000
+        return f"{share:.1%} of requests {'keep the SLO' if self.limited else 'are served'}, {self.target_words} wanted"
 
     @classmethod
     def parse(cls, text: str, where: object = "--slo") -> SLO:
