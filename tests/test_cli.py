@@ -414,6 +414,26 @@ def test_show_device_tells_fit_quality(capsys: pytest.CaptureFixture[str]) -> No
     assert any("bf16" in line and "served_shapes" in line and "%" in line for line in gemm)
 
 
+def test_lists_fit_a_screen_and_are_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "devices"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[-1] == "USD/hour"
+    assert max(len(line.rstrip()) for line in lines) <= 80
+    assert main(["list", "policies"]) == 0
+    said = capsys.readouterr().out
+    assert "`" not in said
+    assert "if the scheduler knows_output." in said
+
+
+def test_only_a_model_with_experts_says_their_dtype(capsys: pytest.CaptureFixture[str]) -> None:
+    said = {}
+    for model in ("llama-3.1-8b", "gpt-oss-20b"):
+        assert main(["show", "model", model]) == 0
+        said[model] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("weights, ")]
+    assert [line.split("  ")[0] for line in said["llama-3.1-8b"]] == ["weights, bf16"]
+    assert [line.split("  ")[0] for line in said["gpt-oss-20b"]] == ["weights, bf16 (experts mxfp4)"]
+
+
 def test_show_memory_needs_no_workload(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model", "qwen3-32b", "--device", "h100-sxm", "--engine", "vllm@0.7.3"]
     assert main(["show", "memory", *flags]) == 0
