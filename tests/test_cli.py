@@ -64,7 +64,7 @@ def fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., s
     ("rows", "told"),
     [
         ("arrival_s,prompt_tokens,output_tokens\n0,1,1\n2,1,1\n1,1,1\n", ["arrival_s", "row 3", "sort"]),
-        ("arrival_s,prompt_tokens,output_tokens\n0,1,1\n,1,1\n", ["arrival_s", "row 2", "nan"]),
+        ("arrival_s,prompt_tokens,output_tokens\n0,1,1\n,1,1\n", ["arrival_s", "row 2", "got nothing"]),
         ("arrival_s,prompt_tokens,output_tokens\n0,1,1\n1,0,1\n", ["prompt_tokens", "row 2", "got 0"]),
         ("arrival_s,prompt_tokens\n0,1\n", ["output_tokens", "missing"]),
         ("arrival_s,prompt_tokens,output_tokens\n", ["no request"]),
@@ -335,20 +335,60 @@ def test_the_bill_is_a_flag_and_a_key(tmp_path: Path, trace: str, capsys: pytest
     assert "bill: got 'node-wise'" in capsys.readouterr().err
 
 
+def shown_lines(said: str) -> dict[str, str]:
+    """Lines of the table of figures by their name, folded ones joined."""
+    lines: dict[str, str] = {}
+    for line in said.splitlines():
+        name, _, rest = line.partition("  ")
+        if name and line[:1].isalpha():
+            last = name
+            lines[name] = rest.strip()
+        elif lines:
+            lines[last] += f" {line.strip()}"
+    return lines
+
+
 def test_the_screen_shows_steady_figures_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chats = ["simulate", "--model", "llama-3.1-8b", "--device", "h100-sxm", "--workload", "chat", "--rate-per-s", "8"]
-    assert main([*chats, "--requests", "60", "--json", str(tmp_path / "short.json")]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    steady = json.loads((tmp_path / "short.json").read_text())["steady"]
+    assert main([*chats, "--requests", "400", "--json", str(tmp_path / "short.json")]) == 0
+    lines = shown_lines(capsys.readouterr().out)
+    summary = json.loads((tmp_path / "short.json").read_text())
+    steady, energy = summary["steady"], summary["energy"]
     assert steady["kind"] == "short"
-    assert "steady short:" in said
-    assert f"about {steady['wanted_requests']:,} requests would do" in said
-    assert f"cost {steady['usd_per_million_output_tokens']:.3g} +- " in said
-    assert "USD/million output tokens (whole run " in said
-    assert main([*chats[:-2], "--requests", "9", "--concurrency", "9"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "steady all at once: all requests come at once: the figures are of the whole run" in said
-    assert "J/output token (whole run)" in said
+    assert lines["steady"].startswith("short:")
+    assert f"about {steady['wanted_requests']:,} requests would do" in lines["steady"]
+    assert max(steady["half_width"].values()) < 0.3
+    assert lines["cost"].startswith(f"{steady['usd_per_million_output_tokens']:.3g} +- ")
+    assert "USD/million output tokens (whole run " in lines["cost"]
+    device, server = (
+        energy[key]["per_output_token_j"] if key else energy["per_output_token_j"] for key in ("", "server")
+    )
+    head, whole = lines["energy"].split("; whole run: ")
+    assert head.startswith(f"{steady['energy_per_output_token_j']:.3g} +- ")
+    assert whole.startswith(f"{device:.3g} J/output token, with servers {server:.3g}, building ")
+
+
+def test_a_figure_too_wide_to_mean_anything_is_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chats = ["simulate", "--model", "llama-3.1-8b", "--device", "h100-sxm", "--workload", "chat", "--rate-per-s", "8"]
+    assert main([*chats[:-1], "4", "--requests", "10", "--json", str(tmp_path / "short.json")]) == 0
+    lines = shown_lines(capsys.readouterr().out)
+    summary = json.loads((tmp_path / "short.json").read_text())
+    assert min(summary["steady"]["half_width"].values()) > 0.3
+    cost, energy = summary["cost"], summary["energy"]
+    alone = "(whole run; too short for a steady figure)"
+    whole = cost["usd_per_million_output_tokens"]
+    assert lines["cost"].startswith(f"{whole:.3g} USD/million output tokens {alone} at ")
+    assert lines["energy"].startswith(f"{energy['per_output_token_j']:.3g} J/output token, with servers ")
+    assert lines["energy"].endswith(f" W on average {alone}")
+    assert "+-" not in lines["cost"] + lines["energy"]
+
+
+def test_figures_of_a_burst_are_of_the_whole_run(capsys: pytest.CaptureFixture[str]) -> None:
+    chats = ["simulate", "--model", "llama-3.1-8b", "--device", "h100-sxm", "--workload", "chat"]
+    assert main([*chats, "--requests", "9", "--concurrency", "9"]) == 0
+    lines = shown_lines(capsys.readouterr().out)
+    assert lines["steady"].startswith("all at once: all requests come at once: the figures are of the whole run")
+    assert lines["energy"].endswith(" W on average (whole run)")
 
 
 def test_engine_options_reach_the_profile_and_hold_for_long_contexts() -> None:
