@@ -28,9 +28,7 @@ def sweep(
     sweep_file: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="Base, and a grid of paths into it.")],
     *,
     out: Annotated[Path, typer.Option(help="Folder for sweep.parquet and the journal.")],
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the sweep in --out; its grid may have grown.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with --out; the grid may have grown.")] = False,
     jobs: Annotated[int | None, typer.Option(help="Processes; the cores at hand.", min=1)] = None,
     allow_plugins: AllowPluginsFlag = False,
 ) -> None:
