@@ -137,7 +137,9 @@ def _show_memory(deployment: Deployment, json: str | None) -> None:
 def import_model(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.json", help="config.json of a Hugging Face model.")],
     out: Annotated[Path | None, typer.Option(help="Write the model YAML here; else to stdout.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the model; else that of the folder of CONFIG.json.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model; else that of the file, or of the folder of a config.json.")
+    ] = None,
 ) -> None:
     """Turn a Hugging Face config.json into a model YAML."""
     from apexsim.atomic import check_writable
