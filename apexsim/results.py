@@ -159,6 +159,13 @@ class SimulationResult:
             notes=(*run.get("notes", ()), *_deployment_notes(deployment)),
         )
 
+    def __repr__(self) -> str:
+        """What was run in a line: the figures are in ``summary()``."""
+        done = f"{int(self.finished.sum()):,} of {len(self.finished):,} requests"
+        return (
+            f"<SimulationResult {self.workload_name}, {done} finished in {self.duration_s:.4g} s, {self.deployment!r}>"
+        )
+
     # -- tables ------------------------------------------------------------------------------------------------------
 
     @cached_property

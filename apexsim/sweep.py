@@ -146,7 +146,9 @@ def simulated(run: Run) -> Outcome:
     def work() -> Outcome:
         check_lawful(run.deployment, "plan")
         check_computes(run.deployment, "run")
-        summary = simulate(run.deployment, run.requests, slo=run.slo, seed=run.seed).summary()
+        # Without limits there is no share of requests that keep them.
+        limits = run.slo if run.slo.model_dump(exclude={"target"}, exclude_none=True) else None
+        summary = simulate(run.deployment, run.requests, slo=limits, seed=run.seed).summary()
         figures = flatten({key: summary[key] for key in summary if key not in _LEFT_OUT})
         missed = _missed(run.slo, summary["slo"]["attainment"])
         return Outcome("misses_slo" if missed else "ok", missed, figures)

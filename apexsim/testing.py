@@ -258,6 +258,7 @@ def check_policy(policy: Policy, *, cases: int = 50, seed: int = 0) -> None:
     pasted into ``check_case``.
     """
     label = policy if isinstance(policy, str) else "chunked_prefill"
+    _made(policy, Case(arrivals_ns=[0], lengths=[(1, 1)]))  # what cannot be made fails as it is: no case shows why
     for stream in np.random.SeedSequence(seed).spawn(cases):
         case = random_case(np.random.default_rng(stream), label)
         if _fault(case, policy):

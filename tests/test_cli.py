@@ -64,7 +64,7 @@ def fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., s
     ("rows", "told"),
     [
         ("arrival_s,prompt_tokens,output_tokens\n0,1,1\n2,1,1\n1,1,1\n", ["arrival_s", "row 3", "sort"]),
-        ("arrival_s,prompt_tokens,output_tokens\n0,1,1\n,1,1\n", ["arrival_s", "row 2", "nan"]),
+        ("arrival_s,prompt_tokens,output_tokens\n0,1,1\n,1,1\n", ["arrival_s", "row 2", "got nothing"]),
         ("arrival_s,prompt_tokens,output_tokens\n0,1,1\n1,0,1\n", ["prompt_tokens", "row 2", "got 0"]),
         ("arrival_s,prompt_tokens\n0,1\n", ["output_tokens", "missing"]),
         ("arrival_s,prompt_tokens,output_tokens\n", ["no request"]),
@@ -111,11 +111,11 @@ def test_an_unreadable_trace_is_told(tmp_path: Path, fails: Callable[..., str]) 
         (["--engine-option", "policy=1"], ["policy", "got 1", "string"]),
         (["--engine-option", "policy=:"], ["policy", "got ':'", "module:Name"]),
         (["--engine-option", "policy=..a:b"], ["policy", "module:Name"]),
-        (["--engine-option", "policy=json:JSONDecoder"], ["policy", "give a class with fill and repeats"]),
+        (["--engine-option", "policy=json:JSONDecoder"], ["policy", "give a subclass of BatchPolicy"]),
         (["--engine-option", "step_s=nan"], ["engine_options.step_s: got nan; give a finite number"]),
         (["--engine-option", "response_s=1e10"], ["response_s", "60"]),
         (["--router", "no_such_module:Name"], ["router", "No module named"]),
-        (["--router", "os:path"], ["router", "give a class with choose"]),
+        (["--router", "os:path"], ["router", "give a class with a method choose"]),
         (["--replicas", "10001"], ["replicas", "10000"]),
         (["--tensor", "1000000000000"], ["tensor", "got 1000000000000", "up to 10000 devices"]),
         (["--requests", "100000000000000000000"], ["--requests", "at most 10000000"]),
@@ -335,20 +335,60 @@ def test_the_bill_is_a_flag_and_a_key(tmp_path: Path, trace: str, capsys: pytest
     assert "bill: got 'node-wise'" in capsys.readouterr().err
 
 
+def shown_lines(said: str) -> dict[str, str]:
+    """Lines of the table of figures by their name, folded ones joined."""
+    lines: dict[str, str] = {}
+    for line in said.splitlines():
+        name, _, rest = line.partition("  ")
+        if name and line[:1].isalpha():
+            last = name
+            lines[name] = rest.strip()
+        elif lines:
+            lines[last] += f" {line.strip()}"
+    return lines
+
+
 def test_the_screen_shows_steady_figures_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chats = ["simulate", "--model", "llama-3.1-8b", "--device", "h100-sxm", "--workload", "chat", "--rate-per-s", "8"]
-    assert main([*chats, "--requests", "60", "--json", str(tmp_path / "short.json")]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    steady = json.loads((tmp_path / "short.json").read_text())["steady"]
+    assert main([*chats, "--requests", "400", "--json", str(tmp_path / "short.json")]) == 0
+    lines = shown_lines(capsys.readouterr().out)
+    summary = json.loads((tmp_path / "short.json").read_text())
+    steady, energy = summary["steady"], summary["energy"]
     assert steady["kind"] == "short"
-    assert "steady short:" in said
-    assert f"about {steady['wanted_requests']:,} requests would do" in said
-    assert f"cost {steady['usd_per_million_output_tokens']:.3g} +- " in said
-    assert "USD/million output tokens (whole run " in said
-    assert main([*chats[:-2], "--requests", "9", "--concurrency", "9"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "steady all at once: all requests come at once: the figures are of the whole run" in said
-    assert "J/output token (whole run)" in said
+    assert lines["steady"].startswith("short:")
+    assert f"about {steady['wanted_requests']:,} requests would do" in lines["steady"]
+    assert max(steady["half_width"].values()) < 0.3
+    assert lines["cost"].startswith(f"{steady['usd_per_million_output_tokens']:.3g} +- ")
+    assert "USD/million output tokens (whole run " in lines["cost"]
+    device, server = (
+        energy[key]["per_output_token_j"] if key else energy["per_output_token_j"] for key in ("", "server")
+    )
+    head, whole = lines["energy"].split("; whole run: ")
+    assert head.startswith(f"{steady['energy_per_output_token_j']:.3g} +- ")
+    assert whole.startswith(f"{device:.3g} J/output token, with servers {server:.3g}, building ")
+
+
+def test_a_figure_too_wide_to_mean_anything_is_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chats = ["simulate", "--model", "llama-3.1-8b", "--device", "h100-sxm", "--workload", "chat", "--rate-per-s", "8"]
+    assert main([*chats[:-1], "4", "--requests", "10", "--json", str(tmp_path / "short.json")]) == 0
+    lines = shown_lines(capsys.readouterr().out)
+    summary = json.loads((tmp_path / "short.json").read_text())
+    assert min(summary["steady"]["half_width"].values()) > 0.3
+    cost, energy = summary["cost"], summary["energy"]
+    alone = "(whole run; too short for a steady figure)"
+    whole = cost["usd_per_million_output_tokens"]
+    assert lines["cost"].startswith(f"{whole:.3g} USD/million output tokens {alone} at ")
+    assert lines["energy"].startswith(f"{energy['per_output_token_j']:.3g} J/output token, with servers ")
+    assert lines["energy"].endswith(f" W on average {alone}")
+    assert "+-" not in lines["cost"] + lines["energy"]
+
+
+def test_figures_of_a_burst_are_of_the_whole_run(capsys: pytest.CaptureFixture[str]) -> None:
+    chats = ["simulate", "--model", "llama-3.1-8b", "--device", "h100-sxm", "--workload", "chat"]
+    assert main([*chats, "--requests", "9", "--concurrency", "9"]) == 0
+    lines = shown_lines(capsys.readouterr().out)
+    assert lines["steady"].startswith("all at once: all requests come at once: the figures are of the whole run")
+    assert lines["energy"].endswith(" W on average (whole run)")
 
 
 @pytest.mark.parametrize(
@@ -429,6 +469,26 @@ def test_show_device_tells_fit_quality(capsys: pytest.CaptureFixture[str]) -> No
     gemm = [line for line in said.splitlines() if line.startswith("gemm ")]
     assert any("bf16" in line and "fitted" in line for line in gemm)
     assert any("bf16" in line and "served_shapes" in line and "%" in line for line in gemm)
+
+
+def test_lists_fit_a_screen_and_are_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "devices"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[-1] == "USD/hour"
+    assert max(len(line.rstrip()) for line in lines) <= 80
+    assert main(["list", "policies"]) == 0
+    said = capsys.readouterr().out
+    assert "`" not in said
+    assert "if the scheduler knows_output." in said
+
+
+def test_only_a_model_with_experts_says_their_dtype(capsys: pytest.CaptureFixture[str]) -> None:
+    said = {}
+    for model in ("llama-3.1-8b", "gpt-oss-20b"):
+        assert main(["show", "model", model]) == 0
+        said[model] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("weights, ")]
+    assert [line.split("  ")[0] for line in said["llama-3.1-8b"]] == ["weights, bf16"]
+    assert [line.split("  ")[0] for line in said["gpt-oss-20b"]] == ["weights, bf16 (experts mxfp4)"]
 
 
 def test_show_memory_needs_no_workload(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

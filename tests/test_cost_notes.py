@@ -83,3 +83,19 @@ def test_a_series_contains_its_patches_and_words_are_no_versions() -> None:
     assert not any("older" in note for note in notes(listed("nightly")))
     assert any("vllm up to 0.9 " in note for note in notes(listed("v0.9-cu128", "0.8.x")))
     assert not any("older" in note for note in notes(listed("v0.24-cu130")))
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "weights", "said"),
+    [
+        ("llama-3.1-8b", "h100-sxm", "int4_wo", ["int4_wo products of h100-sxm are estimated"]),
+        ("llama-3.1-8b", "h100-sxm", "fp8", []),
+        ("llama-3.1-8b", "h200-sxm", "int4_wo", []),
+        ("mixtral-8x7b", "h100-sxm", "fp8", ["fp8 experts of h100-sxm are estimated"]),
+    ],
+)
+def test_a_dtype_of_weights_that_nobody_timed_is_told(model: str, device: str, weights: str, said: list[str]) -> None:
+    deployment = deployed(model, device, weights=weights, tensor=2)
+    assert [note for note in notes(deployment) if " are estimated" in note] == said
+    estimated = {kind for kind, by in shares(deployment).items() if "estimated" in by} & {"gemm", "moe"}
+    assert estimated == {{"products": "gemm", "experts": "moe"}[note.split()[1]] for note in said}

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import re
 import runpy
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from apexsim.cli.main import COMMANDS
+from apexsim.cli.main import COMMANDS, main
+from apexsim.serving.batching import POLICIES, BatchPolicy, Ledger
+from apexsim.serving.request import Request
+from apexsim.testing import Case
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,3 +48,73 @@ def test_readme_names_commands_that_exist() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+ENGINES = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8").partition("### A policy of your own")[2]
+
+
+@pytest.fixture
+def own_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the example policy of docs/engines.md and the deployment that names it."""
+    (tmp_path / "mypol.py").write_text(blocks_of("python")[0])
+    (tmp_path / "mine.yaml").write_text(blocks_of("yaml")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mypol", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def blocks_of(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", ENGINES, re.DOTALL)
+
+
+@pytest.mark.usefixtures("own_policy")
+def test_the_policy_of_ones_own_runs_as_shown() -> None:
+    shown: dict[str, Any] = {}
+    exec(compile(blocks_of("python")[1], "engines.md", "exec"), shown)
+    assert shown["result"].deployment.engine.scheduler.policy == "mypol:ShortestPrompt"
+    assert shown["result"].finished.sum() == 200
+    for line in blocks_of("bash")[0].splitlines():
+        assert main([*line.split()[1:], "--requests", "20"]) == 0
+
+
+@pytest.mark.usefixtures("own_policy")
+def test_the_policy_of_ones_own_orders_as_it_says() -> None:
+    """At one moment the shortest prompt is first; a prompt of 9 tokens is served before one of 8 that comes 2 ms on."""
+    case = Case(arrivals_ns=[0, 0, 0, 2_000_000], lengths=[(40, 9), (9, 9), (7, 9), (8, 9)], seats=1)
+    run = replace(case, policy="mypol:ShortestPrompt").run(exact_steps=False)
+    scheduled = sorted(run.requests, key=lambda request: request.scheduled_ns or 0)
+    assert [request.index for request in scheduled] == [2, 1, 3, 0]
+
+
+def test_every_shipped_policy_is_described() -> None:
+    listed = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8").partition("## Policies")[2]
+    named = re.findall(r"^\| `(\w+)` \|", listed.partition("### A policy")[0], re.MULTILINE)
+    assert set(named) == set(POLICIES)
+
+
+@pytest.mark.parametrize("cls", [BatchPolicy, Ledger, Request])
+def test_what_policies_are_given_is_there(cls: type) -> None:
+    """Names in the tables of docs/engines.md exist, and those of a policy are all there."""
+    said = set(
+        re.findall(r"`(\w+)(?:\([^`]*\))?`", ENGINES.partition("| of a policy")[2].partition("## What shapes")[0])
+    )
+    has = {name for name in (*dir(cls), *getattr(cls, "__slots__", ())) if not name.startswith("_")}
+    wanted = {
+        BatchPolicy: has,
+        Ledger: {
+            "tokens",
+            "seats",
+            "sequences",
+            "blocks",
+            "wants",
+            "can_give",
+            "give",
+            "can_admit",
+            "admit",
+            "preempt",
+        },
+        Request: {"prompt_tokens", "output_tokens", "arrival_ns", "deadline_ns", "preemptions"},
+    }[cls]
+    assert wanted <= has
+    assert wanted <= said

@@ -12,7 +12,11 @@ from apexsim.errors import BadInput
 from apexsim.io.saved import load
 from apexsim.io.yaml_files import read_yaml, write_yaml
 from apexsim.planning import deployment, search
+from apexsim.serving.batching import ChunkedPrefill
+from apexsim.serving.routing import LeastLoaded
+from apexsim.specs.engine import SchedulerDefaults
 from apexsim.sweep import sweep
+from apexsim.testing import check_policy
 from apexsim.validation.runs import read_runs
 
 ENGINES = Path(__file__).resolve().parents[1] / "engine_profiles"
@@ -134,3 +138,60 @@ def test_a_search_says_so_in_its_best_plan(tmp_path: Path, module: str, capsys: 
         load(best)
     search(file, out=tmp_path / "plain", jobs=1, router="round_robin")
     assert not (tmp_path / "plain" / "best.yaml").read_text().startswith("#")
+
+
+def fault_of(policy: object, key: str = "policy") -> str:
+    choices: dict[str, object] = {"engine_options": {"policy": policy}} if key == "policy" else {"router": policy}
+    with pytest.raises(BadInput) as caught:
+        deployment(model="llama-3.1-8b", device="h100-sxm", **choices)
+    return str(caught.value)
+
+
+def test_a_module_that_is_not_there_says_where_it_was_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    elsewhere = "looked for in PYTHONPATH and installed packages, not in the current folder"
+    said = f"deployment: policy: got 'mypol:Mine'; cannot be imported (No module named 'mypol'); {elsewhere}"
+    assert fault_of("mypol:Mine") == said
+    monkeypatch.syspath_prepend(tmp_path)
+    assert fault_of("mypol:Mine").endswith("looked for in the current folder, PYTHONPATH and installed packages")
+
+
+def test_a_module_that_fails_says_how_and_a_name_that_it_lacks_which_it_has(tmp_path: Path, module: str) -> None:
+    assert fault_of(f"{module}:Polity").endswith(f"{module} has no Polity; did you mean Policy?")
+    assert fault_of(f"{module}:Policy.Inner").endswith("give module:Name")
+    (tmp_path / "my_broken_plugin.py").write_text("1 / 0\n")
+    assert fault_of("my_broken_plugin:Mine").endswith("cannot be imported (ZeroDivisionError: division by zero)")
+    (tmp_path / "my_needy_plugin.py").write_text("import no_such_dependency\n")
+    needy = fault_of("my_needy_plugin:Mine")
+    assert needy.endswith("cannot be imported (No module named 'no_such_dependency')")
+
+
+@pytest.mark.parametrize("key", ["policy", "router"])
+def test_a_class_in_place_of_its_name_is_told_its_name(key: str) -> None:
+    for given in (LeastLoaded, LeastLoaded()):
+        assert "give 'module:Name', here 'apexsim.serving.routing:LeastLoaded'" in fault_of(given, key)
+
+
+def test_a_key_of_a_section_at_the_top_of_an_engine_is_told_its_section(tmp_path: Path) -> None:
+    data = read_yaml(ENGINES / "vllm-v1-async.yaml")
+    write_yaml(tmp_path / "engine.yaml", {**data, "policy": "deadline"})
+    with pytest.raises(BadInput, match=r"policy: unknown key; did you mean scheduler\.policy\?"):
+        deployment(model="llama-3.1-8b", device="h100-sxm", engine=str(tmp_path / "engine.yaml"))
+
+
+class Demanding(ChunkedPrefill):
+    def __init__(self, scheduler: SchedulerDefaults, more: int) -> None:
+        super().__init__(scheduler)
+
+
+def test_a_policy_that_cannot_be_made_fails_without_a_case() -> None:
+    with pytest.raises(BadInput, match="No module named") as caught:
+        check_policy("no_such_module:Mine")
+    assert "smallest case" not in str(caught.value)
+    with pytest.raises(BadInput, match="its constructor takes the scheduler's settings"):
+        check_policy(f"{__name__}:Demanding")
+    with pytest.raises(TypeError, match="more"):
+        check_policy(Demanding)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from apexsim.errors import BadInput
 from apexsim.io.deployments import DeploymentFile, resolve_deployment
@@ -20,7 +21,7 @@ from apexsim.serving.request import Request
 from apexsim.serving.simulator import How, Run, simulate
 from apexsim.specs.engine import SchedulerDefaults
 from apexsim.specs.slo import SLO
-from apexsim.specs.workload import Requests
+from apexsim.specs.workload import Requests, look_absolute
 from apexsim.testing import Case, LinearCost, check_case, check_policy, check_run, made_up_deployment, made_up_memory
 
 # -- policies that keep their promises ---------------------------------------------------------------------------------
@@ -364,3 +365,44 @@ def test_deadlines_are_seconds() -> None:
             output_tokens=np.array([2, 2]),
             extra={"deadline_s": np.array([2.0, -1.0])},
         )
+
+
+def with_deadlines(deadline_s: NDArray[np.float64], arrival_s: NDArray[np.float64]) -> Requests:
+    count = len(arrival_s)
+    return Requests(
+        name="r",
+        arrival_s=arrival_s,
+        prompt_tokens=np.full(count, 50),
+        output_tokens=np.full(count, 2),
+        extra={"deadline_s": deadline_s},
+    )
+
+
+@pytest.mark.parametrize(("absolute", "origin_s"), [(True, 0.0), (True, 86_400.0), (False, 0.0)])
+def test_deadlines_that_are_times_on_a_clock_are_told(absolute: bool, origin_s: float) -> None:
+    """Patience alone never grows with the arrivals; arrival + patience does, wherever its clock began."""
+    rng = np.random.default_rng(3)
+    arrival_s = np.cumsum(rng.exponential(0.1, 60))
+    patience_s = rng.uniform(0.2, 1.0, 60)
+    requests = with_deadlines(origin_s + patience_s + (arrival_s if absolute else 0), arrival_s)
+    said = {
+        policy: [
+            note for note in simulate(resolve_deployment(file(policy=policy), "t"), requests).notes if "count" in note
+        ]
+        for policy in ("deadline", "chunked_prefill")
+    }
+    told = "deadline_s counts from arrival; these look like absolute times: they grow with arrival_s"
+    assert said == {"deadline": [told] if absolute else [], "chunked_prefill": []}
+
+
+def test_one_deadline_for_all_or_a_burst_is_no_clock() -> None:
+    ones, times = np.full(20, 0.5), np.arange(20) / 10
+    assert not look_absolute(ones, times)
+    assert not look_absolute(times, ones)
+    assert look_absolute(times + 1, times)
+    assert not look_absolute(times[:4] + 1, times[:4])
+
+
+def test_an_empty_deadline_is_nothing() -> None:
+    with pytest.raises(BadInput, match=r"deadline_s, row 2 \(.*\): got nothing; give seconds after the arrival"):
+        with_deadlines(np.array([1.0, np.nan]), np.zeros(2))

@@ -154,18 +154,18 @@ def test_reference_traces_read_whole(data: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "values", "said"),
     [
-        ("arrival_s", [0.0, math.nan, 1.0], "arrival_s, row 2 (the first data row is 1): got nan; give seconds"),
+        ("arrival_s", [0.0, math.nan, 1.0], "arrival_s, row 2 (the first data row is 1): got nothing; give seconds"),
         ("arrival_s", [-1.0, 0.0, 1.0], "arrival_s, row 1 (the first data row is 1): got -1.0; give seconds"),
         ("arrival_s", [0.0, 2.0, 1.0], "arrival_s, row 3 (the first data row is 1): got 1.0; is earlier than row 2"),
         ("prompt_tokens", [10, 0, 30], "prompt_tokens, row 2 (the first data row is 1): got 0; give a whole number"),
         ("prompt_tokens", [10, 20, -5], "prompt_tokens, row 3 (the first data row is 1): got -5"),
         ("output_tokens", [1.0, 2.5, 3.0], "output_tokens, row 2 (the first data row is 1): got 2.5"),
-        ("output_tokens", [1.0, math.nan, 3.0], "output_tokens, row 2 (the first data row is 1): got nan"),
+        ("output_tokens", [1.0, math.nan, 3.0], "output_tokens, row 2 (the first data row is 1): got nothing"),
         ("output_tokens", [0, 1, 1], "output_tokens, row 1 (the first data row is 1): got 0"),
         ("prompt_tokens", ["10", "20", "many"], "prompt_tokens, row "),
         ("num_images", [0, -1, 0], "num_images, row 2 (the first data row is 1): got -1; give a whole number from 0"),
         ("num_samples", [1, 0, 1], "num_samples, row 2 (the first data row is 1): got 0; give a whole number from 1"),
-        ("turn", [1.0, math.nan, 2.0], "turn, row 2 (the first data row is 1): got nan"),
+        ("turn", [1.0, math.nan, 2.0], "turn, row 2 (the first data row is 1): got nothing"),
     ],
 )
 def test_a_bad_value_is_refused_with_file_column_row_and_remedy(

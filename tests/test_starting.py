@@ -11,6 +11,8 @@ import pytest
 
 import apexsim
 from apexsim import catalog
+from apexsim.cli.main import main
+from apexsim.cli.memory import whether_it_starts
 from apexsim.costs.memory import plan_memory
 from apexsim.costs.starting import start
 from apexsim.errors import InfeasiblePlan
@@ -173,3 +175,43 @@ def test_every_engine_says_where_its_memory_terms_come_from() -> None:
     for name in catalog.names("engine"):
         engine = catalog.load("engine", name)
         assert engine.memory_evidence or engine.engine in ("reference", "transformers"), name
+
+
+def said_of(**choices: Any) -> str:
+    asked = deployed(**choices)
+    return whether_it_starts(asked, start(asked))
+
+
+def test_show_memory_says_first_whether_it_starts() -> None:
+    """Certainty: where the interval reaches below what must fit, the answer is perhaps not."""
+    assert said_of(tensor=2) == "yes"
+    longest = capacity(deployed())
+    sure = start(deployed()).memory.figures(longest)["kv_tokens_range"][0]
+    told = f"yes, with max_model_len {longest:,} or less (the model's own: 40,960; {sure:,} to be sure at 95 %)"
+    assert said_of() == told
+    assert said_of(options={"max_model_len": sure}) == "yes"
+    unsure = said_of(options={"max_model_len": sure + 16})
+    assert unsure.startswith(f"perhaps not: the KV cache of a replica holds {sure:,} to ")
+    assert unsure.endswith(f"and the context (max_model_len) is {sure + 16:,}")
+
+
+def test_an_engine_that_starts_with_any_context_says_what_it_rejects() -> None:
+    served = start(deployed(engine="sglang-0.5", options={"gpu_memory_utilization": 0.85})).deployment.context_limit
+    assert served < 40960
+    said = said_of(engine="sglang-0.5", options={"gpu_memory_utilization": 0.85})
+    assert said == f"yes; requests of more than {served:,} tokens are rejected"
+
+
+def test_what_does_not_start_is_shown_with_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "memory", "--model", "llama-3.1-70b", "--device", "h100-sxm"]) == 1
+    first, *rows = capsys.readouterr().out.splitlines()
+    assert first.startswith("starts: no; weights of 131 GiB exceed")
+    table = {row[:40].strip(): row[40:].split() for row in rows}
+    # 79.1 GiB x 0.9 less 131 GiB of weights, a full step and the reserve.
+    assert table["device: weights"] == ["131", "GiB"]
+    assert table["share that the engine takes"] == ["0.9", "of", "all", "of", "it"]
+    lacks, full_step = (float(table[key][0]) for key in ("device: lacks, before any KV cache", "device: a full step"))
+    assert lacks == pytest.approx(131 + full_step + 0.75 - 71.2, abs=0.6)
+    options = ["--engine-option", "max_model_len=20000"]
+    assert main(["show", "memory", "--model", "llama-3.1-70b", "--device", "h100-sxm", "--tensor", "2", *options]) == 1
+    assert "KV tokens" in capsys.readouterr().out

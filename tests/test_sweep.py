@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from apexsim.cli.main import main
+from apexsim.cli.sweep import _format
 from apexsim.errors import BadInput, InfeasiblePlan
 from apexsim.sweep import TABLE, flatten, read_runs, sweep
 
@@ -112,6 +113,29 @@ def test_a_row_without_limits_misses_none(file: Path, tmp_path: Path) -> None:
     assert list(table["verdict"]) == ["ok"]
     assert table["steady.kind"][0] == "short"
     assert table["cost.billed_devices"][0] == 1
+
+
+def test_the_table_shows_shares_in_percent_and_what_a_token_costs(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same figures as in the table of a search, in its formats; without an SLO there is no share."""
+    grid = "grid:\n  tensor: [1]\n  slo: [{ttft_s: 5.0}, null]\n"
+    base = SWEEP.partition("grid:")[0].replace("requests: 5", "requests: 400").replace("  slo: {tpot_s: 0.05}\n", "")
+    file.write_text(base + grid.replace("null", "{}"))
+    assert main(["sweep", str(file), "--out", str(tmp_path / "out"), "--jobs", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = pd.read_parquet(tmp_path / "out" / TABLE)
+    shown = [line.split()[-6:] for line in lines if line.rstrip().endswith(" ok")]
+    for row, kept in zip(table.to_dict("records"), ("100.0%", "-"), strict=True):
+        seconds = [f"{row['ttft_s.p90']:.3f}", f"{row['tpot_s.p90']:.4f}"]
+        rates = [f"{row['throughput.output_tokens_per_s']:.0f}", f"{row['steady.usd_per_million_output_tokens']:.3g}"]
+        assert [kept, *seconds, *rates, "ok"] in shown
+    assert sum("USD" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(("share", "shown"), [(0.57, "57.0%"), (0.8999, "89.9%"), (1.0, "100.0%"), (None, "-")])
+def test_shares_are_rounded_down(share: float | None, shown: str) -> None:
+    assert _format(share, "{:.1%}") == shown
 
 
 def test_resuming_runs_only_what_is_new(file: Path, tmp_path: Path, simulated: list[Any]) -> None:

@@ -311,7 +311,7 @@ def test_columns_are_copied_typed_and_read_only() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"arrival_s": [0, math.nan, 1, 2]}, "rows: arrival_s, row 2 (the first data row is 1): got nan"),
+        ({"arrival_s": [0, math.nan, 1, 2]}, "rows: arrival_s, row 2 (the first data row is 1): got nothing"),
         ({"arrival_s": [0, 1, math.inf, 2]}, "row 3 (the first data row is 1): got inf"),
         ({"arrival_s": [-0.5, 0, 1, 2]}, "row 1 (the first data row is 1): got -0.5"),
         ({"arrival_s": [0, 1, 1.7e12, 1.8e12]}, "row 3"),
@@ -319,7 +319,7 @@ def test_columns_are_copied_typed_and_read_only() -> None:
         ({"prompt_tokens": [1, 0, 2, 3]}, "prompt_tokens, row 2 (the first data row is 1): got 0; give a whole number"),
         ({"output_tokens": [1, 2, 3, -4]}, "output_tokens, row 4 (the first data row is 1): got -4"),
         ({"output_tokens": [1, 2.5, 3, 4]}, "row 2 (the first data row is 1): got 2.5"),
-        ({"output_tokens": [1, math.nan, 3, 4]}, "row 2 (the first data row is 1): got nan"),
+        ({"output_tokens": [1, math.nan, 3, 4]}, "row 2 (the first data row is 1): got nothing"),
         ({"prompt_tokens": [1, 2, 3, 2**40]}, "row 4"),
         ({"prompt_tokens": ["a", "b", "c", "d"]}, "give a column of numbers"),
         ({"prompt_tokens": []}, "holds no request"),

@@ -12,7 +12,6 @@ from apexsim.specs.base import Spec
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from apexsim.specs.deployment import Deployment
     from apexsim.specs.device import DeviceProfile
     from apexsim.specs.layers import LayerKind
     from apexsim.specs.model import ModelSpec
@@ -72,7 +71,7 @@ def _devices() -> Table:
     from apexsim.units import format_bytes
 
     specs = [catalog.load("device", name) for name in catalog.names("device")]
-    header = ("device", "memory", "memory/s", "bf16 FLOP/s", "power", "USD/hour", "operators")
+    header = ("device", "memory", "memory/s", "bf16 FLOP/s", "power", "USD/hour")
     rows = [
         (
             spec.name,
@@ -81,7 +80,6 @@ def _devices() -> Table:
             f"{spec.datasheet.flops_per_s['bf16']:.3g}",
             f"{spec.datasheet.tdp_w:g} W",
             f"{spec.price.usd_per_hour:g}",
-            ", ".join(sorted(spec.operators)),
         )
         for spec in specs
     ]
@@ -111,7 +109,7 @@ def _policies() -> Table:
     from apexsim.io.deployments import policy_classes
 
     rows = [
-        (name, kind, (cls.__doc__ or "").strip().splitlines()[0])
+        (name, kind, (cls.__doc__ or "").strip().splitlines()[0].replace("`", ""))
         for kind, classes in policy_classes().items()
         for name, cls in sorted(classes.items())
     ]
@@ -133,11 +131,12 @@ def model_table(model: ModelSpec) -> Table:
 
     dtype = model.published_dtype
     experts = model.expert_dtype(dtype)
+    of_experts = f" (experts {experts})" if model.moe else ""
     kv_bytes = sum(group.bytes_per_token("bf16") for group in model.kv_groups)
     rows = [
         ("parameters", f"{model.params:,}"),
         ("active parameters", f"{model.active_params:,}"),
-        (f"weights, {dtype} (experts {experts})", format_bytes(model.weight_bytes(dtype, experts))),
+        (f"weights, {dtype}{of_experts}", format_bytes(model.weight_bytes(dtype, experts))),
         ("KV cache of a token, bf16", format_bytes(kv_bytes)),
         *(
             [("state of a sequence", format_bytes(model.state_bytes_of(range(model.layers))))]
@@ -147,31 +146,6 @@ def model_table(model: ModelSpec) -> Table:
         ("FLOPs of a token at context 1", f"{model.flops_per_token(1):.4g}"),
     ]
     return table(("", model.name), rows)
-
-
-def memory_table(deployment: Deployment, figures: dict[str, Any]) -> Table:
-    """What a replica holds, and where the memory of a device goes."""
-    from apexsim.units import format_bytes
-
-    sheet, memory, device = deployment.cluster.device.datasheet, deployment.engine.memory, figures["device"]
-    possible = figures["kv_tokens_range"]
-    parts = {"a full step": "activation_bytes", "engine reserve": "reserve_bytes", "collectives": "communication_bytes"}
-    rows = [
-        ("weights of a replica", format_bytes(figures["weights_bytes"])),
-        ("KV cache of a replica", format_bytes(figures["kv_bytes"])),
-        ("KV tokens", f"{figures['kv_tokens']:,}"),
-        ("95 % interval", f"{possible[0]:,} to {possible[1]:,}" if possible else "-"),
-        ("context (max_model_len)", f"{figures['max_model_len']:,}"),
-        ("requests of that context at once", f"{figures['max_concurrency_at_context']:.3g}"),
-        ("memory that a process sees", format_bytes(sheet.memory_bytes)),
-        (f"share of it ({memory.share_of})", f"{memory.share_on(sheet.memory_bytes):.3g}"),
-        ("device: weights", format_bytes(device["weights_bytes"])),
-        *((f"device: {what}", format_bytes(device[name])) for what, name in parts.items()),
-        ("device: KV cache", format_bytes(device["kv_bytes"])),
-    ]
-    plan = deployment.pools[0].plan
-    title = f"{deployment.model.name} on {deployment.cluster.device.name}, {plan.name}, {deployment.engine.name}"
-    return table(("", title), rows)
 
 
 def device_tables(device: DeviceProfile) -> list[Table]:

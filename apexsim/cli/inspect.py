@@ -19,7 +19,7 @@ from apexsim.cli.options import (
     table_console,
     with_flags,
 )
-from apexsim.errors import BadInput
+from apexsim.errors import BadInput, InfeasiblePlan
 
 if TYPE_CHECKING:
     from apexsim import catalog
@@ -113,14 +113,23 @@ def _show_spec(kind: catalog.Kind, name: str) -> None:
 
 
 def _show_memory(deployment: Deployment, json: str | None) -> None:
-    """Memory of a replica, device by device; ``InfeasiblePlan`` where its engine would not start."""
+    """Whether the engine would start, and its memory, device by device; ``InfeasiblePlan`` where it would not."""
+    from apexsim.cli.memory import memory_table, refused_table, whether_it_starts
     from apexsim.costs.starting import start
 
-    engine = start(deployment)
+    console = table_console(json)
+    try:
+        engine = start(deployment)
+    except InfeasiblePlan as error:
+        console.print(f"starts: no; {error}", soft_wrap=True, highlight=False)
+        console.print(refused_table(deployment))
+        raise
     figures = engine.memory.figures(engine.deployment.context_limit)
+    starts = whether_it_starts(deployment, engine)
     if json:
-        emit_json({"memory": figures, "notes": list(engine.notes)}, json)
-    table_console(json).print(facts.memory_table(engine.deployment, figures))
+        emit_json({"starts": starts, "memory": figures, "notes": list(engine.notes)}, json)
+    console.print(f"starts: {starts}", soft_wrap=True, highlight=False)
+    console.print(memory_table(engine.deployment, figures))
     for note in engine.notes:
         typer.echo(f"note: {note}", err=json == "-")
 
@@ -128,7 +137,9 @@ def _show_memory(deployment: Deployment, json: str | None) -> None:
 def import_model(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.json", help="config.json of a Hugging Face model.")],
     out: Annotated[Path | None, typer.Option(help="Write the model YAML here; else to stdout.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the model.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model; else that of the file, or of the folder of a config.json.")
+    ] = None,
 ) -> None:
     """Turn a Hugging Face config.json into a model YAML."""
     from apexsim.atomic import check_writable

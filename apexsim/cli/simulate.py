@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from apexsim.results import SimulationResult
 
 _LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "end to end", "queue_s": "queueing"}
+# A steady figure of a short window is not shown where its relative half-width is more.
+_WIDEST_SHOWN = 0.3
 _UTILIZATION = {
     "mfu": "FLOPs",
     "mbu": "memory bandwidth",
@@ -189,28 +191,35 @@ def _steady_line(steady: dict[str, Any]) -> str:
 
 
 def _energy_line(energy: dict[str, Any], steady: dict[str, Any]) -> str:
-    figure = _with_whole(steady, "energy_per_output_token_j", energy["per_output_token_j"], "J/output token")
-    return (
-        f"{figure}, {_figure(energy['mean_power_w'])} W on average; "
-        f"with servers {_figure(energy['server']['per_output_token_j'])}, "
-        f"building {_figure(energy['facility']['per_output_token_j'])} J/output token (whole run)"
-    )
+    """The steady figure, then all those of the whole run together."""
+    unit, told = "J/output token", _steady_figure(steady, "energy_per_output_token_j")
+    around = f"with servers {_figure(energy['server']['per_output_token_j'])}"
+    around += f", building {_figure(energy['facility']['per_output_token_j'])}"
+    whole = f"{_figure(energy['per_output_token_j'])} {unit}, {around}; {_figure(energy['mean_power_w'])} W on average"
+    return f"{told} {unit}; whole run: {whole}" if told else f"{whole} ({_whole_alone(steady)})"
 
 
 def _cost_line(cost: dict[str, Any], steady: dict[str, Any]) -> str:
-    whole = cost["usd_per_million_output_tokens"]
-    figure = _with_whole(steady, "usd_per_million_output_tokens", whole, "USD/million output tokens")
+    key = "usd_per_million_output_tokens"
+    unit, whole, told = "USD/million output tokens", _figure(cost[key]), _steady_figure(steady, key)
+    figure = f"{told} {unit} (whole run {whole})" if told else f"{whole} {unit} ({_whole_alone(steady)})"
     devices = f"{cost['billed_devices']:,} billed device{'s' if cost['billed_devices'] > 1 else ''}"
     return f"{figure} at {_figure(cost['usd_per_hour'])} USD/hour for {devices}"
 
 
-def _with_whole(steady: dict[str, Any], key: str, whole: float | None, unit: str) -> str:
-    """The steady figure with its half-width, and that of the whole run beside it."""
-    if steady["kind"] == "all_at_once" or steady[key] is None:
-        return f"{_figure(whole)} {unit} (whole run)"
-    width = steady["half_width"][key]
-    error = "" if width is None else f" +- {_figure(width * steady[key])}"
-    return f"{_figure(steady[key])}{error} {unit} (whole run {_figure(whole)})"
+def _steady_figure(steady: dict[str, Any], key: str) -> str | None:
+    """A steady figure with its half-width; None where there is none, or it is too wide to mean anything."""
+    value, width = steady[key], steady["half_width"][key]
+    if steady["kind"] == "all_at_once" or value is None:
+        return None
+    if steady["kind"] == "short" and (width is None or width > _WIDEST_SHOWN):
+        return None
+    return _figure(value) + ("" if width is None else f" +- {_figure(width * value)}")
+
+
+def _whole_alone(steady: dict[str, Any]) -> str:
+    """What to say of a figure of the whole run that stands alone."""
+    return "whole run; too short for a steady figure" if steady["kind"] == "short" else "whole run"
 
 
 def _slo_line(result: SimulationResult, slo: dict[str, float | None]) -> str:

@@ -14,12 +14,13 @@ from apexsim.errors import printable
 if TYPE_CHECKING:
     import pandas as pd
 
-# Heading of a column: the figure it shows.
+# Heading of a column: the figure it shows and its format, as in the table of a search.
 _FIGURES = {
-    "SLO kept": "slo.attainment",
-    "TTFT p90 s": "ttft_s.p90",
-    "TPOT p90 s": "tpot_s.p90",
-    "tokens/s": "throughput.output_tokens_per_s",
+    "SLO kept": ("slo.attainment", "{:.1%}"),
+    "TTFT p90 s": ("ttft_s.p90", "{:.3f}"),
+    "TPOT p90 s": ("tpot_s.p90", "{:.4f}"),
+    "tokens /s": ("throughput.output_tokens_per_s", "{:.0f}"),
+    "USD /Mtoken": ("steady.usd_per_million_output_tokens", "{:.3g}"),
 }
 
 
@@ -27,7 +28,7 @@ def sweep(
     sweep_file: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="Base, and a grid of paths into it.")],
     *,
     out: Annotated[Path, typer.Option(help="Folder for sweep.parquet and the journal.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with --out; the grid may have grown.")] = False,
     jobs: Annotated[int | None, typer.Option(help="Processes; the cores at hand.", min=1)] = None,
     allow_plugins: AllowPluginsFlag = False,
 ) -> None:
@@ -60,7 +61,7 @@ def _show(table: pd.DataFrame) -> None:
         shown.add_column(heading.replace(" ", "\n", 1), justify="right")
     shown.add_column("verdict")
     for record in table.to_dict("records"):
-        figures = [_format(record.get(figure)) for figure in _FIGURES.values()]
+        figures = [_format(record.get(figure), form) for figure, form in _FIGURES.values()]
         shown.add_row(*(printable(str(record[path])) for path in grid), *figures, record["verdict"])
     console = Console(markup=False, emoji=False)
     console.print(shown)
@@ -68,5 +69,8 @@ def _show(table: pd.DataFrame) -> None:
         console.print(f"{len(rows)} {rows['verdict'].iloc[0]}: {error}", highlight=False, markup=False)
 
 
-def _format(value: Any) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.4g}"
+def _format(value: Any, form: str) -> str:
+    if value is None or math.isnan(value):
+        return "-"
+    # Shares are rounded down, so that none reads as the target that it misses; 0.57 x 1000 is a hair below 570.
+    return form.format(math.floor(1000 * value + 1e-9) / 1000 if form.endswith("%}") else value)

@@ -233,6 +233,14 @@ def _budget(deployment: Deployment, pool: Pool, lowered: Lowered, stage: int) ->
     )
 
 
+def needed_bytes(deployment: Deployment, pool: Pool) -> tuple[float, dict[str, float]]:
+    """What a device of the fullest stage offers, and what must be there before any KV cache, by name."""
+    lowered = lower(deployment, pool)
+    budgets = [_budget(deployment, pool, lowered, stage) for stage in range(len(lowered.stages))]
+    fullest = min(budgets, key=lambda budget: budget.kv_bytes)
+    return fullest.offered, fullest.parts
+
+
 def weights_bytes(deployment: Deployment, pool: Pool, lowered: Lowered, stage: int) -> float:
     """Weights on one device of a stage, as the engine loads them.
 

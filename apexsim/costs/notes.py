@@ -14,10 +14,13 @@ from apexsim.versions import begins, version_in
 # An engine and its version in the source of a fitted operator, such as "gemm.parquet (vllm 0.24.0)".
 _TIMED_ON = re.compile(r"\b(?P<engine>vllm|sglang|trtllm) (?P<version>\d[\w.]*)", re.IGNORECASE)
 
+# Operators whose kernels depend on the dtype of weights, as people call them.
+_WEIGHTED = {"gemm": "products", "moe": "experts"}
+
 
 def cost_notes(cost: StepCost) -> tuple[str, ...]:
     """Notes on a pool's step costs, for people to read; none where there is nothing to say."""
-    return (*_across_nodes(cost), *_stand_ins(cost), *_newer_kernels(cost))
+    return (*_across_nodes(cost), *_stand_ins(cost), *_estimated_weights(cost), *_newer_kernels(cost))
 
 
 def _across_nodes(cost: StepCost) -> Iterator[str]:
@@ -37,6 +40,15 @@ def _stand_ins(cost: StepCost) -> Iterator[str]:
     layers = {op.layer for op in _operators(cost) if isinstance(op, Experts)}
     for dtype, kernel in sorted({(layer.dtype, layer.kernel) for layer in layers if layer.kernel}):
         yield f"estimated: experts in {dtype} take what those in {kernel} do on {cost.tables.costs.profile.name}"
+
+
+def _estimated_weights(cost: StepCost) -> Iterator[str]:
+    """Kernels for a dtype of weights that nobody timed on this device; what stands in for another is told apart."""
+    lent = {op.layer.kernel for op in _operators(cost) if isinstance(op, Experts)}
+    for kind, key in fitted_operators(cost.lowered):
+        told = kind in _WEIGHTED and not (kind == "moe" and key in lent)
+        if told and cost.tables.costs.evidence(kind, key) == "estimated":
+            yield f"{key} {_WEIGHTED[kind]} of {cost.tables.costs.profile.name} are estimated"
 
 
 def _newer_kernels(cost: StepCost) -> Iterator[str]:

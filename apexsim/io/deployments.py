@@ -19,7 +19,7 @@ from pydantic import Field
 
 from apexsim import catalog
 from apexsim.errors import BadInput, Unsupported, nearest
-from apexsim.io.words import Dtype, EngineOption, EngineOptions, outweighing
+from apexsim.io.words import CodeName, Dtype, EngineOption, EngineOptions, outweighing
 from apexsim.io.yaml_files import load_spec, write_yaml
 from apexsim.specs.base import Spec, parse_spec
 from apexsim.specs.cluster import DEVICES_PER_NODE, MAX_DEVICES, Cluster, Overhead
@@ -60,7 +60,7 @@ class DeploymentFile(Spec):
     pipeline: int = Field(1, ge=1)
     expert: int = Field(1, ge=1)
     replicas: int = Field(1, ge=1, le=MAX_DEVICES)
-    router: str = "round_robin"
+    router: CodeName = "round_robin"
     weights: Dtype = None
     moe_weights: Dtype = None
     kv_cache: Dtype = None

@@ -29,7 +29,7 @@ from apexsim.io.deployments import (
     write_deployment,
 )
 from apexsim.io.requests import resolve_supply
-from apexsim.io.words import Dtype, EngineOption, EngineOptions
+from apexsim.io.words import CodeName, Dtype, EngineOption, EngineOptions
 from apexsim.io.yaml_files import load_spec
 from apexsim.search.headline import headline
 from apexsim.search.objective import objective_named
@@ -78,7 +78,7 @@ class SearchFile(Traffic):
     objective: str = "latency"
     engine: str = DEFAULT_ENGINE
     engine_options: EngineOptions = Field(default_factory=dict)
-    router: str = "round_robin"
+    router: CodeName = "round_robin"
     weights: Dtype = None
     moe_weights: Dtype = None
     kv_cache: Dtype = None

@@ -128,12 +128,25 @@ def option_words(options: Any) -> Any:
             raise ValueError(f"for {word} say {FLAGS[name]}")
         if name in _SWITCHES and not isinstance(value, bool):
             raise ValueError(f"{word} is true or false")
+        if name == "policy":
+            code_name(value)
         given = _SWITCHES[name][not value] if name in _SWITCHES else {_SAME_OPTION.get(name, name): value}
         if twice := found.keys() & given.keys():
             raise ValueError(f"{min(twice)} is given twice")
         found |= given
     return found
 
+
+def code_name(value: Any) -> Any:
+    """The name of a policy or router as it is; ``ValueError`` for a class or an object of one, with its name."""
+    kind = value if isinstance(value, type) else type(value)
+    if kind.__module__ == "builtins":
+        return value
+    raise ValueError(f"give 'module:Name', here '{kind.__module__}:{kind.__qualname__}'")
+
+
+# The name of a router in a file or a flag.
+CodeName = Annotated[str, BeforeValidator(code_name)]
 
 EngineOption = bool | int | float | str | None
 # Engine options in a file or a flag, by their names here or by those of engines' own flags.

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from html import escape
 from typing import Any
 
 import pandas as pd
@@ -53,6 +54,28 @@ class Study:
     rows: tuple[Row, ...]
     asked: int
     timing: Mapping[str, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """The answer in a line, without reasons: those are in ``headline``."""
+        base, tied = self.question.space.base, len(self.leaders)
+        asked = (
+            f"{base.model.name} on {base.cluster.devices}x{base.cluster.device.name} by {self.question.objective.name}"
+        )
+        if self.winner is None:
+            return f"<Study {asked}: none of {len(self.rows)} plans keeps the SLO>"
+        ties = f", {tied} plans tie" if tied > 1 else ""
+        return f"<Study {asked}: {self.decision}{ties}, first {self.winner.candidate.name}>"
+
+    def _repr_html_(self) -> str:
+        """The headline over the table, for notebooks."""
+        return f"<p>{escape(self.headline)}</p>{self.table.to_html(index=False, max_cols=12, na_rep='-')}"
+
+    @cached_property
+    def headline(self) -> str:
+        """The answer in a sentence: the best plan, how sure that is, and what it is better than."""
+        from apexsim.search.headline import headline
+
+        return headline(self)
 
     @cached_property
     def leaders(self) -> tuple[Row, ...]:

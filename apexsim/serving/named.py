@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,12 +14,14 @@ from apexsim.serving.batching import POLICIES, BatchPolicy
 from apexsim.serving.routing import ROUTERS, Router
 from apexsim.specs.engine import SchedulerDefaults
 
+_WANTED = {"policy": "give a subclass of BatchPolicy", "router": "give a class with a method choose"}
+
 
 def policy_class(name: str, *, where: object = None) -> type[BatchPolicy]:
     """The class of a batching policy: one of ``POLICIES``, or a subclass of ``BatchPolicy`` as ``module:Name``."""
     found: type[BatchPolicy] = _class(name, POLICIES, "policy", where)
     if not issubclass(found, BatchPolicy):
-        raise BadInput("give a subclass of BatchPolicy", where=where, key="policy", got=name)
+        raise BadInput(_WANTED["policy"], where=where, key="policy", got=name)
     return found
 
 
@@ -25,7 +29,7 @@ def router_class(name: str, *, where: object = None) -> type[Router]:
     """The class of a router: one of ``ROUTERS``, or one with a method ``choose`` as ``module:Name``."""
     found: type[Router] = _class(name, ROUTERS, "router", where)
     if not callable(getattr(found, "choose", None)):
-        raise BadInput("give a class with a method choose", where=where, key="router", got=name)
+        raise BadInput(_WANTED["router"], where=where, key="router", got=name)
     return found
 
 
@@ -48,13 +52,36 @@ def _class(name: str, known: Mapping[str, type], key: str, where: object) -> typ
             would_do = f"unknown {key}; {nearest(name, known)}, or give module:Name"
             raise BadInput(would_do, where=where, key=key, got=name)
         return known[name]
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a module of the user's may fail in any way
-        raise BadInput(f"cannot be imported ({error}); give module:Name", where=where, key=key, got=name) from None
+    found = _imported(module, attribute, where=where, key=key)
     if not isinstance(found, type):
-        raise BadInput("give a class", where=where, key=key, got=name)
+        raise BadInput(_WANTED[key], where=where, key=key, got=name)
     return found
+
+
+def _imported(module: str, attribute: str, *, where: object, key: str) -> Any:
+    """What ``module:attribute`` names; BadInput says why it cannot be had, and where the module was looked for."""
+    name = f"{module}:{attribute}"
+    if not all(part.isidentifier() for part in (*module.split("."), attribute)):
+        raise BadInput("give module:Name", where=where, key=key, got=name)
+    try:
+        loaded = importlib.import_module(module)
+    except Exception as error:  # a module of the user's may fail in any way
+        absent = isinstance(error, ModuleNotFoundError) and error.name in (module, module.partition(".")[0])
+        why = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        said = f"cannot be imported ({why})" + (f"; {_looked_in()}" if absent else "")
+        raise BadInput(said, where=where, key=key, got=name) from None
+    if not hasattr(loaded, attribute):
+        classes = [each for each, value in vars(loaded).items() if isinstance(value, type)]
+        would_do = f"{module} has no {attribute}; {nearest(attribute, classes)}"
+        raise BadInput(would_do, where=where, key=key, got=name)
+    return getattr(loaded, attribute)
+
+
+def _looked_in() -> str:
+    """Where a module that was not found was looked for."""
+    if {"", os.getcwd()} & set(sys.path):
+        return "looked for in the current folder, PYTHONPATH and installed packages"
+    return "looked for in PYTHONPATH and installed packages, not in the current folder"
 
 
 def _built(found: type[Any], key: str, name: str, *arguments: object) -> Any:

@@ -31,7 +31,7 @@ from apexsim.serving.unfinished import why_unfinished
 from apexsim.specs.deployment import Deployment
 from apexsim.specs.engine import SchedulerDefaults
 from apexsim.specs.slo import SLO
-from apexsim.specs.workload import DEADLINE, Requests, Workload
+from apexsim.specs.workload import DEADLINE, Requests, Workload, look_absolute
 from apexsim.units import NS_PER_S, to_ns
 
 Progress = Callable[[float], None]
@@ -147,6 +147,8 @@ class Run:
         self.policy = how.policy or make_policy(deployment.scheduler)
         self._columns = requests.extra
         self._patience_ns = self._patience(requests, how.slo)
+        due_s, arrival_s = requests.extra.get(DEADLINE), requests.arrival_s
+        self._absolute = due_s is not None and arrival_s is not None and look_absolute(due_s, arrival_s)
         self.replicas = self._replicas(deployment, cost, memory, how.exact_steps)
         self._router = make_router(deployment.router)
         self._door = Door(deployment.scheduler, deployment.context_limit, memory)
@@ -221,8 +223,11 @@ class Run:
         """What a reader of the figures must know: columns that nobody looked at, and why requests are left."""
         used = {DEADLINE} if self.policy.needs_deadline else set()
         unused = sorted(self._columns.keys() - used)
+        told = [f"columns without effect here: {', '.join(unused)}"] if unused else []
+        if self._absolute and used:
+            told.append(f"{DEADLINE} counts from arrival; these look like absolute times: they grow with arrival_s")
         why = why_unfinished(self.requests, self.replicas, frozenset(self.recorder.rejected))
-        return (*([f"columns without effect here: {', '.join(unused)}"] if unused else []), *([why] if why else []))
+        return (*told, *([why] if why else []))
 
     # -- arrivals -----------------------------------------------------------------------------------------------
 

@@ -95,7 +95,7 @@ def _first_fault(error: ValidationError, cls: type[Spec], where: object) -> BadI
     path = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         name = str(fault["loc"][-1])
-        return BadInput(f"unknown key; {nearest(name, _keys_at(cls, fault['loc'][:-1]))}", where=where, key=path)
+        return BadInput(f"unknown key; {_meant(name, cls, fault['loc'][:-1])}", where=where, key=path)
     if fault["type"] == "missing":
         return BadInput("is missing and has no default", where=where, key=path)
     if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
@@ -119,9 +119,14 @@ def _wrong_kind(fault: ErrorDetails, cls: type[Spec], where: object) -> BadInput
     return BadInput(nearest(tag, kinds), where=where, key=key, got=tag)
 
 
-def _keys_at(cls: type[Spec], path: tuple[int | str, ...]) -> list[str]:
-    """Field names that a spec knows at ``path``; of the spec itself where the path leads elsewhere."""
-    return list(_options_at(cls, path)[0].model_fields)
+def _meant(name: str, cls: type[Spec], path: tuple[int | str, ...]) -> str:
+    """Which key may be meant by an unknown one at ``path``: the same one inside a section, or one much like it."""
+    fields = _options_at(cls, path)[0].model_fields
+    sections = {key: field.annotation for key, field in fields.items() if isinstance(field.annotation, type)}
+    inside = [key for key, kind in sections.items() if issubclass(kind, Spec) and name in kind.model_fields]
+    if inside:
+        return f"did you mean {' or '.join(f'{key}.{name}' for key in inside)}?"
+    return nearest(name, fields)
 
 
 def _options_at(cls: type[Spec], path: tuple[int | str, ...]) -> list[type[Spec]]:

@@ -148,6 +148,12 @@ class Deployment(Spec):
         known = parse_spec(ModelSpec, model, "model") if isinstance(model, dict) else model
         return {**data, "weights": known.published_dtype if isinstance(known, ModelSpec) else "bf16"}
 
+    def __repr__(self) -> str:
+        """What it is in a line: ``model_dump`` gives the whole."""
+        pool = self.pools[0]
+        where = f"{self.devices_used} x {self.cluster.device.name}, {pool.plan.name}-dp{pool.replicas}"
+        return f"<Deployment {self.model.name}, {where}, {self.engine.name}>"
+
     @property
     def as_published(self) -> bool:
         """Whether the weights are in the dtype of the model's checkpoint."""

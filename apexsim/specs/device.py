@@ -206,6 +206,10 @@ class DeviceProfile(Spec):
     operators: dict[str, dict[str, FittedOperator]]
     provenance: Provenance
 
+    def __repr__(self) -> str:
+        """Its name: the whole has tens of thousands of characters, and ``model_dump`` gives it."""
+        return f"<DeviceProfile {self.name}>"
+
     def at_clock(self, mhz: float) -> DeviceProfile:
         """The device with its multiprocessors held at a lower clock: an extrapolation, nothing was measured there.
 

@@ -32,6 +32,8 @@ from apexsim.specs.laws import (
 MAX_ARRIVAL_S = 9e9
 # The optional column of seconds from a request's arrival until its first token is due.
 DEADLINE = "deadline_s"
+# Deadlines of fewer requests may grow with the arrivals by chance; a correlation and a slope near 1 are no chance.
+FEWEST_TO_COMPARE, ALIKE = 5, 0.9
 # A run holds about 2.8 kB a request, so that this many would take some 28 GB. Source: the peak resident set of
 # ``apexsim simulate --model llama-3.1-8b --device h100-sxm --workload chat --rate-per-s 10 --requests N``:
 # 0.23 GB at N = 20,000 and 0.51 GB at N = 120,000.
@@ -328,6 +330,16 @@ def checked_deadlines(values: npt.ArrayLike, where: object) -> Floats:
     return array
 
 
+def look_absolute(deadline_s: Floats, arrival_s: Floats) -> bool:
+    """Whether deadlines grow with the arrivals, second by second, as times on the clock of the arrivals would."""
+    spread_s = float(arrival_s.std())
+    if len(arrival_s) < FEWEST_TO_COMPARE or not spread_s or not deadline_s.std():
+        return False
+    correlation = float(np.corrcoef(arrival_s, deadline_s)[0, 1])
+    slope = correlation * float(deadline_s.std()) / spread_s
+    return correlation > ALIKE and abs(slope - 1) < 1 - ALIKE
+
+
 def _numbers(values: npt.ArrayLike, column: str, where: object) -> npt.NDArray[Any]:
     array = np.array(values)
     if array.ndim != 1 or array.dtype.kind not in "iuf":
@@ -337,8 +349,11 @@ def _numbers(values: npt.ArrayLike, column: str, where: object) -> npt.NDArray[A
     return array
 
 
-def _bad_row(would_do: str, where: object, column: str, row: int, got: object) -> BadInput:
-    return BadInput(would_do, where=where, key=f"{column}, row {row + 1} (the first data row is 1)", got=got)
+def _bad_row(would_do: str, where: object, column: str, row: int, got: float) -> BadInput:
+    key = f"{column}, row {row + 1} (the first data row is 1)"
+    if math.isnan(got):  # an empty cell
+        return BadInput(f"got nothing; {would_do}", where=where, key=key)
+    return BadInput(would_do, where=where, key=key, got=got)
 
 
 def _is_number(value: object) -> bool:
