@@ -21,8 +21,9 @@ Where that is not known (a closed loop, requests refused or unfinished) both are
 half-widths come from batch means, widened by the correlation of neighbouring batches.
 
 Growth. The backlog grows where a straight line through it, in requests or in tokens still to make, rises beyond its
-error (one-sided, 99 %, neighbours' correlation counted) and by more than 2 % of what came in the window. A window
-shorter than 5 times in which 99 % of requests leave cannot tell it from chance.
+error (one-sided, 99 %, neighbours' correlation counted) and by more than 2 % of what came in the window. In a
+window shorter than 5 times in which 99 % of requests leave the system may still be filling. There only requests that
+were not scheduled yet tell growth, where they grow by more than 10 % of what came.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ Kind = Literal["steady", "short", "growing", "all_at_once"]
 
 LEAST_E2ES = 5.0  # a window holds as many 90th percentiles of the end-to-end time
 WIDEST = 0.03  # relative half-width of a figure that may decide
+LEAST_QUEUE_GROWTH = 0.1  # of what came in: a queue that grows more in a short window is no chance of a busy server
 LEAST_GROWTH = 0.02  # of what came in the window; a backlog that grows less moves no figure by more
 FEWEST_BATCHES, MOST_BATCHES = 10, 20
 SPARE = 1.1  # of requests that are asked for beyond those that would just do
@@ -257,8 +259,10 @@ def _by_batches(result: SimulationResult, flows: Flows) -> tuple[Estimate, Estim
 
 def _growth(result: SimulationResult, window: Window) -> str:
     """Why the backlog grows over the window, as a sentence; empty where it does not, or cannot be told from a ramp."""
-    if result.concurrency is not None or window.length_s < LEAST_E2ES * window.ramp_s:
+    if result.concurrency is not None:
         return ""
+    if window.length_s < LEAST_E2ES * window.ramp_s:
+        return _growing_queue(result, window)
     columns = result.request_columns
     at = np.linspace(window.from_s, window.to_s, 2 * MOST_BATCHES + 1)
     taken, done = columns["status"] != "rejected", result.finished
@@ -274,8 +278,24 @@ def _growth(result: SimulationResult, window: Window) -> str:
     share = max(risen(came - gone) / float(came[-1] - came[0]) for came, gone in (in_system, owed))
     if share <= LEAST_GROWTH:
         return ""
+    return _grown("backlog", share, window)
+
+
+def _growing_queue(result: SimulationResult, window: Window) -> str:
+    """The same of requests that were never scheduled yet: a server that only fills does not let them wait."""
+    columns = result.request_columns
+    taken = columns["status"] != "rejected"
+    arrival_s, scheduled_s = columns["arrival_s"][taken], columns["scheduled_s"][taken]
+    scheduled_s = scheduled_s[np.isfinite(scheduled_s)]
+    at = np.linspace(window.from_s, window.to_s, 2 * MOST_BATCHES + 1)
+    came, went = (spread_until((times, times), np.ones(len(times)), at) for times in (arrival_s, scheduled_s))
+    share = ratio(risen(came - went), float(came[-1] - came[0]))
+    return _grown("queue", share, window) if share > LEAST_QUEUE_GROWTH else ""
+
+
+def _grown(what: str, share: float, window: Window) -> str:
     would_do = "the deployment does not keep up; a lower rate or more replicas would do"
-    return f"the backlog grows by {share:.1%} of what comes in over {window.length_s:.3g} s: {would_do}"
+    return f"the {what} grows by {share:.1%} of what comes in over {window.length_s:.3g} s: {would_do}"
 
 
 def _shortness(
