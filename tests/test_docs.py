@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,14 @@ ENGINES = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8").partition("
 
 
 @pytest.fixture
-def own_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A folder with the example policy of docs/engines.md and the deployment that names it."""
     (tmp_path / "mypol.py").write_text(blocks_of("python")[0])
     (tmp_path / "mine.yaml").write_text(blocks_of("yaml")[0])
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "mypol", raising=False)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    yield
+    sys.modules.pop("mypol", None)
 
 
 def blocks_of(language: str) -> list[str]:

@@ -153,14 +153,14 @@ def test_a_module_that_is_not_there_says_where_it_was_looked_for(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     elsewhere = "looked for in PYTHONPATH and installed packages, not in the current folder"
-    said = f"deployment: policy: got 'mypol:Mine'; cannot be imported (No module named 'mypol'); {elsewhere}"
-    assert fault_of("mypol:Mine") == said
+    said = f"deployment: policy: got 'no_policy:Mine'; cannot be imported (No module named 'no_policy'); {elsewhere}"
+    assert fault_of("no_policy:Mine") == said
     monkeypatch.syspath_prepend(tmp_path)
-    assert fault_of("mypol:Mine").endswith("looked for in the current folder, PYTHONPATH and installed packages")
+    assert fault_of("no_policy:Mine").endswith("looked for in the current folder, PYTHONPATH and installed packages")
 
 
 def test_a_module_that_fails_says_how_and_a_name_that_it_lacks_which_it_has(tmp_path: Path, module: str) -> None:
-    assert fault_of(f"{module}:Polity").endswith(f"{module} has no Polity; did you mean Policy?")
+    assert fault_of(f"{module}:Polity").endswith(f"{module} has no Polity; known: Mine")
     assert fault_of(f"{module}:Policy.Inner").endswith("give module:Name")
     (tmp_path / "my_broken_plugin.py").write_text("1 / 0\n")
     assert fault_of("my_broken_plugin:Mine").endswith("cannot be imported (ZeroDivisionError: division by zero)")

@@ -71,7 +71,8 @@ def _imported(module: str, attribute: str, *, where: object, key: str) -> Any:
         said = f"cannot be imported ({why})" + (f"; {_looked_in()}" if absent else "")
         raise BadInput(said, where=where, key=key, got=name) from None
     if not hasattr(loaded, attribute):
-        classes = [each for each, value in vars(loaded).items() if isinstance(value, type)]
+        found = {each: value for each, value in vars(loaded).items() if isinstance(value, type)}
+        classes = [each for each, value in found.items() if value.__module__ == module]
         would_do = f"{module} has no {attribute}; {nearest(attribute, classes)}"
         raise BadInput(would_do, where=where, key=key, got=name)
     return getattr(loaded, attribute)
