@@ -39,6 +39,7 @@ from apexsim.io.yaml_files import load_spec
 from apexsim.search.executors import choose_jobs, run_local
 from apexsim.search.journal import fingerprint, identity, journal_in
 from apexsim.search.outcomes import Outcome, Progress, attempt, settle
+from apexsim.serving.named import check_due, policy_class
 from apexsim.serving.simulator import simulate
 from apexsim.specs.base import Spec, parse_spec
 from apexsim.specs.deployment import Deployment
@@ -135,9 +136,9 @@ def read_runs(path: Path | str, *, allow_plugins: bool = False) -> Iterator[Run]
             update={k: beside(getattr(run, k), path) for k in ("model", "device", "engine", "workload")}
         )
         traffic = run.model_dump(include=Traffic.model_fields.keys() - {"slo"})
-        yield Run(
-            point, resolve_deployment(run, path, allow_plugins=allow_plugins), read(*traffic.items()), run.slo, run.seed
-        )
+        deployment, requests = resolve_deployment(run, path, allow_plugins=allow_plugins), read(*traffic.items())
+        check_due(policy_class(deployment.scheduler.policy), requests, run.slo)
+        yield Run(point, deployment, requests, run.slo, run.seed)
 
 
 def simulated(run: Run) -> Outcome:

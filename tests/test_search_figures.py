@@ -387,3 +387,13 @@ def test_a_search_is_the_same_whatever_strings_hash_to() -> None:
         printed.append(done.stdout)
     assert printed[0] == printed[1]
     assert all(any(plan["verdict"] == "ok" for plan in study["plans"]) for study in json.loads(printed[0]))
+
+
+def test_devices_are_exact_and_wait_for_windows_that_are_long_enough() -> None:
+    """Two devices may be too few in the long run: their short window decides nothing. A larger plan's may be short."""
+    fewest = OBJECTIVES["devices"]
+    two, three = row(1, 1.0, window="short", devices=2.0), row(2, 1.0, devices=3.0)
+    assert fewest.error(two.outcome.figures) == 0.0
+    assert decide(rank([two, three], fewest), fewest) == "short"
+    settled = row(1, 1.0, devices=2.0)
+    assert decide(rank([settled, row(2, 1.0, window="short", devices=3.0)], fewest), fewest) == "win"

@@ -19,6 +19,7 @@ from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.request import Request
 from apexsim.serving.routing import LeastLoaded, RoundRobin
 from apexsim.serving.simulator import Run, simulate
+from apexsim.serving.unfinished import why_rejected
 from apexsim.specs.engine import SchedulerDefaults
 from apexsim.specs.workload import Requests
 from apexsim.testing import Case, LinearCost, check_case, check_run, made_up_deployment, made_up_memory
@@ -227,7 +228,11 @@ def test_a_policy_by_module_and_name_never_overspends() -> None:
 
 @pytest.mark.parametrize(
     ("policy", "said"),
-    [("chunked_prefil", "chunked_prefill"), ("nowhere:Policy", "module:Name"), (":P", "module:Name")],
+    [
+        ("chunked_prefil", "chunked_prefill"),
+        ("nowhere:Policy", "looked for in the current folder"),
+        (":P", "module:Name"),
+    ],
 )
 def test_unknown_policies_are_refused(policy: str, said: str) -> None:
     deployment = made_up_deployment(SchedulerDefaults(policy=policy))
@@ -270,3 +275,11 @@ class BlockBooks(RuleBasedStateMachine):
 
 TestBlockBooks = BlockBooks.TestCase
 TestBlockBooks.settings = settings(max_examples=60, deadline=None)
+
+
+def test_why_requests_were_rejected_is_told_by_kind() -> None:
+    reasons = {0: "520 tokens exceed 512", 1: "600 tokens exceed 512", 2: "no blocks"}
+    assert list(why_rejected(reasons)) == [
+        "2 rejected: 520 tokens exceed 512 (the first of them)",
+        "1 rejected: no blocks",
+    ]

@@ -215,3 +215,13 @@ def test_what_does_not_start_is_shown_with_what_there_is(capsys: pytest.CaptureF
     options = ["--engine-option", "max_model_len=20000"]
     assert main(["show", "memory", "--model", "llama-3.1-70b", "--device", "h100-sxm", "--tensor", "2", *options]) == 1
     assert "KV tokens" in capsys.readouterr().out
+
+
+def test_a_context_beyond_the_models_own_does_not_start() -> None:
+    with pytest.raises(InfeasiblePlan, match=r"needs max_model_len <= 40,960$"):
+        start(deployed(tensor=2, options={"max_model_len": 1_000_000}))
+
+
+def test_the_smallest_tensor_degree_may_be_one_of_several_nodes() -> None:
+    with pytest.raises(InfeasiblePlan, match=r"weights of 756 GiB exceed .*starts with tensor degree 16$"):
+        start(deployed("llama-3.1-405b"))

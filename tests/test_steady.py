@@ -10,6 +10,7 @@ from functools import cache
 import numpy as np
 import pytest
 
+import apexsim
 from apexsim.batch_means import ratio_of, regressed, risen
 from apexsim.io.deployments import deployment_from
 from apexsim.io.requests import resolve_workload
@@ -353,3 +354,13 @@ def test_a_ratio_of_batches_and_a_rise() -> None:
     assert risen(noise) == 0.0
     assert risen(noise + np.arange(41)) == pytest.approx(40, rel=0.1)
     assert risen(noise - np.arange(41)) == 0.0
+
+
+def test_a_queue_that_grows_tells_an_overload_whose_requests_stay_long() -> None:
+    """Two A100 get three times what they serve: requests stay for minutes, and the window is short against that."""
+    deployment = apexsim.deployment(model="llama-3.1-8b", device="a100-sxm", replicas=2)
+    requests = apexsim.workload("chat", rate_per_s=30, requests=2000)
+    steady = apexsim.simulate(deployment, requests).steady
+    assert steady.kind == "growing"
+    assert steady.usd_per_million_output_tokens is None
+    assert "does not keep up" in steady.reason

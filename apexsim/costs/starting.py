@@ -11,6 +11,9 @@ from apexsim.errors import InfeasiblePlan
 from apexsim.specs.cluster import DEVICES_PER_NODE
 from apexsim.specs.deployment import Deployment, Pool
 
+# Nodes over which a hint spreads tensor ranks.
+MOST_NODES = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Started:
@@ -35,6 +38,9 @@ def start(deployment: Deployment) -> Started:
     """
     wanted, asked = deployment.context_limit, deployment.engine.scheduler.max_model_len
     explicit = asked is not None and deployment.engine.memory.context_must_fit
+    if asked is not None and asked > deployment.model.max_context:
+        own = f"max_model_len {asked:,} is more than the context of {deployment.model.name}"
+        raise InfeasiblePlan([f"{own}; needs max_model_len <= {deployment.model.max_context:,}"])
     shortage: tuple[str, ...] = ()
     try:
         memory = plan_memory(deployment, deployment.pools[0])
@@ -126,7 +132,9 @@ def _smallest_tensor(deployment: Deployment) -> int | None:
     """
     pool, cluster = deployment.pools[0], deployment.cluster
     per_node = max(DEVICES_PER_NODE, cluster.devices_per_node)
-    for tensor in range(pool.plan.tensor + 1, per_node + 1):
+    inside, beyond = range(1, per_node + 1), range(2 * per_node, MOST_NODES * per_node + 1, per_node)
+    degrees: list[int] = [degree for degree in (*inside, *beyond) if degree > pool.plan.tensor]
+    for tensor in degrees:
         plan = pool.plan.model_copy(update={"tensor": tensor})
         room = cluster.model_copy(update={"devices_per_node": per_node, "nodes": -(-plan.devices // per_node)})
         tried = deployment.model_copy(update={"cluster": room, "pools": (Pool(plan=plan),)})

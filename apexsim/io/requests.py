@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from apexsim import catalog
 from apexsim.atomic import atomic_path
-from apexsim.errors import BadInput, nearest
+from apexsim.errors import BadInput, nearest, printable
 from apexsim.io.bounds import check_csv, check_ids, check_jsonl, check_parquet
 from apexsim.reading import check_regular
 from apexsim.specs.laws import MAX_CONCURRENCY, ClosedLoop, Floats, PoissonArrivals, RenewalArrivals
@@ -153,7 +153,7 @@ def read_requests(path: str | os.PathLike[str], *, lengths_will_do: bool = False
     path = Path(path)
     table, dropped = _read_table(path)
     rows = Requests(
-        name=path.stem,
+        name=printable(path.stem),
         prompt_tokens=checked_counts(_numbers(table, "prompt_tokens", path), "prompt_tokens", path),
         output_tokens=checked_counts(_numbers(table, "output_tokens", path), "output_tokens", path),
         arrival_s=np.zeros(table.num_rows),

@@ -10,7 +10,6 @@ objective: latency
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from pydantic import Field
 
 from apexsim import __version__
 from apexsim.atomic import atomic_path, write_json
-from apexsim.costs.starting import start
 from apexsim.errors import BadInput
 from apexsim.io.deployments import (
     DEFAULT_ENGINE,
@@ -29,7 +27,7 @@ from apexsim.io.deployments import (
     write_deployment,
 )
 from apexsim.io.requests import resolve_supply
-from apexsim.io.words import CodeName, Dtype, EngineOption, EngineOptions
+from apexsim.io.words import CodeName, Dtype, EngineOptions
 from apexsim.io.yaml_files import load_spec
 from apexsim.search.headline import headline
 from apexsim.search.objective import objective_named
@@ -127,15 +125,8 @@ def write_study(out: Path, study: Study, file: SearchFile) -> None:
     if study.winner:
         candidate = study.winner.candidate
         degrees = {**candidate.plan.model_dump(), "replicas": candidate.replicas}
-        options = {**file.engine_options, **_starting_options(study)}
+        options = {**file.engine_options, **(study.started.options if study.started else {})}
         write_deployment(best, deployment_file(file, out).model_copy(update={**degrees, "engine_options": options}))
-
-
-def _starting_options(study: Study) -> Mapping[str, EngineOption]:
-    """What the best plan's engine must be given to start, as ``max_model_len``; empty where it starts without."""
-    requests, best = study.question.requests, study.best
-    assert best is not None, "a study with a winner has a best deployment"
-    return start(best.for_load(int(requests.prompt_tokens.max()), requests.concurrency)).options
 
 
 def study_data(study: Study) -> dict[str, Any]:

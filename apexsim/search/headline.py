@@ -21,7 +21,7 @@ def headline(study: Study) -> str:
     best, objective = study.winner, study.question.objective
     parts = [f"{_opening(study)}, {_figure(best, objective)}"]
     parts += _fewer(study) if objective.any_devices else _margins(study)
-    parts += _resolved(study) + _idle(study)
+    parts += _resolved(study) + _idle(study) + list(study.started.notes if study.started else ())
     # Where the opening says how many requests would do, the reason says it again for one plan.
     if best.outcome.reason and not (study.decision == "short" and _wanted(study)):
         parts.append(best.outcome.reason)
@@ -37,7 +37,7 @@ def _idle(study: Study) -> list[str]:
     """How many devices are not needed, and whether they are paid for all the same; or that fewer were not tried."""
     assert study.best is not None
     cluster, said = study.best.cluster, []
-    if not study.question.space.allow_idle and study.question.objective.window and cluster.devices > 1:
+    if not study.question.space.allow_idle and study.question.objective.half_width and cluster.devices > 1:
         said.append("plans on fewer devices were not looked at (--allow-idle)")
     if idle := cluster.devices - study.best.devices_used:
         paid = study.best.billed_devices - study.best.devices_used

@@ -111,6 +111,8 @@ class Objective:
 
     def error(self, figures: Mapping[str, float | None]) -> float | None:
         """Half-width of the sampling error of the figure that counts, in its unit; None when not known."""
+        if self.any_devices:
+            return 0.0  # devices are counted
         value, share = self.value(figures), figures.get(self.half_width) if self.half_width else None
         return None if value is None or share is None else share * abs(value)
 
@@ -230,6 +232,8 @@ OBJECTIVES = {
             "devices",
             "",
             lasting=True,
+            window=COST,
+            wanted="steady_usd_wanted_requests",
             any_devices=True,
             resolution=0.0,
             breaks=(BREAKS[0], Break("steady_energy_per_output_token_j", "energy per output token", "{:.4g} J")),

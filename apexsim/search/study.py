@@ -12,6 +12,8 @@ from typing import Any
 
 import pandas as pd
 
+from apexsim.costs.starting import Started, start
+from apexsim.errors import InfeasiblePlan
 from apexsim.search.executors import Executor, choose_jobs, run_local
 from apexsim.search.journal import Journal
 from apexsim.search.judging import Evaluate, Field, Row, judge, look_at, run_deployment
@@ -96,6 +98,20 @@ class Study:
     def best(self) -> Deployment | None:
         """The winning deployment; None when no plan keeps the SLO."""
         return self.question.space.deployment(self.winner.candidate) if self.winner else None
+
+    @cached_property
+    def started(self) -> Started | None:
+        """The best deployment as its engine starts, with what it must be told to.
+
+        None when no plan qualifies, and where an evaluation of one's own chose one that does not start.
+        """
+        if self.best is None:
+            return None
+        requests = self.question.requests
+        try:
+            return start(self.best.for_load(int(requests.prompt_tokens.max()), requests.concurrency))
+        except InfeasiblePlan:
+            return None
 
     @property
     def table(self) -> pd.DataFrame:

@@ -13,6 +13,8 @@ from apexsim.serving.audit import Audited
 from apexsim.serving.batching import POLICIES, BatchPolicy
 from apexsim.serving.routing import ROUTERS, Router
 from apexsim.specs.engine import SchedulerDefaults
+from apexsim.specs.slo import SLO
+from apexsim.specs.workload import DEADLINE, Requests
 
 _WANTED = {"policy": "give a subclass of BatchPolicy", "router": "give a class with a method choose"}
 
@@ -31,6 +33,13 @@ def router_class(name: str, *, where: object = None) -> type[Router]:
     if not callable(getattr(found, "choose", None)):
         raise BadInput(_WANTED["router"], where=where, key="router", got=name)
     return found
+
+
+def check_due(policy: BatchPolicy | type[BatchPolicy], requests: Requests, slo: SLO | None) -> None:
+    """Raise BadInput where a policy needs times at which first tokens are due, and nothing says them."""
+    if policy.needs_deadline and DEADLINE not in requests.extra and (slo is None or slo.ttft_s is None):
+        would_do = f"needs a time at which first tokens are due; give --slo ttft_s=... or a column {DEADLINE}"
+        raise BadInput(f"the policy {would_do}", key="policy")
 
 
 def make_policy(scheduler: SchedulerDefaults) -> BatchPolicy:

@@ -18,16 +18,15 @@ from apexsim.costs.notes import cost_notes
 from apexsim.costs.starting import Started, start
 from apexsim.costs.steps import StepCost, build_step_cost
 from apexsim.costs.timing import StepTimes
-from apexsim.errors import BadInput
 from apexsim.results import SimulationResult
 from apexsim.serving.batching import BatchPolicy
 from apexsim.serving.clock import ARRIVAL, Clock
 from apexsim.serving.kv_cache import BlockManager
-from apexsim.serving.named import make_policy, make_router
+from apexsim.serving.named import check_due, make_policy, make_router
 from apexsim.serving.recording import Recorder
 from apexsim.serving.replica import Replica, ReplicaSettings
 from apexsim.serving.request import Request
-from apexsim.serving.unfinished import why_unfinished
+from apexsim.serving.unfinished import why_rejected, why_unfinished
 from apexsim.specs.deployment import Deployment
 from apexsim.specs.engine import SchedulerDefaults
 from apexsim.specs.slo import SLO
@@ -174,9 +173,7 @@ class Run:
             return [to_ns(seconds) for seconds in requests.extra[DEADLINE].tolist()]
         if slo is not None and slo.ttft_s is not None:
             return [to_ns(slo.ttft_s)] * len(requests)
-        if self.policy.needs_deadline:
-            would_do = f"needs a time at which first tokens are due; give --slo ttft_s=... or a column {DEADLINE}"
-            raise BadInput(f"the policy {would_do}", key="policy")
+        check_due(self.policy, requests, slo)
         return None
 
     def _replicas(
@@ -220,14 +217,14 @@ class Run:
             self._progress(1.0)
 
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the figures must know: columns that nobody looked at, and why requests are left."""
+        """What a reader of the figures must know: columns that nobody looked at, and why requests were not served."""
         used = {DEADLINE} if self.policy.needs_deadline else set()
         unused = sorted(self._columns.keys() - used)
         told = [f"columns without effect here: {', '.join(unused)}"] if unused else []
         if self._absolute and used:
             told.append(f"{DEADLINE} counts from arrival; these look like absolute times: they grow with arrival_s")
         why = why_unfinished(self.requests, self.replicas, frozenset(self.recorder.rejected))
-        return (*told, *([why] if why else []))
+        return (*told, *why_rejected(self.recorder.rejected), *([why] if why else []))
 
     # -- arrivals -----------------------------------------------------------------------------------------------
 

@@ -1,11 +1,26 @@
-"""Why a run ended although requests are left."""
+"""Why requests of a run were not served: refused at the door, or left when it ended."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 
 from apexsim.serving.replica import Replica
 from apexsim.serving.request import Request
+
+MOST_REASONS = 3
+
+
+def why_rejected(rejected: Mapping[int, str]) -> Iterator[str]:
+    """Sentences on the requests refused at the door: by kind of reason, with the reason of the first of each."""
+    kinds: dict[str, list[str]] = {}
+    for reason in rejected.values():
+        kinds.setdefault(re.sub(r"\d+", "#", reason), []).append(reason)
+    ordered = sorted(kinds.values(), key=len, reverse=True)
+    for reasons in ordered[:MOST_REASONS]:
+        yield f"{len(reasons)} rejected: {reasons[0]}" + " (the first of them)" * (len(set(reasons)) > 1)
+    if rest := sum(map(len, ordered[MOST_REASONS:])):
+        yield f"{rest} more rejected, for {len(ordered) - MOST_REASONS} other reasons"
 
 
 def why_unfinished(requests: Sequence[Request], replicas: Sequence[Replica], refused: frozenset[int]) -> str | None:
