@@ -223,7 +223,7 @@ class March(Stretch):
         The first gap depends on what was before, the others are the steps' durations.
         """
         cohort = self._cohort
-        first_ns, last_ns = self.end_ns(self._first + 1), self.next_end_ns
+        first_ns, last_ns = self.from_ns + self.run.elapsed_ns(1), self.next_end_ns
         if through == self._ahead:  # no composition since: what was taken since belongs to later steps
             held = held[0], held[0]
         if late:
