@@ -105,10 +105,8 @@ class WeightedTimes:
         first, last = int(step[0]), int(step[-1] + steps[-1])
         at = np.arange(first, last)
         entry = at + np.repeat(mean_at - step, np.diff(np.append(step, last)))
-        by_weight, by_step, by_table = (
-            np.concatenate(([0], np.cumsum(weights[first:last] * values)))
-            for values in (1, at, prefix.take(entry, mode="clip"))
-        )
+        weight = weights[first:last]
+        by_weight, by_step, by_table = map(_running, (weight, weight * at, weight * prefix.take(entry, mode="clip")))
         start, end = step - first, step - first + steps
         count, rows, table = (sums[end] - sums[start] for sums in (by_weight, by_step, by_table))
         return np.asarray(
@@ -128,3 +126,10 @@ class WeightedTimes:
             shift[kind] = length - low[kind]
             length += len(parts[-1])
         return np.concatenate(parts), mean + shift[number]
+
+
+def _running(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Sums of the first 0, 1, 2 ... values."""
+    sums = np.zeros(len(values) + 1, dtype=np.int64)
+    np.cumsum(values, out=sums[1:])
+    return sums

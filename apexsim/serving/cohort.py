@@ -12,7 +12,7 @@ cannot all march on (budgets or blocks run short); the oracle (``exact_steps``) 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from heapq import heappop, heappush
 
 from apexsim.serving.growth import Taking, growth_of
@@ -91,8 +91,10 @@ class Cohort:
             leaving.append(heappop(self._leavers)[2])
         return leaving
 
-    def take_late(self) -> list[Request]:
+    def take_late(self) -> Sequence[Request]:
         """The late members, as the step is composed whose token they get singly."""
+        if not self.late:
+            return ()
         late, self.late = self.late, []
         for request in late:
             request.pending += 1

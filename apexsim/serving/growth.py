@@ -76,7 +76,9 @@ class SteadyGrowth:
     def join(self, request: Request) -> None:
         if request.capacity < request.total:  # else it holds all the blocks it will ever need
             self._members += 1
-            self._count(-request.base % self._size, 1)
+            at = -request.base % self._size
+            self._crossing[at] += 1
+            self._crossing[at + self._size] += 1
             self._joined.append(request.computed - request.base + -request.computed % self._size)
 
     def missing(self, step: int, steps: int) -> int:
@@ -95,7 +97,10 @@ class SteadyGrowth:
             self._blocks.take(missing)
 
     def march_over(self, step: int, steps: int, taking: Taking) -> None:
-        self.march(step, steps)
+        missing = self.missing(step, steps)
+        if not missing:
+            return
+        self._blocks.take(missing)
         if taking.early:
             taken = self._each * self._crossing[step % self._size]
             self._blocks.block_ns += taken * (taking.next_end_ns - taking.composed_ns(0))
@@ -115,13 +120,11 @@ class SteadyGrowth:
     def leave(self, request: Request) -> None:
         if request.capacity < request.total:
             self._members -= 1
-            self._count(-request.base % self._size, -1)
+            at = -request.base % self._size
+            self._crossing[at] -= 1
+            self._crossing[at + self._size] -= 1
             self._left.append(request.computed - request.base + -request.computed % self._size)
             self._blocks.hand_over(request)
-
-    def _count(self, at: int, by: int) -> None:
-        self._crossing[at] += by
-        self._crossing[at + self._size] += by
 
 
 class MemberGrowth:

@@ -116,7 +116,7 @@ class March(Stretch):
         late, step, through = cohort.take_late(), cohort.step - ahead, self.silent + 1 - self._first
         marches = min(compositions, cohort.steps_to_leave)
         leaving = composed = cohort.march(marches, self)
-        showing = self._show(step, through)
+        showing = self._show(step, through) if cohort.unshown else {}
         time_ns = self.from_ns
         if through > 0:
             time_ns = self._record(through, step, late, recorder, (held, blocks.held))
@@ -160,7 +160,8 @@ class March(Stretch):
             recorder.ended(in_flight.popleft(), cohort, held)
         late, step = cohort.take_late(), cohort.step - ahead
         leaving = cohort.march(steps, self)
-        self._show(step, through)
+        if cohort.unshown:
+            self._show(step, through)
         last_ns = self._record(through, step, late, recorder, (held, blocks.held))
         cohort.leave(leaving)
         self._ahead = self.silent + self._owed - steps
@@ -199,7 +200,7 @@ class March(Stretch):
         stay, context = size - 1, context + steps * size - (leaver.total - 1)
         return BatchStats(stay, context + stay, (), (), stay)
 
-    def _batch(self, count: int, step: int, late: list[Request], times_ns: tuple[int, int]) -> Batch:
+    def _batch(self, count: int, step: int, late: Sequence[Request], times_ns: tuple[int, int]) -> Batch:
         """C(count); ``step`` is the cohort's count before C(1), in which ``late`` members have a token singly."""
         stats = self._stats.grown(count - 1) if count > 1 else self._stats
         samples = late if count == 1 else ()
@@ -214,16 +215,19 @@ class March(Stretch):
             labels=self._first_labels if count == 1 else self._labels,
         )
 
-    def _record(self, through: int, step: int, late: list[Request], recorder: Recorder, held: tuple[int, int]) -> int:
+    def _record(
+        self, through: int, step: int, late: Sequence[Request], recorder: Recorder, held: tuple[int, int]
+    ) -> int:
         """C(1) to C(through) have ended; returns when.
 
         The first gap depends on what was before, the others are the steps' durations.
         """
         cohort = self._cohort
-        first_ns, last_ns = self.end_ns(self._first + 1), self.next_end_ns
+        first_ns, last_ns = self.from_ns + self.run.elapsed_ns(1), self.next_end_ns
         if through == self._ahead:  # no composition since: what was taken since belongs to later steps
             held = held[0], held[0]
-        recorder.tokens(late, first_ns)
+        if late:
+            recorder.tokens(late, first_ns)
         recorder.gap(first_ns - cohort.last_end_ns, cohort.size - len(late))
         recorder.run(self.run, through, cohort.size)
         recorder.step(self._stats, self._first_labels, (self.from_ns, last_ns), through, held)
