@@ -90,7 +90,7 @@ def test_what_cannot_be_written_is_found_before(tmp_path: Path) -> None:
         with pytest.raises(BadInput, match="--json"):
             check_writable(path, where="--json")
     (tmp_path / "out" / "study.json").mkdir(parents=True)
-    with pytest.raises(BadInput, match=r"--out.*study\.json"):
+    with pytest.raises(BadInput, match="--out"):
         make_folder(tmp_path / "out", files=["study.json"])
 
 

@@ -81,4 +81,4 @@ def worked_s(cost: StepCost, accounting: Accounting, steps: Columns, pipeline_ns
     prompts = steps["chunk_tokens"] > 0
     taken_ns = steps["end_ns"] - steps["start_ns"]
     decode_ns = pipeline_ns if cost.stages > 1 else int(taken_ns[~prompts].sum())
-    return math.fsum(accounting.step_s[prompts]) + decode_ns * cost.lowered.stage_devices / NS_PER_S
+    return math.fsum(accounting.step_s[prompts].tolist()) + decode_ns * cost.lowered.stage_devices / NS_PER_S

@@ -122,7 +122,8 @@ class StepCost:
         row = self._rows.get(stats.decodes) or self._new_row(stats.decodes)
         if self._plain:
             mean = stats.context // stats.decodes
-            plain = PlainRun(row, self._plain_layers, mean, max(1, self.max_context - mean + 1))
+            left = self.max_context - mean + 1
+            plain = PlainRun(row, self._plain_layers, mean, left if left > 1 else 1)
             if row.fixed[0] >= row.floor or plain.elapsed_ns(1) >= row.floor:
                 return plain
         moving, limit = self._regime(stats)

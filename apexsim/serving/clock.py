@@ -7,7 +7,6 @@ from heapq import heappush
 
 import simpy
 from simpy.core import StopSimulation
-from simpy.events import EventPriority
 
 Action = Callable[[simpy.Event], None]
 """What happens at a time; it is given the event, as SimPy's callbacks are."""
@@ -41,22 +40,25 @@ class Clock(simpy.Environment):
     @property
     def now_ns(self) -> int:
         """The time, in nanoseconds."""
-        return int(self._now)
+        now_ns: int = self._now  # type: ignore[assignment]  # every time asked for is a whole number
+        return now_ns
 
     def reaches(self, time_ns: int, rank: int) -> bool:
         """Move on to ``time_ns`` unless something else happens before (or then, at a lower rank). True if it does not.
 
         What an event would do at that time can then be done at once, which spares the event.
         """
-        if self._queue and self._queue[0][:2] < (time_ns, rank):
-            return False
+        if self._queue:
+            next_ns, next_rank, _, _ = self._queue[0]
+            if next_ns < time_ns or (next_ns == time_ns and next_rank < rank):
+                return False
         self._now = time_ns
         return True
 
     def at(self, time_ns: int, rank: int, action: Action) -> Alarm:
         """Call ``action`` at ``time_ns``; among equal times lower ranks go first, then the order of asking."""
         alarm = Alarm(self, action)
-        heappush(self._queue, (time_ns, EventPriority(rank), next(self._eid), alarm))  # as Environment.schedule does
+        heappush(self._queue, (time_ns, rank, next(self._eid), alarm))  # type: ignore[misc]  # as Environment.schedule
         return alarm
 
     def stop(self) -> None:

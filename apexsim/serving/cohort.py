@@ -58,6 +58,10 @@ class Cohort:
         """Blocks that the members lack to march ``steps`` steps."""
         return self._growth.missing(self.step, steps)
 
+    def most_missing(self, steps: int) -> int:
+        """No fewer blocks than the members lack to march ``steps`` steps, now or later."""
+        return self._growth.most_missing(steps)
+
     @property
     def steps_to_leave(self) -> int:
         """Steps until a member samples its last token."""

@@ -42,6 +42,9 @@ class Growth(Protocol):
     def missing(self, step: int, steps: int) -> int:
         """Blocks that the members lack to march ``steps`` steps from count ``step``."""
 
+    def most_missing(self, steps: int) -> int:
+        """No fewer blocks than the members lack for ``steps`` steps, from whatever count."""
+
     def march(self, step: int, steps: int) -> None:
         """Take those blocks."""
 
@@ -91,6 +94,9 @@ class SteadyGrowth:
             crossings += steps // size * self._members
         return self._each * crossings
 
+    def most_missing(self, steps: int) -> int:
+        return self._each * self._members * (steps // self._size + 1)
+
     def march(self, step: int, steps: int) -> None:
         missing = self.missing(step, steps)
         if missing:
@@ -132,13 +138,18 @@ class MemberGrowth:
 
     def __init__(self, blocks: BlockManager) -> None:
         self._blocks = blocks
+        self._members = 0
         self._due: list[list[Request]] = [[] for _ in range(blocks.block_size)]
 
     def join(self, request: Request) -> None:
+        self._members += 1
         self._due[-request.base % len(self._due)].append(request)
 
     def missing(self, step: int, steps: int) -> int:
         return sum(self._blocks.missing(request, tokens) for request, tokens in self._growing(step, steps))
+
+    def most_missing(self, steps: int) -> int:
+        return self._blocks.needed(1) * self._members * (steps // len(self._due) + 1)
 
     def march(self, step: int, steps: int) -> None:
         for request, tokens in self._growing(step, steps):
@@ -159,6 +170,7 @@ class MemberGrowth:
         return 0
 
     def leave(self, request: Request) -> None:
+        self._members -= 1
         self._due[-request.base % len(self._due)].remove(request)
 
     def _growing(self, step: int, steps: int) -> Iterator[tuple[Request, int]]:

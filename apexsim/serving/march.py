@@ -72,11 +72,14 @@ class March(Stretch):
         if self._stats.window_contexts or to_leave > limit:
             silent = min(to_leave, limit) - owed
         else:
-            silent = min(self._first + self._ahead + to_leave - 1, limit - owed)
+            silent, most = self._first + self._ahead + to_leave - 1, limit - owed
+            silent = silent if silent < most else most
         for position, batch in enumerate(in_flight):
             if batch.leaving and position < silent:
                 silent = position
-        self._missing = cohort.missing(silent + owed)
+        self._missing = cohort.most_missing(silent + owed)  # a bound that mostly does, and is quicker to have
+        if self._missing > blocks.free:
+            self._missing = cohort.missing(silent + owed)
         if self._missing > blocks.free:
             silent = bisect_right(range(1, silent + owed + 1), blocks.free, key=cohort.missing) - owed
         if silent + owed <= 0:
@@ -85,9 +88,8 @@ class March(Stretch):
         return True
 
     def end_ns(self, count: int) -> int:
-        if count <= self._first:
-            return self._known[count - 1]
-        return self.from_ns + self.run.elapsed_ns(count - self._first)
+        later = count - self._first
+        return self.from_ns + self.run.elapsed_ns(later) if later > 0 else self._known[count - 1]
 
     def passed(self, now_ns: int) -> int:
         silent, first, start_ns = self.silent, self._first, self.from_ns
@@ -149,8 +151,9 @@ class March(Stretch):
         through = self.silent + 1 - self._first
         steps = through - ahead
         leaver = cohort.lone_leaver(steps)
-        next_step = cohort.size * blocks.needed(1)  # blocks it takes at most
-        if leaver is None or self._stats.window_contexts or self._missing + next_step > blocks.free:
+        if leaver is None or self._stats.window_contexts:
+            return None
+        if self._missing + cohort.most_missing(1) > blocks.free:
             return None
         stayers = self._stats_without(leaver, steps)
         run = self._cost.decode_run(stayers)

@@ -79,7 +79,8 @@ class Recorder:
 
     def peak(self, held: int) -> None:
         """So many KV blocks are in use at the end of the latest step."""
-        self._steps[self._row + 9] = max(self._steps[self._row + 9], held)
+        steps, at = self._steps, self._row + 9
+        steps[at] = held if held > steps[at] else steps[at]
 
     def tokens(self, requests: Sequence[Request], end_ns: int) -> None:
         """One sampled token of each request comes to exist; the gap to its previous one is an inter-token latency."""

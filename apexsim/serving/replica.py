@@ -274,10 +274,12 @@ class Replica:
     def _launch(self, batch: Batch) -> None:
         """Send a batch through the stages: it enters one when that is free and the stage before has passed it on."""
         free = self._stage_free
-        batch.start_ns = time_ns = max(self._clock.now_ns, free[0])
+        now_ns, free_ns = self._clock.now_ns, free[0]
+        batch.start_ns = time_ns = now_ns if now_ns > free_ns else free_ns
         durations_ns = self._set.cost.stage_ns(batch.stats)
         for stage, duration_ns in enumerate(durations_ns):
-            time_ns = free[stage] = max(time_ns, free[stage]) + duration_ns
+            free_ns = free[stage]
+            time_ns = free[stage] = (time_ns if time_ns > free_ns else free_ns) + duration_ns
         if len(durations_ns) > 1 and not batch.stats.chunks:
             self._recorder.pipeline_ns += sum(durations_ns)
         batch.end_ns = time_ns
