@@ -217,9 +217,10 @@ def test_what_does_not_start_is_shown_with_what_there_is(capsys: pytest.CaptureF
     assert "KV tokens" in capsys.readouterr().out
 
 
-def test_a_context_beyond_the_models_own_does_not_start() -> None:
-    with pytest.raises(InfeasiblePlan, match=r"needs max_model_len <= 40,960$"):
-        start(deployed(tensor=2, options={"max_model_len": 1_000_000}))
+def test_a_context_beyond_the_models_own_counts_as_that_and_says_so() -> None:
+    engine = start(deployed(tensor=2, options={"max_model_len": 51_200}))
+    assert engine.deployment.context_limit == 40_960
+    assert engine.notes == ("max_model_len 51,200 is more than the context of qwen3-32b: 40,960 holds",)
 
 
 def test_the_smallest_tensor_degree_may_be_one_of_several_nodes() -> None:

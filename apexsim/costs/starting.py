@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from apexsim.costs.memory import MemoryPlan, plan_memory
 from apexsim.errors import InfeasiblePlan
@@ -34,13 +34,21 @@ def start(deployment: Deployment) -> Started:
     Where no ``max_model_len`` is given and the model's own context does not fit, the longest that does is taken, with a
     note; so is it where the engine starts with any. Seats that no option gives yield to the states of recurrent layers
     in the same way. Raises ``InfeasiblePlan`` with what would do: a ``max_model_len`` in place of one that does not
-    start, fewer seats, the smallest tensor degree that would start.
+    start, fewer seats, the smallest tensor degree that would start. A ``max_model_len`` beyond the model's context, which
+    engines take only when they are told twice, counts as that context, with a note.
     """
+    started = _started(deployment)
+    asked, own = deployment.engine.scheduler.max_model_len, deployment.model.max_context
+    if asked is None or asked <= own:
+        return started
+    note = f"max_model_len {asked:,} is more than the context of {deployment.model.name}: {own:,} holds"
+    return replace(started, notes=(note, *started.notes))
+
+
+def _started(deployment: Deployment) -> Started:
+    """The same, but for that note."""
     wanted, asked = deployment.context_limit, deployment.engine.scheduler.max_model_len
     explicit = asked is not None and deployment.engine.memory.context_must_fit
-    if asked is not None and asked > deployment.model.max_context:
-        own = f"max_model_len {asked:,} is more than the context of {deployment.model.name}"
-        raise InfeasiblePlan([f"{own}; needs max_model_len <= {deployment.model.max_context:,}"])
     shortage: tuple[str, ...] = ()
     try:
         memory = plan_memory(deployment, deployment.pools[0])
