@@ -34,8 +34,8 @@ def start(deployment: Deployment) -> Started:
     Where no ``max_model_len`` is given and the model's own context does not fit, the longest that does is taken, with a
     note; so is it where the engine starts with any. Seats that no option gives yield to the states of recurrent layers
     in the same way. Raises ``InfeasiblePlan`` with what would do: a ``max_model_len`` in place of one that does not
-    start, fewer seats, the smallest tensor degree that would start. A ``max_model_len`` beyond the model's context counts
-    as that context, with a note: engines take more only when they are told to.
+    start, fewer seats, the smallest tensor degree that would start. A ``max_model_len`` beyond the model's context
+    counts as that context, with a note: engines take more only when they are told to.
     """
     started = _started(deployment)
     asked, own = deployment.engine.scheduler.max_model_len, deployment.model.max_context
