@@ -30,8 +30,9 @@ class RunDurations:
         if not isinstance(run, PlainRun):
             self._others.append((run, steps, weight))
             return
-        number = self._numbers.setdefault(run.kind, len(self._kinds))
-        if number == len(self._kinds):
+        number = self._numbers.get(run.kind)
+        if number is None:
+            number = self._numbers[run.kind] = len(self._kinds)
             self._kinds.append(run)
         self._spans.extend((number, run.mean + 1, run.mean + steps, weight))
 
@@ -71,8 +72,9 @@ class WeightedTimes:
         if not isinstance(run, PlainRun):
             self._others.append((step, steps, left_ns, run))
             return
-        number = self._numbers.setdefault(run.kind, len(self._kinds))
-        if number == len(self._kinds):
+        number = self._numbers.get(run.kind)
+        if number is None:
+            number = self._numbers[run.kind] = len(self._kinds)
             self._kinds.append(run)
         self._plain.extend((step, steps, left_ns, number, run.mean))
 

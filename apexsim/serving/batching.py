@@ -88,6 +88,8 @@ class Ledger:
             self.tokens -= position
             self.sequences -= position
             self.blocks -= self.cohort.missing(1)
+        if position == len(running):
+            return position
         last = min(len(running), position + max(0, min(self.tokens, self.sequences)))
         first, add = position, self.decodes.append
         while position < last:

@@ -59,7 +59,7 @@ class Recorder:
         start_ns, end_ns = times_ns
         steps = self._steps
         going_on = None if chunks else (labels[0], decodes, context + repeats * decodes, end_ns)
-        if (labels[0], decodes, context, start_ns) == self._next and not (chunks or window_contexts):
+        if not (chunks or window_contexts) and (labels[0], decodes, context, start_ns) == self._next:
             row = self._row
             steps[row + 1] = end_ns
             steps[row + 3] += repeats
