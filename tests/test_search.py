@@ -551,14 +551,14 @@ def test_devices_that_a_plan_leaves_idle_are_not_billed() -> None:
 
 
 def test_the_table_marks_what_misses_the_slo_and_shows_what_is_paid_for(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["search", *SMALL, "--slo", "ttft_s=0.0001,target=0.8", "--allow-idle", "--bill", "node"])
+    main(["search", *SMALL, "--slo", "ttft_s=0.0001,target=0.8", "--allow-idle", "--bill", "fleet"])
     said = capsys.readouterr().out
     marked = [line.split() for line in said.splitlines() if line.lstrip().startswith("tp")]
     assert [each[1] for each in marked] == ["x"] * 4
     assert "x misses the SLO (80%)" in said
     assert "0.0% of requests keep the SLO, 80% wanted" in said
     one = next(each for each in marked if each[0] == "tp1-pp1-dp1")
-    assert one[3:5] == ["1", "2"]  # of a node of two, for no more are given
+    assert one[3:5] == ["1", "2"]  # all that are given
 
 
 def test_without_an_slo_no_share_is_said_to_keep_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -652,3 +652,11 @@ def test_examples_are_valid_searches(example: Path) -> None:
 def test_the_deployment_example_is_lawful() -> None:
     deployment = load_deployment(Path(__file__).parents[1] / "examples" / "llama-3.1-70b-tp4-x2.yaml")
     assert deployment.devices_used == deployment.cluster.devices == 8
+
+
+def test_a_search_by_whole_nodes_is_given_whole_nodes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Else two commands would bill the same plan differently."""
+    assert main(["search", *SMALL, "--bill", "node"]) == 2
+    assert (
+        "bill: got 'node'; whole nodes have 8 devices: give as many, or bill used or fleet" in capsys.readouterr().err
+    )

@@ -76,9 +76,7 @@ class SearchFlags:
 
     bill: Annotated[
         str | None,
-        typer.Option(
-            help="Devices paid for: used, node (8, or all where fewer are given) or fleet.", rich_help_panel=_QUESTION
-        ),
+        typer.Option(help="Devices paid for: used, node (whole ones of 8) or fleet.", rich_help_panel=_QUESTION),
     ] = None
 
     def choices(self) -> dict[str, Any]:

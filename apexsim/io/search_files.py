@@ -107,6 +107,9 @@ def deployment_file(file: SearchFile, where: object) -> DeploymentFile:
     if count % per_node:
         would_do = f"give up to {per_node} devices or whole nodes of {per_node}"
         raise BadInput(would_do, where=where, key="devices", got=file.devices)
+    if file.bill == "node" and count < DEVICES_PER_NODE:
+        would_do = f"whole nodes have {DEVICES_PER_NODE} devices: give as many, or bill used or fleet"
+        raise BadInput(would_do, where=where, key="bill", got=file.bill)
     shared = file.model_dump(include=set(DeploymentFile.model_fields))
     return DeploymentFile(**shared, device=device, nodes=count // per_node, devices_per_node=per_node)
 
