@@ -8,8 +8,8 @@ Flows. A request's tokens are spread evenly from its first to its last one, its 
 its first token, a row of steps evenly over its time. The window is cut into 10 to 20 batches of equal length, as long
 as the 90th percentile of the end-to-end time where there are that few.
 
-Tokens a second. With o tokens a second offered in the long run (by the law of a drawn workload, by the rows of a
-trace), X tokens of requests that came in the window of W seconds and T tokens made in it:
+Tokens a second. o tokens a second are offered in the long run: by the law of a drawn workload, by the rows of a
+trace. In the window of W seconds requests of X tokens came, and T tokens were made:
 
     tokens/s = o + (T - X) / W          half-width t sqrt(2) s / W
 

@@ -18,7 +18,14 @@ PACKAGE = ROOT / "apexsim"
 # above: not inside functions, and not for types alone.
 FLOORS = (
     {"errors"},
-    {"units", "atomic", "reading", "metrics", "versions"},  # numbers, files, arithmetic that know nothing of serving
+    {
+        "units",
+        "atomic",
+        "reading",
+        "metrics",
+        "versions",
+        "reasons",
+    },  # numbers, files, arithmetic that know nothing of serving
     {"specs"},
     {"costs"},
     {"results", "result_files", "steady", "batch_means", "summary", "uncertainty"},

@@ -19,13 +19,13 @@ from apexsim import catalog, simulate
 from apexsim.errors import BadInput
 from apexsim.io.requests import resolve_supply
 from apexsim.io.search_files import study_data
+from apexsim.reasons import counted
 from apexsim.search.goodput import LEAST_SPAN_S, PER_REPLICA, goodput, highest_passing, probe_requests, scout
 from apexsim.search.headline import headline
 from apexsim.search.judging import Row
 from apexsim.search.objective import OBJECTIVES
 from apexsim.search.outcomes import Outcome
 from apexsim.search.probing import probe, waits_grow
-from apexsim.search.reasons import counted
 from apexsim.search.space import Candidate, SearchSpace
 from apexsim.search.study import MOST_DRAWN, search
 from apexsim.search.ties import decide, half_width, leaders, rank, ties

@@ -280,6 +280,6 @@ TestBlockBooks.settings = settings(max_examples=60, deadline=None)
 def test_why_requests_were_rejected_is_told_by_kind() -> None:
     reasons = {0: "520 tokens exceed 512", 1: "600 tokens exceed 512", 2: "no blocks"}
     assert list(why_rejected(reasons)) == [
-        "2 rejected: 520 tokens exceed 512 (the first of them)",
+        "2 rejected: 520 to 600 tokens exceed 512",
         "1 rejected: no blocks",
     ]

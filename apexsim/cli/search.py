@@ -214,7 +214,7 @@ def _missed_words(question: Question, records: Sequence[dict[str, Any]]) -> str:
 
 def _not_run(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Plans that did not run, counted by verdict and reason: a line each."""
-    from apexsim.search.reasons import counted
+    from apexsim.reasons import counted
 
     for verdict in dict.fromkeys(record["verdict"] for record in records):
         reasons = [record["reason"].split("; ")[0] for record in records if record["verdict"] == verdict]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from apexsim.reasons import number_of
 from apexsim.search.judging import Row
 from apexsim.search.objective import Objective
-from apexsim.search.reasons import number_of
 from apexsim.search.study import MOST_DRAWN, Study
 from apexsim.search.ties import FEWEST_PARTS, broken_by, half_width, sampling_error, short_rivals
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from apexsim.reasons import counted
 from apexsim.serving.replica import Replica
 from apexsim.serving.request import Request
 
@@ -12,15 +12,12 @@ MOST_REASONS = 3
 
 
 def why_rejected(rejected: Mapping[int, str]) -> Iterator[str]:
-    """Sentences on the requests refused at the door: by kind of reason, with the reason of the first of each."""
-    kinds: dict[str, list[str]] = {}
-    for reason in rejected.values():
-        kinds.setdefault(re.sub(r"\d+", "#", reason), []).append(reason)
-    ordered = sorted(kinds.values(), key=len, reverse=True)
-    for reasons in ordered[:MOST_REASONS]:
-        yield f"{len(reasons)} rejected: {reasons[0]}" + " (the first of them)" * (len(set(reasons)) > 1)
-    if rest := sum(map(len, ordered[MOST_REASONS:])):
-        yield f"{rest} more rejected, for {len(ordered) - MOST_REASONS} other reasons"
+    """Sentences on the requests refused at the door, by kind of reason, the most frequent first."""
+    kinds = counted(rejected.values())
+    for count, reason in kinds[:MOST_REASONS]:
+        yield f"{count} rejected: {reason}"
+    if rest := sum(count for count, _ in kinds[MOST_REASONS:]):
+        yield f"{rest} more rejected, for {len(kinds) - MOST_REASONS} other reasons"
 
 
 def why_unfinished(requests: Sequence[Request], replicas: Sequence[Replica], refused: frozenset[int]) -> str | None:
