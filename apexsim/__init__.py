@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from apexsim.search.study import Study
     from apexsim.serving.simulator import simulate
     from apexsim.specs.cluster import Cluster
-    from apexsim.specs.deployment import Deployment, Plan, Pool
+    from apexsim.specs.deployment import Deployment
     from apexsim.specs.device import DeviceProfile
     from apexsim.specs.engine import EngineProfile
     from apexsim.specs.model import ModelSpec
+    from apexsim.specs.plan import Plan, Pool
     from apexsim.specs.slo import SLO
     from apexsim.specs.workload import Requests, Workload
 
@@ -43,7 +44,8 @@ _MODULES = {
     "apexsim.search.study": ("Study",),
     "apexsim.serving.simulator": ("simulate",),
     "apexsim.specs.cluster": ("Cluster",),
-    "apexsim.specs.deployment": ("Deployment", "Plan", "Pool"),
+    "apexsim.specs.deployment": ("Deployment",),
+    "apexsim.specs.plan": ("Plan", "Pool"),
     "apexsim.specs.device": ("DeviceProfile",),
     "apexsim.specs.engine": ("EngineProfile",),
     "apexsim.specs.model": ("ModelSpec",),

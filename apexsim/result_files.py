@@ -18,7 +18,7 @@ from apexsim.reading import check_regular, read_object
 T = TypeVar("T")
 
 # Goes up whenever the files come to hold something else.
-FORMAT = 1
+FORMAT = 2
 TABLES = ("requests.parquet", "steps.parquet", "gaps.parquet")
 _SEAL = "sha256"
 _WOULD_DO = "give a folder that SimulationResult.save wrote"

@@ -26,9 +26,10 @@ from apexsim.serving.named import make_policy
 from apexsim.serving.simulator import How, Run
 from apexsim.serving.unfinished import why_unfinished
 from apexsim.specs.cluster import Cluster
-from apexsim.specs.deployment import Deployment, Plan, Pool
+from apexsim.specs.deployment import Deployment
 from apexsim.specs.engine import CommunicationDefaults, EngineProfile, HostTerms, SchedulerDefaults
 from apexsim.specs.memory import MemoryDefaults
+from apexsim.specs.plan import Plan, Pool
 from apexsim.specs.workload import DEADLINE, Requests
 from apexsim.units import NS_PER_S
 

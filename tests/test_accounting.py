@@ -13,8 +13,9 @@ from apexsim import catalog
 from apexsim.costs.accounting import Accounting, account
 from apexsim.costs.steps import BatchStats, StepCost, build_step_cost
 from apexsim.specs.cluster import Cluster
-from apexsim.specs.deployment import Deployment, Plan, Pool
+from apexsim.specs.deployment import Deployment
 from apexsim.specs.engine import HostTerms
+from apexsim.specs.plan import Plan, Pool
 
 spec: Any = cache(catalog.load)
 ONE = Plan()

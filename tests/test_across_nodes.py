@@ -18,8 +18,9 @@ from apexsim.costs.operators import Collective, Elementwise
 from apexsim.costs.steps import BatchStats, build_step_cost
 from apexsim.errors import InfeasiblePlan, Unsupported
 from apexsim.io.deployments import deployment_from
-from apexsim.specs.deployment import Deployment, Plan, Pool
+from apexsim.specs.deployment import Deployment
 from apexsim.specs.placement import place, pool_spans, spans
+from apexsim.specs.plan import Plan, Pool
 
 NAMES = catalog.names("device")
 COSTS = {name: OperatorCosts(catalog.load("device", name)) for name in NAMES}

@@ -22,7 +22,8 @@ from apexsim.errors import BadInput
 from apexsim.io.deployments import deployment_from, load_deployment, read_deployment, write_deployment
 from apexsim.serving.simulator import simulate
 from apexsim.specs.cluster import Cluster
-from apexsim.specs.deployment import Deployment, Plan
+from apexsim.specs.deployment import Deployment
+from apexsim.specs.plan import Plan
 from apexsim.specs.workload import Requests
 from apexsim.validation.cases import case_of
 from apexsim.validation.replay import replay

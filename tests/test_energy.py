@@ -22,8 +22,9 @@ from apexsim.fitting.power_serving import RUNS, ServedRun, errors, fit_error, se
 from apexsim.fitting.power_tables import fit_tables
 from apexsim.fitting.tables import data_root
 from apexsim.specs.cluster import Cluster, Overhead
-from apexsim.specs.deployment import Deployment, Plan, Pool
+from apexsim.specs.deployment import Deployment
 from apexsim.specs.device import DeviceProfile
+from apexsim.specs.plan import Plan, Pool
 from apexsim.specs.power import CLOCK_VARIANTS
 
 DEVICES = catalog.names("device")

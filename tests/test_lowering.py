@@ -21,10 +21,11 @@ from apexsim.errors import InfeasiblePlan
 from apexsim.io.deployments import with_engine_options
 from apexsim.specs.base import parse_spec
 from apexsim.specs.cluster import Cluster
-from apexsim.specs.deployment import Deployment, Plan, Pool
+from apexsim.specs.deployment import Deployment
 from apexsim.specs.engine import CommunicationDefaults
 from apexsim.specs.experts import MoESpec
 from apexsim.specs.model import ModelSpec
+from apexsim.specs.plan import Plan, Pool
 
 ONE = np.ones(1)
 H100 = catalog.load("device", "h100-sxm")

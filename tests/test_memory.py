@@ -13,10 +13,11 @@ from apexsim.costs.lowering import lower
 from apexsim.costs.memory import MemoryPlan, plan_memory, weights_bytes
 from apexsim.errors import InfeasiblePlan
 from apexsim.specs.cluster import Cluster
-from apexsim.specs.deployment import Deployment, Plan, Pool
+from apexsim.specs.deployment import Deployment
 from apexsim.specs.device import DeviceProfile
 from apexsim.specs.engine import EngineProfile
 from apexsim.specs.memory import MemoryDefaults
+from apexsim.specs.plan import Plan, Pool
 
 GIB = 2**30
 H100 = catalog.load("device", "h100-sxm")

@@ -25,11 +25,12 @@ from apexsim.fitting import mla as fitting
 from apexsim.serving.simulator import simulate
 from apexsim.specs.base import parse_spec
 from apexsim.specs.cluster import Cluster
-from apexsim.specs.deployment import Deployment, Plan, Pool
+from apexsim.specs.deployment import Deployment
 from apexsim.specs.device import DeviceProfile, FittedOperator
 from apexsim.specs.latent import LatentAttention
 from apexsim.specs.layers import KVGroup
 from apexsim.specs.model import ModelSpec
+from apexsim.specs.plan import Plan, Pool
 from apexsim.specs.workload import Requests
 
 DEEPSEEK, GLM = catalog.load("model", "deepseek-r1"), catalog.load("model", "glm-5")

@@ -13,7 +13,8 @@ from apexsim.costs.steps import BatchStats, build_step_cost
 from apexsim.errors import Unsupported
 from apexsim.serving.simulator import simulate
 from apexsim.specs.cluster import Cluster
-from apexsim.specs.deployment import Deployment, Plan, Pool
+from apexsim.specs.deployment import Deployment
+from apexsim.specs.plan import Plan, Pool
 from apexsim.specs.workload import Requests
 
 H100 = catalog.load("device", "h100-sxm")

@@ -19,9 +19,10 @@ from apexsim.metrics import binned_level, distribution, held_ns, weighted_distri
 from apexsim.results import SimulationResult
 from apexsim.specs.base import parse_spec
 from apexsim.specs.cluster import Cluster
-from apexsim.specs.deployment import Bill, Deployment, Plan, Pool
+from apexsim.specs.deployment import Bill, Deployment
 from apexsim.specs.device import DeviceProfile
 from apexsim.specs.engine import EngineProfile
+from apexsim.specs.plan import Plan, Pool
 from apexsim.specs.slo import SLO
 from apexsim.specs.workload import Offered
 from apexsim.steady import Steady

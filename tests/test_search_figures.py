@@ -31,7 +31,8 @@ from apexsim.search.study import MOST_DRAWN, search
 from apexsim.search.ties import decide, half_width, leaders, rank, ties
 from apexsim.search.trial import Scouted, Trial
 from apexsim.specs.cluster import Cluster
-from apexsim.specs.deployment import Deployment, Plan
+from apexsim.specs.deployment import Deployment
+from apexsim.specs.plan import Plan
 from apexsim.specs.slo import SLO
 from apexsim.specs.supply import Supply
 from apexsim.specs.workload import Requests

@@ -16,8 +16,9 @@ from apexsim.costs.steps import BatchStats, StepCost, build_step_cost
 from apexsim.costs.tables import BLOCK, OperatorTables, PrefixTable, tables_for
 from apexsim.errors import Unsupported
 from apexsim.specs.cluster import Cluster
-from apexsim.specs.deployment import Deployment, Plan, Pool
+from apexsim.specs.deployment import Deployment
 from apexsim.specs.engine import HostTerms
+from apexsim.specs.plan import Plan, Pool
 from apexsim.units import to_ns
 
 ONE = Plan()

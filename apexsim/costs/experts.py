@@ -15,8 +15,9 @@ from apexsim.costs.operators import (
     RowOperator,
     Rows,
 )
-from apexsim.specs.deployment import Deployment, Plan, Pool
+from apexsim.specs.deployment import Deployment
 from apexsim.specs.placement import Spans, pool_spans
+from apexsim.specs.plan import Plan, Pool
 
 if TYPE_CHECKING:
     from apexsim.specs.experts import MoESpec

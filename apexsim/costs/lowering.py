@@ -31,8 +31,9 @@ from apexsim.costs.operators import (
 )
 from apexsim.costs.recurrent import StateUpdate
 from apexsim.errors import InfeasiblePlan
-from apexsim.specs.deployment import Deployment, Pool
+from apexsim.specs.deployment import Deployment
 from apexsim.specs.placement import Spans, pool_spans
+from apexsim.specs.plan import Pool
 
 if TYPE_CHECKING:
     from apexsim.specs.layers import LayerKind

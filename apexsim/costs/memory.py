@@ -10,9 +10,10 @@ from typing import Any
 from apexsim.costs.lowering import Block, Lowered, lower
 from apexsim.costs.operators import ACTIVATION_BYTES, LOGIT_BYTES, Elementwise, Experts, RowOperator
 from apexsim.errors import InfeasiblePlan
-from apexsim.specs.deployment import Deployment, Pool
+from apexsim.specs.deployment import Deployment
 from apexsim.specs.engine import EngineProfile
 from apexsim.specs.memory import ShareOf
+from apexsim.specs.plan import Pool
 from apexsim.units import format_bytes
 
 # Standard errors to either side that hold 95 % of a normal distribution.

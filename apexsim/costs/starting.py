@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from apexsim.costs.memory import MemoryPlan, plan_memory
 from apexsim.errors import InfeasiblePlan
 from apexsim.specs.cluster import DEVICES_PER_NODE
-from apexsim.specs.deployment import Deployment, Pool
+from apexsim.specs.deployment import Deployment
+from apexsim.specs.plan import Pool
 
 # Nodes over which a hint spreads tensor ranks.
 MOST_NODES = 4

@@ -18,8 +18,9 @@ from apexsim.costs.operators import Collective
 from apexsim.costs.ranks import fullest, share
 from apexsim.costs.runs import DecodeRow, DecodeRun, PlainRun, add_stages
 from apexsim.costs.tables import OperatorTables, RowTable, tables_for
-from apexsim.specs.deployment import Deployment, Pool
+from apexsim.specs.deployment import Deployment
 from apexsim.specs.engine import EngineProfile
+from apexsim.specs.plan import Pool
 from apexsim.units import to_ns
 
 

@@ -23,10 +23,11 @@ from apexsim.io.words import CodeName, Dtype, EngineOption, EngineOptions, outwe
 from apexsim.io.yaml_files import load_spec, write_yaml
 from apexsim.specs.base import Spec, parse_spec
 from apexsim.specs.cluster import DEVICES_PER_NODE, MAX_DEVICES, Cluster, Overhead
-from apexsim.specs.deployment import Bill, Deployment, Plan, Pool, Prompts, TokenChoice
+from apexsim.specs.deployment import Bill, Deployment, Prompts, TokenChoice
 from apexsim.specs.device import DeviceProfile
 from apexsim.specs.engine import EngineProfile
 from apexsim.specs.model import ModelSpec
+from apexsim.specs.plan import Plan, Pool
 from apexsim.units import DTYPE_BYTES
 
 DEFAULT_ENGINE = "vllm-v1-async"

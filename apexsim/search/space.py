@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from apexsim.costs.steps import unknown_collectives
 from apexsim.errors import InfeasiblePlan, Unsupported
 from apexsim.specs.base import Spec
-from apexsim.specs.deployment import Deployment, Plan, Pool
+from apexsim.specs.deployment import Deployment
+from apexsim.specs.plan import Plan, Pool
 
 
 @dataclass(frozen=True, slots=True)

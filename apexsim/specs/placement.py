@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from apexsim.specs.deployment import Plan, Pool
+from apexsim.specs.plan import Plan, Pool
 
 
 class Spans(NamedTuple):
