@@ -25,7 +25,7 @@ from apexsim.serving.batching import BatchPolicy
 from apexsim.serving.named import make_policy
 from apexsim.serving.simulator import How, Run
 from apexsim.serving.unfinished import why_unfinished
-from apexsim.specs.cluster import Cluster
+from apexsim.specs.cluster import Cluster, NodeGroup
 from apexsim.specs.deployment import Deployment
 from apexsim.specs.engine import CommunicationDefaults, EngineProfile, HostTerms, SchedulerDefaults
 from apexsim.specs.memory import MemoryDefaults
@@ -95,9 +95,11 @@ def made_up_deployment(
         evidence="prior",
         source="made up for tests",
     )
+    device = _load("device", "h100-sxm")
+    group = NodeGroup(name=device.name, device=device, devices_per_node=max(8, stages * replicas))
     return Deployment(
         model=_load("model", "llama-3.1-8b"),
-        cluster=Cluster(device=_load("device", "h100-sxm"), devices_per_node=max(8, stages * replicas)),
+        cluster=Cluster(groups=(group,)),
         engine=engine,
         pools=(Pool(plan=Plan(pipeline=stages), replicas=replicas),),
         router=router,

@@ -112,7 +112,7 @@ def test_a_tensor_group_that_only_fits_on_two_nodes_is_refused() -> None:
 def test_tensor_degrees_beyond_a_node_are_whole_nodes() -> None:
     model, cluster = catalog.load("model", "llama-3.1-405b"), deployed(tensor=8).cluster
     assert Plan(tensor=16).lawful(model, cluster) == ()
-    smaller = cluster.model_copy(update={"devices_per_node": 6, "nodes": 4})
+    smaller = cluster.regrouped(devices_per_node=6, nodes=4)
     (reason,) = Plan(tensor=8).lawful(model, smaller)
     assert reason == "tensor degree 8 takes a part of a node: give up to 6, or a multiple of its 6 devices"
 

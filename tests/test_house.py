@@ -77,8 +77,8 @@ MAX_MODULE_LINES = 400
 
 # Functions that may be called while a module is imported: they make types, fields, patterns and small constants.
 AT_IMPORT = {
-    "field", "dataclass", "model_validator", "field_validator", "field_serializer", "cache", "lru_cache",
-    "staticmethod", "re.compile",
+    "field", "dataclass", "model_validator", "field_validator", "field_serializer", "model_serializer",
+    "cache", "lru_cache", "staticmethod", "re.compile",
     "typer.Option", "typer.Argument", "app.callback", "np.exp2", "np.arange",
     "list", "tuple", "dict", "frozenset", "getattr", "type", "next", "range",
 }  # fmt: skip

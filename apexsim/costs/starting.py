@@ -145,7 +145,7 @@ def _smallest_tensor(deployment: Deployment) -> int | None:
     degrees: list[int] = [degree for degree in (*inside, *beyond) if degree > pool.plan.tensor]
     for tensor in degrees:
         plan = pool.plan.model_copy(update={"tensor": tensor})
-        room = cluster.model_copy(update={"devices_per_node": per_node, "nodes": -(-plan.devices // per_node)})
+        room = cluster.regrouped(devices_per_node=per_node, nodes=-(-plan.devices // per_node))
         tried = deployment.model_copy(update={"cluster": room, "pools": (Pool(plan=plan),)})
         if not plan.lawful(tried.model, room) and _fits(tried):
             return tensor

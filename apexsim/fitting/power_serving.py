@@ -70,7 +70,7 @@ def _served(row: RunRow, profile: DeviceProfile) -> ServedRun | None:
     known = row if row.device in catalog.names("device") else row.model_copy(update={"device": "h100-sxm"})
     try:
         deployment = case_of(known).deployment
-        cluster = deployment.cluster.model_copy(update={"device": profile})
+        cluster = deployment.cluster.regrouped(device=profile)
         deployment = deployment.model_copy(update={"cluster": cluster})
         cost = build_step_cost(deployment, deployment.pools[0])
     except ApexsimError:

@@ -55,7 +55,7 @@ def _figures(profile: DeviceProfile, model: str, tensor: int) -> tuple[float, fl
     """Mean TPOT and TTFT in seconds, joules per output token."""
     any_device = catalog.names("device")[0]
     deployment = deployment_from(None, {"model": model, "device": any_device, "tensor": tensor})
-    cluster = deployment.cluster.model_copy(update={"device": profile})
+    cluster = deployment.cluster.regrouped(device=profile)
     requests = Requests(
         name="closed loop",
         prompt_tokens=np.full(REQUESTS, PROMPT_TOKENS),

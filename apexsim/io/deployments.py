@@ -22,7 +22,7 @@ from apexsim.errors import BadInput, Unsupported, nearest
 from apexsim.io.words import CodeName, Dtype, EngineOption, EngineOptions, outweighing
 from apexsim.io.yaml_files import load_spec, write_yaml
 from apexsim.specs.base import Spec, parse_spec
-from apexsim.specs.cluster import DEVICES_PER_NODE, MAX_DEVICES, Cluster, Overhead
+from apexsim.specs.cluster import DEVICES_PER_NODE, MAX_DEVICES, Cluster, NodeGroup, Overhead
 from apexsim.specs.deployment import Bill, Deployment, Prompts, TokenChoice
 from apexsim.specs.device import DeviceProfile
 from apexsim.specs.engine import EngineProfile
@@ -280,7 +280,8 @@ def _cluster(file: DeploymentFile, device: DeviceProfile, where: object) -> Clus
         raise BadInput(
             f"the replicas use {used} devices, the cluster has {have}", where=where, key="nodes", got=file.nodes
         )
-    return Cluster(device=device, devices_per_node=per_node, nodes=nodes, overhead=file.overhead)
+    group = NodeGroup(name=device.name, device=device, devices_per_node=per_node, nodes=nodes)
+    return Cluster(groups=(group,), overhead=file.overhead)
 
 
 def _clocked(device: DeviceProfile, clock_mhz: float | None, where: object) -> DeviceProfile:
