@@ -21,7 +21,8 @@ from apexsim.serving.named import make_policy
 from apexsim.serving.recording import Recorder
 from apexsim.serving.request import Request
 from apexsim.serving.scheduler import Scheduler
-from apexsim.serving.simulator import Door, no_cycle_collection
+from apexsim.serving.simulator import no_cycle_collection
+from apexsim.serving.traffic import Door
 from apexsim.specs.engine import SchedulerDefaults
 from apexsim.specs.model import ModelSpec
 from apexsim.specs.workload import Requests

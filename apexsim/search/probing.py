@@ -45,6 +45,7 @@ class Watch:
 
     def __init__(self, run: Run, slo: SLO, response_ns: int) -> None:
         self._run = run
+        self._asked = run.asked
         self._slo = slo
         self._response_ns = response_ns
         self._left: list[Request] = []
@@ -56,8 +57,7 @@ class Watch:
             self._missed += int((~self.columns(self._left)["good"]).sum())
             self._left.clear()
         self._left.append(request)
-        asked = len(self._run.requests)
-        return (asked - self._missed) / asked < self._slo.target
+        return (self._asked - self._missed) / self._asked < self._slo.target
 
     def columns(self, requests: list[Request]) -> dict[str, NDArray[Any]]:
         """Request columns with their latencies, as results have them."""

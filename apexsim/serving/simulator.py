@@ -8,10 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-from simpy import Event
-
 from apexsim.costs.accounting import account, worked_s
 from apexsim.costs.memory import MemoryPlan
 from apexsim.costs.notes import cost_notes
@@ -20,18 +16,18 @@ from apexsim.costs.steps import StepCost, build_step_cost
 from apexsim.costs.timing import StepTimes
 from apexsim.results import SimulationResult
 from apexsim.serving.batching import BatchPolicy
-from apexsim.serving.clock import ARRIVAL, Clock
+from apexsim.serving.clock import Clock
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.named import check_due, make_policy, make_router
 from apexsim.serving.recording import Recorder
 from apexsim.serving.replica import Replica, ReplicaSettings
 from apexsim.serving.request import Request
+from apexsim.serving.traffic import ClosedLoop, Door, OpenLoop, Source, Traffic
 from apexsim.serving.unfinished import why_rejected, why_unfinished
 from apexsim.specs.deployment import Deployment
-from apexsim.specs.engine import SchedulerDefaults
 from apexsim.specs.slo import SLO
 from apexsim.specs.workload import DEADLINE, Requests, Workload, look_absolute
-from apexsim.units import NS_PER_S, to_ns
+from apexsim.units import to_ns
 
 Progress = Callable[[float], None]
 
@@ -136,43 +132,37 @@ class Run:
     ) -> None:
         self.clock = Clock()
         self.recorder = Recorder(deployment.model.windows)
-        stream_interval = deployment.scheduler.stream_interval
-        self.requests = [
-            Request(index, prompt, output, stream_interval=stream_interval)
-            for index, (prompt, output) in enumerate(
-                zip(requests.prompt_tokens.tolist(), requests.output_tokens.tolist(), strict=True)
-            )
-        ]
         self.policy = how.policy or make_policy(deployment.scheduler)
-        self._columns = requests.extra
-        self._patience_ns = self._patience(requests, how.slo)
-        due_s, arrival_s = requests.extra.get(DEADLINE), requests.arrival_s
-        self._absolute = due_s is not None and arrival_s is not None and look_absolute(due_s, arrival_s)
         self.replicas = self._replicas(deployment, cost, memory, how.exact_steps)
         self._router = make_router(deployment.router)
-        self._door = Door(deployment.scheduler, deployment.context_limit, memory)
-        self._response_ns = to_ns(deployment.engine.host.response_s)
-        self._turnaround_ns = None if requests.concurrency is None else max(1, to_ns(requests.turnaround_s))
-        self._clients = requests.concurrency
-        self._waves = requests.waves
-        self._out = 0
+        self._workload = requests
+        self._source = Source(
+            requests,
+            Door(deployment.scheduler, deployment.context_limit, memory),
+            self._refused,
+            patience_ns=self._patience_ns(requests, how.slo),
+            stream_interval=deployment.scheduler.stream_interval,
+        )
+        self._traffic = self._traffic_of(requests, to_ns(deployment.engine.host.response_s))
         self.request_ns = 0
-        self._next = 0
         self._done = 0
         self.watch: Callable[[Request], bool] | None = None
         self._progress = how.progress
-        self._stride = max(1, len(self.requests) // 100)
-        self._coming = [] if requests.arrival_s is None else self._open_loop(requests.arrival_s)
+        self.asked = len(requests)
+        self._stride = max(1, self.asked // 100)
 
-    def _patience(self, requests: Requests, slo: SLO | None) -> list[int] | None:
-        """Nanoseconds from each arrival to the deadline: those of the column, else of the SLO; None where none says.
+    @property
+    def requests(self) -> list[Request]:
+        """All requests, once the run is over; those that were never sent last."""
+        return [*self._source.seen, *self._source.rest()]
+
+    def _patience_ns(self, requests: Requests, slo: SLO | None) -> int | None:
+        """Time from arrival to deadline of requests that bring none; None where nobody says one.
 
         Raises BadInput where a policy needs deadlines and there are none.
         """
-        if DEADLINE in requests.extra:
-            return [to_ns(seconds) for seconds in requests.extra[DEADLINE].tolist()]
-        if slo is not None and slo.ttft_s is not None:
-            return [to_ns(slo.ttft_s)] * len(requests)
+        if DEADLINE not in requests.extra and slo is not None and slo.ttft_s is not None:
+            return to_ns(slo.ttft_s)
         check_due(self.policy, requests, slo)
         return None
 
@@ -206,104 +196,59 @@ class Run:
             for index in range(deployment.pools[0].replicas)
         ]
 
+    def _traffic_of(self, requests: Requests, response_ns: int) -> Traffic:
+        """The way in which the requests come."""
+        if requests.concurrency is None:
+            alone = self.replicas[0] if len(self.replicas) == 1 else None
+            return OpenLoop(self._source, self.clock, self._route, alone=alone)
+        return ClosedLoop(
+            self._source,
+            self.clock,
+            self._route,
+            clients=requests.concurrency,
+            pause_ns=response_ns + max(1, to_ns(requests.turnaround_s)),
+            waves=requests.waves,
+        )
+
     def go(self) -> None:
         """Run until every request is done."""
-        if self._clients is not None:
-            self.clock.at(0, ARRIVAL, self._start_clients)
-        elif self._coming:
-            self.clock.at(self._coming[0][0], ARRIVAL, self._arrive)
+        self._traffic.begin()
         self.clock.run()
         if self._progress:
             self._progress(1.0)
 
     def notes(self) -> tuple[str, ...]:
         """What a reader of the figures must know: columns that nobody looked at, and why requests were not served."""
+        asked = self._workload
         used = {DEADLINE} if self.policy.needs_deadline else set()
-        unused = sorted(self._columns.keys() - used)
+        unused = sorted(asked.extra.keys() - used)
         told = [f"columns without effect here: {', '.join(unused)}"] if unused else []
-        if self._absolute and used:
+        due_s = asked.extra.get(DEADLINE)
+        if used and due_s is not None and asked.arrival_s is not None and look_absolute(due_s, asked.arrival_s):
             told.append(f"{DEADLINE} counts from arrival; these look like absolute times: they grow with arrival_s")
         why = why_unfinished(self.requests, self.replicas, frozenset(self.recorder.rejected))
         return (*told, *why_rejected(self.recorder.rejected), *([why] if why else []))
-
-    # -- arrivals -----------------------------------------------------------------------------------------------
-
-    def _open_loop(self, arrival_s: NDArray[np.float64]) -> list[tuple[int, Request]]:
-        """When each request is to be routed; with one replica and so nothing to route, when it reaches the queue."""
-        frontend_ns = self.replicas[0].frontend_ns if len(self.replicas) == 1 else 0
-        free_ns, coming = 0, []
-        for request, arrival_ns in zip(
-            self.requests, np.rint(arrival_s * NS_PER_S).astype(np.int64).tolist(), strict=True
-        ):
-            self._arrives(request, arrival_ns)
-            if not self._refused(request):
-                free_ns = max(free_ns, arrival_ns) + frontend_ns
-                coming.append((free_ns, request))
-        return coming
-
-    def _arrive(self, _: Event) -> None:
-        """All requests of this instant arrive, then the next arrival is awaited."""
-        now, coming, replicas = self.clock.now_ns, self._coming, self.replicas
-        while self._next < len(coming) and coming[self._next][0] == now:
-            request = coming[self._next][1]
-            self._next += 1
-            if len(replicas) == 1:
-                replicas[0].next_arrival_ns = coming[self._next][0] if self._next < len(coming) else None
-                replicas[0].take(request)
-            else:
-                self._route(request)
-        if self._next < len(coming):
-            self.clock.at(coming[self._next][0], ARRIVAL, self._arrive)
-
-    def _start_clients(self, _: Event) -> None:
-        """All clients of a closed loop send a request; those of one in waves do so again and again."""
-        assert self._clients is not None
-        for _client in range(min(self._clients, len(self.requests))):
-            self._send()
-
-    def _send(self) -> None:
-        """A client of a closed loop sends the next request; one refused at the door is followed at once by another."""
-        while self._next < len(self.requests):
-            request = self.requests[self._next]
-            self._next += 1
-            self._arrives(request, self.clock.now_ns)
-            if not self._refused(request):
-                self._out += 1
-                self._route(request)
-                return
-
-    def _arrives(self, request: Request, now_ns: int) -> None:
-        request.arrival_ns = now_ns
-        if self._patience_ns is not None:
-            request.deadline_ns = now_ns + self._patience_ns[request.index]
-
-    def _refused(self, request: Request) -> bool:
-        """Whether the request is turned away at the door."""
-        reason = self._door.refuses(request)
-        if reason:
-            self.recorder.reject(request, reason)
-            self._count(request)
-        return bool(reason)
 
     def _route(self, request: Request) -> None:
         chosen = self._router.choose([replica.unfinished for replica in self.replicas])
         self.replicas[chosen].submit(request)
 
+    def _refused(self, request: Request, reason: str) -> None:
+        """The request is turned away at the door."""
+        self.recorder.reject(request, reason)
+        self._count(request)
+
     def _finished(self, request: Request) -> None:
         self.request_ns += self.clock.now_ns - request.arrival_ns
         self._count(request)
-        self._out -= 1
-        if self._turnaround_ns is None or self._next == len(self.requests) or (self._waves and self._out):
-            return
-        send = self._start_clients if self._waves else lambda _: self._send()
-        self.clock.at(self.clock.now_ns + self._response_ns + self._turnaround_ns, ARRIVAL, send)
+        self._traffic.ended()
 
     def _count(self, request: Request) -> None:
         self._done += 1
         if self.watch and self.watch(request):
             self.clock.stop()
         if self._progress and self._done % self._stride == 0:
-            self._progress(self._done / len(self.requests))
+            self._progress(self._done / self.asked)
 
 
 @contextmanager
@@ -316,28 +261,3 @@ def no_cycle_collection() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-class Door:
-    """Refuses requests that no scheduler could ever serve, each with its reason."""
-
-    def __init__(self, scheduler: SchedulerDefaults, context_limit: int, memory: MemoryPlan) -> None:
-        self._context_limit = context_limit
-        budget = scheduler.token_budget
-        whole = budget if scheduler.max_chunk_tokens is None else min(budget, scheduler.max_chunk_tokens)
-        self._prompt_limit = None if scheduler.chunked_prefill else whole
-        self._memory_limit = memory.max_tokens
-        holder = "a replica" if memory.ranks == 1 else "an attention-data rank"
-        self._blocks = f"{memory.rank_blocks} KV blocks that {holder} has"
-
-    def refuses(self, request: Request) -> str:
-        """Why the request cannot be served; empty when it can."""
-        total, prompt = request.total, request.prompt_tokens
-        if total > self._context_limit:
-            return f"{total} tokens of prompt and output exceed the context limit of {self._context_limit}"
-        if self._prompt_limit is not None and prompt > self._prompt_limit:
-            limit = f"the budget of {self._prompt_limit} tokens a step"
-            return f"a prompt of {prompt} tokens exceeds {limit}, and prompts are not chunked"
-        if self._memory_limit is not None and total > self._memory_limit:
-            return f"{total} tokens need more than the {self._blocks}"
-        return ""
