@@ -57,7 +57,7 @@ def account(cost: StepCost, steps: Columns, chunks: Columns, *, time_scale: floa
         energy_j[work.kind] += joules
         spent_s = time_scale * work.total(work.seconds)
         spread_s[work.kind] += work.spread * spent_s
-        beyond_s = time_scale * work.total(np.where(work.outside, work.seconds, 0.0))
+        beyond_s = time_scale * work.total(np.where(work.outside, work.seconds, 0.0)) if np.any(work.outside) else 0.0
         for how, some_s in ((work.evidence, spent_s - beyond_s), ("extrapolated", beyond_s)):
             if some_s > 0:
                 seconds[work.kind, how] += some_s

@@ -97,26 +97,27 @@ class WeightedTimes:
         return total
 
     def _sums_of(self, spans: NDArray[np.int64], weights: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Of spans of plain runs, where k steps take k x step_ns + layers x (T(mean) + ... + T(mean + k - 1)).
+        """Of spans of plain runs, whose step k starts E(mean + k) - E(mean) after the first.
 
-        Running sums may leave the range of 64 bits and come back: their differences are exact.
+        Products may leave the range of 64 bits and come back: what they add up to is exact.
         """
-        step, steps, left_ns, number, _ = spans
-        step_ns, layers = np.array([run.kind[1:] for run in self._kinds]).T[:, number]
-        prefix, mean_at = self._prefixes(spans)
-        first, last = int(step[0]), int(step[-1] + steps[-1])
-        at = np.arange(first, last)
-        entry = at + np.repeat(mean_at - step, np.diff(np.append(step, last)))
-        weight = weights[first:last]
-        by_weight, by_step, by_table = map(_running, (weight, weight * at, weight * prefix.take(entry, mode="clip")))
-        start, end = step - first, step - first + steps
-        count, rows, table = (sums[end] - sums[start] for sums in (by_weight, by_step, by_table))
-        return np.asarray(
-            count * left_ns - step_ns * (rows - count * step) - layers * (table - count * prefix[mean_at])
-        )
+        step, steps, left_ns, _, _ = spans
+        elapsed_ns, mean_at = self._elapsed(spans)
+        edges = np.stack((step, step + steps), axis=1).ravel() - step[0]
+        # What lies between two spans counts for neither: it is added up and left out.
+        lengths, shift = np.diff(edges), np.repeat(mean_at - edges[::2], 2)[:-1]
+        entry = np.arange(edges[-1]) + np.repeat(shift, lengths)
+        weight = weights[step[0] : step[0] + edges[-1]]
+        start = edges[:-1]
+        count = np.add.reduceat(weight, start)[::2]
+        passed_ns = np.add.reduceat(weight * elapsed_ns.take(entry, mode="clip"), start)[::2]
+        return np.asarray(count * (left_ns + elapsed_ns[mean_at]) - passed_ns)
 
-    def _prefixes(self, spans: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """What spans ask for of the table of every kind, one behind the other, and where each one's mean context is."""
+    def _elapsed(self, spans: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """E(n) = n x step_ns + layers x (T(0) + ... + T(n - 1)) where spans ask for it, and where their means stand.
+
+        One kind of run stands behind the other.
+        """
         _, steps, _, number, mean = spans
         low = np.full(len(self._kinds), np.iinfo(np.int64).max)
         high = np.zeros(len(self._kinds), dtype=np.int64)
@@ -124,14 +125,8 @@ class WeightedTimes:
         np.maximum.at(high, number, mean + steps)
         shift, parts, length = np.zeros_like(high), [], 0
         for kind in np.flatnonzero(high).tolist():
-            parts.append(self._kinds[kind].prefix_of(int(low[kind]), int(high[kind])))
-            shift[kind] = length - low[kind]
-            length += len(parts[-1])
+            first, last = int(low[kind]), int(high[kind])
+            parts.append(self._kinds[kind].elapsed_at(first, last))
+            shift[kind] = length - first
+            length += last + 1 - first
         return np.concatenate(parts), mean + shift[number]
-
-
-def _running(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Sums of the first 0, 1, 2 ... values."""
-    sums = np.zeros(len(values) + 1, dtype=np.int64)
-    np.cumsum(values, out=sums[1:])
-    return sums

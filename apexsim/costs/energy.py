@@ -46,10 +46,10 @@ class Drawn(NamedTuple):
 
 def limited(power: PowerModel, works: Sequence[Work], steps: int, time_scale: float = 1.0) -> Drawn:
     """Joules of ``works`` over all runs in ``steps`` rows of steps, every step kept within the limit."""
-    drawn = [joules(power, work, time_scale) for work in works]
+    drawn = [work.by_run(joules(power, work, time_scale)) for work in works]
     kernels_j, others_j, spent_s = np.zeros(steps), np.zeros(steps), np.zeros(steps)
     for work, each in zip(works, drawn, strict=True):
-        spent_s += work.by_step(time_scale * work.seconds, steps)
+        spent_s += work.by_step(work.by_run(time_scale * work.seconds), steps)
         if work.dtype is None:
             others_j += work.by_step(each, steps)
         else:
@@ -57,7 +57,7 @@ def limited(power: PowerModel, works: Sequence[Work], steps: int, time_scale: fl
     least = smooth_least(kernels_j, np.maximum(power.limit_w * spent_s - others_j, 0.0))
     share = np.divide(least, kernels_j, out=np.ones(steps), where=kernels_j > 0)
     by_work_j = [
-        work.total(each) if work.dtype is None else float((each[work.at] * work.runs * share[work.step]).sum())
+        float((each if work.dtype is None else each * (share if work.step is None else share[work.step])).sum())
         for work, each in zip(works, drawn, strict=True)
     ]
     return Drawn(by_work_j, least + others_j, spent_s)

@@ -177,7 +177,8 @@ class PlainRun(DecodeRun):
         prefix = np.frombuffer(self._prefix[first : last + 1], dtype=np.int64)
         return self._constant + self._layers * (prefix[1:] - prefix[:-1])
 
-    def prefix_of(self, first: int, last: int) -> NDArray[np.int64]:
-        """T(0) + ... + T(n - 1) of its table for every context n from ``first`` to ``last``."""
+    def elapsed_at(self, first: int, last: int) -> NDArray[np.int64]:
+        """Nanoseconds from mean context 0 to every one from ``first`` to ``last``."""
         self._table.between(first, last)
-        return np.frombuffer(self._prefix[first : last + 1], dtype=np.int64)
+        prefix = np.frombuffer(self._prefix[first : last + 1], dtype=np.int64)
+        return np.arange(first, last + 1) * self._constant + self._layers * prefix

@@ -36,7 +36,8 @@ class Work:
 
     ``kind`` is that of a device profile, or ``host`` for time in which devices wait for the host. ``dtype`` is what it
     computes in; None for what computes nothing (collectives, waiting). ``outside`` marks sizes beyond the measured
-    ones. Arrays of one length: ``step`` (row in ``steps``), ``at`` (which size) and ``runs`` there, over all devices.
+    ones. Of every run: ``step`` (row in ``steps``; None where each row has one, in turn), ``at`` (which size; None
+    where each size has one, in turn) and ``runs``, how often it ran over all devices (an array, or one for all).
     ``busy`` is the share of the seconds in which an average device works; else it waits for another one. ``spread`` is
     the relative standard deviation of the seconds (see ``OperatorCosts.spread``); none is known of waiting.
     """
@@ -46,24 +47,26 @@ class Work:
     seconds: Array
     flops: Array
     bytes_moved: Array
-    step: NDArray[np.int64]
-    at: NDArray[np.int64]
-    runs: Array
+    step: Sizes | None
+    at: Sizes | None
+    runs: Array | float
     evidence: str
     outside: Any = False
     busy: Array | float = 1.0
     spread: float = 0.0
 
-    def by_step(self, values: Array, steps: int) -> Array:
-        """Sum of ``values`` (one for each size) over the runs in each of the ``steps`` rows."""
-        return np.asarray(
-            np.bincount(self.step, weights=values[self.at] * self.runs, minlength=steps), dtype=np.float64
-        )
+    def by_run(self, values: Array) -> Array:
+        """Of every run, as often as it ran, what ``values`` say of its size."""
+        return np.asarray((values if self.at is None else values[self.at]) * self.runs)
+
+    def by_step(self, by_run: Array, steps: int) -> Array:
+        """Sum of what ``by_run`` says of the runs in each of the ``steps`` rows."""
+        return by_run if self.step is None else _floats(np.bincount(self.step, weights=by_run, minlength=steps))
 
     def total(self, values: Array) -> float:
         """Sum of ``values`` (one for each size) over all runs."""
         # Not np.dot: a threaded BLAS may add in another order from run to run.
-        return float((values[self.at] * self.runs).sum())
+        return float(self.by_run(values).sum())
 
 
 def work_of(cost: StepCost, steps: Columns, chunks: Columns) -> Iterator[Work]:
@@ -101,11 +104,14 @@ def _rows(cost: StepCost, steps: Columns, own: OwnPart) -> Generator[Work, None,
     first_s = np.zeros(len(steps["repeats"]))
     runs = _floats(steps["repeats"] * cost.lowered.stage_devices)
     for rows, fullest, of_all in _row_counts(steps, own):
+        operators = [operator for operator in counts if operator.rows == rows]
+        if not operators:
+            continue
         span = int(fullest.max(initial=0)) + 1
         pairs, where = np.unique(of_all * span + fullest, return_inverse=True)
         ranks = 1 if rows == "all_tokens" else cost.lowered.attention_data
         sizes, mean = pairs % span, pairs // span / ranks
-        for operator in (op for op in counts if op.rows == rows):
+        for operator in operators:
             seconds = np.zeros(len(sizes))
             seconds[sizes > 0] = cost.tables.rows_s(operator, sizes[sizes > 0])
             yield from _operator(cost, operator, seconds, (sizes, mean, where, runs * counts[operator]))
@@ -135,21 +141,29 @@ def _operator(
     some = rows > 0
     for kernel, mask in _kernels(operator, rows):
         at = some & mask
-        here = at[where]
+        step, which, often = _ran(at, where, runs)
         yield Work(
             kind=kernel.kind,
             dtype=_dtype_of(kernel),
             seconds=seconds[at],
             flops=operator.flops(mean[at]),
             bytes_moved=operator.bytes_moved(mean[at]),
-            step=np.flatnonzero(here),
-            at=(np.cumsum(at) - 1)[where[here]],
-            runs=runs[here],
+            step=step,
+            at=which,
+            runs=often,
             evidence=_evidence(costs, kernel),
             spread=costs.spread(kernel.kind, kernel.key),
             outside=costs.extrapolated(kernel.kind, kernel.key, **kernel.sizes(rows[at])),
             busy=busy_share(kernel.layer, rows[at]) if isinstance(kernel, Experts) else 1.0,
         )
+
+
+def _ran(some: Mask, where: Sizes, runs: Array) -> tuple[Sizes | None, Sizes, Array]:
+    """``step``, ``at`` and ``runs`` of what runs at ``some`` of the sizes; ``where`` is the size of every row."""
+    if some.all():
+        return None, where, runs
+    here = some[where]
+    return np.flatnonzero(here), (np.cumsum(some) - 1)[where[here]], runs[here]
 
 
 def _kernels(operator: RowOperator, rows: Array) -> list[tuple[RowOperator, Mask]]:
@@ -263,8 +277,8 @@ def _decodes(cost: StepCost, attention: Mixing, steps: Columns, counted: tuple[A
     mean, growing = _contexts(attention, steps)
     pairs = repeats * (attended + growing * batch * (repeats - 1) / 2)
     done = attention.decode_work(_floats(batch * repeats) / ranks, _floats(pairs) / ranks)
-    every, sizes_now = np.arange(len(batch)), {"keys": mean, "batch": share(batch, ranks)}
-    yield from _attention(cost, (attention.kinds[0], attention), (every, seconds, *done, runs), sizes_now)
+    sizes = {"keys": mean, "batch": share(batch, ranks)}
+    yield from _attention(cost, (attention.kinds[0], attention), (None, seconds, *done, runs), sizes)
 
 
 def _chunks(cost: StepCost, attention: Mixing, chunks: Columns, counted: tuple[Array, float]) -> Iterator[Work]:
@@ -278,7 +292,7 @@ def _chunks(cost: StepCost, attention: Mixing, chunks: Columns, counted: tuple[A
 def _attention(
     cost: StepCost,
     which: tuple[str, Mixing],
-    figures: tuple[NDArray[np.int64], Array, Array, Array, float],
+    figures: tuple[Sizes | None, Array, Array, Array, float],
     sizes: Mapping[str, object],
 ) -> Iterator[Work]:
     """``figures``: step, seconds, FLOPs and bytes of every run, and how often each ran."""
@@ -291,8 +305,8 @@ def _attention(
             flops=flops,
             bytes_moved=moved,
             step=step,
-            at=np.arange(len(seconds)),
-            runs=np.full(len(seconds), runs),
+            at=None,
+            runs=runs,
             evidence=_attention_evidence(costs, kind, attention),
             spread=costs.spread(kind, attention.key),
             outside=costs.extrapolated(kind, attention.key, **sizes, **attention.sizes()),
@@ -347,8 +361,7 @@ def _host(cost: StepCost, host_s: Array, repeats: NDArray[np.int64]) -> Work:
     nothing = np.zeros_like(host_s)
     runs = _floats(repeats) * cost.lowered.stage_devices
     evidence = "fitted" if cost.engine.evidence == "serving" else "estimated"
-    every = np.arange(len(host_s))
-    return Work("host", None, host_s, nothing, nothing, every, every, runs, evidence)
+    return Work("host", None, host_s, nothing, nothing, None, None, runs, evidence)
 
 
 def _floats(values: Any) -> Array:
