@@ -1,18 +1,23 @@
-"""Where the ranks of a pool lie: which of their groups stay inside a node and which cross the network.
+"""Where the ranks of pools lie: on which devices, and which of their groups stay in a node or cross the network.
 
 Devices are numbered node by node, ranks one after another: tensor ranks innermost, then attention-data ranks, pipeline
-stages, replicas. Tensor degree 4 and pipeline degree 4 on nodes of 8 put two stages on each node.
+stages, replicas, pools. Tensor degree 4 and pipeline degree 4 on nodes of 8 put two stages on each node.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from apexsim.errors import InfeasiblePlan
+from apexsim.specs.cluster import Cluster
 from apexsim.specs.plan import Plan, Pool
+
+Devices: TypeAlias = npt.NDArray[np.int64]
 
 
 class Spans(NamedTuple):
@@ -45,20 +50,43 @@ def spans(plan: Plan, devices_per_node: int, *, first: int = 0, whole: bool = Tr
     )
 
 
-@lru_cache(maxsize=4096)
-def pool_spans(pool: Pool, devices_per_node: int, nodes: int) -> Spans:
-    """Spans of the worst-placed replica of a pool, by which all of them are charged; there are devices for the pool.
+class Placement(NamedTuple):
+    """Where the replicas of a pool lie.
 
-    Groups are kept whole where the cluster has the nodes for it; else ranks follow each other without a gap. Example:
-    five replicas of tensor degree 3 do not fit whole on two nodes of 8, so the third lies on both.
+    ``devices``: numbers of the cluster's devices, by replica, pipeline stage, attention-data rank and tensor rank.
+    ``spans``: those of the worst-placed replica, by which all of them are charged.
     """
-    devices = nodes * devices_per_node
-    found = _replicas(pool, devices_per_node, devices, whole=True)
-    found = found or _replicas(pool, devices_per_node, devices, whole=False)
-    return max(found, key=lambda each: each.scatter)
+
+    devices: Devices
+    spans: Spans
 
 
-def place(plan: Plan, devices_per_node: int, *, first: int = 0, whole: bool = True) -> npt.NDArray[np.int64]:
+def place_pools(cluster: Cluster, pools: Sequence[Pool]) -> dict[str, Placement]:
+    """Where the replicas of all ``pools`` lie, by the name of the pool; on a group of nodes in the order of ``pools``.
+
+    Tensor groups, stages and replicas are kept whole where the group has the nodes for it; else ranks follow each other
+    without a gap. Example: five replicas of tensor degree 3 do not fit whole on two nodes of 8, so the third lies on
+    both. Raises BadInput for a group that is not there, InfeasiblePlan where a group has too few devices.
+    """
+    found = {}
+    for group in cluster.groups:
+        here = [pool for pool in pools if cluster.group(pool.device) is group]
+        used = sum(pool.devices for pool in here)
+        if used > group.devices:
+            whose = f"the replicas of {' and '.join(pool.name for pool in here)} use {used} devices"
+            raise InfeasiblePlan([f"{whose}, {group.name} has {group.devices}"])
+        wanted, first = tuple((pool.plan, pool.replicas) for pool in here), cluster.first_device(group)
+        for pool, laid in zip(here, _laid(wanted, group.devices_per_node, group.nodes), strict=True):
+            found[pool.name] = laid._replace(devices=laid.devices + first)
+    return {pool.name: found[pool.name] for pool in pools}
+
+
+def pool_spans(pool: Pool, devices_per_node: int, nodes: int) -> Spans:
+    """Spans of a pool that has a group of nodes for itself, which has the devices for it."""
+    return _laid(((pool.plan, pool.replicas),), devices_per_node, nodes)[0].spans
+
+
+def place(plan: Plan, devices_per_node: int, *, first: int = 0, whole: bool = True) -> Devices:
     """Device numbers by pipeline stage, attention-data rank and tensor rank, from the device ``first`` on.
 
     ``whole``: a tensor group, stage or replica that the rest of a node has no room for begins at the next node.
@@ -74,20 +102,33 @@ def place(plan: Plan, devices_per_node: int, *, first: int = 0, whole: bool = Tr
     return np.array(numbers).reshape(plan.pipeline, plan.attention_data, plan.tensor)
 
 
-def _replicas(pool: Pool, per_node: int, devices: int, *, whole: bool) -> list[Spans]:
-    """Spans of every way in which the pool's replicas lie; none where there are too few ``devices`` for it."""
-    at = 0
-    ends: dict[int, int] = {}
-    found = []
-    for _ in range(pool.replicas):
+@lru_cache(maxsize=256)
+def _laid(wanted: tuple[tuple[Plan, int], ...], per_node: int, nodes: int) -> tuple[Placement, ...]:
+    """Placements of (plan, replicas) one after another on ``nodes`` that have the devices for them."""
+    for whole in (True, False):
+        at, laid = 0, []
+        for plan, replicas in wanted:
+            laid.append(_replicas(plan, replicas, per_node, first=at, whole=whole))
+            at = int(laid[-1].devices[-1].max()) + 1
+        if at <= nodes * per_node:
+            break
+    return tuple(laid)
+
+
+def _replicas(plan: Plan, replicas: int, per_node: int, *, first: int, whole: bool) -> Placement:
+    """Replicas from the device ``first`` on. Those that begin at the same place of a node lie alike on their nodes."""
+    at, numbers = first, []
+    seen: dict[int, tuple[Devices, int, Spans]] = {}
+    for _ in range(replicas):
         node, offset = divmod(at, per_node)
-        if offset not in ends:
-            ends[offset] = int(place(pool.plan, per_node, first=offset, whole=whole).max()) + 1
-            found.append(spans(pool.plan, per_node, first=offset, whole=whole))
-        at = node * per_node + ends[offset]
-        if at > devices:
-            return []
-    return found
+        if offset not in seen:
+            lies = place(plan, per_node, first=offset, whole=whole)
+            seen[offset] = lies, int(lies.max()) + 1, spans(plan, per_node, first=offset, whole=whole)
+        lies, end, _ = seen[offset]
+        numbers.append(lies + node * per_node)
+        at = node * per_node + end
+    worst = max((found for _, _, found in seen.values()), key=lambda each: each.scatter)
+    return Placement(np.array(numbers), worst)
 
 
 def _begin(at: int, size: int, devices_per_node: int) -> int:
@@ -96,7 +137,7 @@ def _begin(at: int, size: int, devices_per_node: int) -> int:
     return at + room if size > room else at
 
 
-def _most(groups: npt.NDArray[np.int64]) -> int:
+def _most(groups: Devices) -> int:
     """Most nodes that a row of ``groups`` names."""
     ordered = np.sort(groups, axis=1)
     return int(1 + (ordered[:, 1:] != ordered[:, :-1]).sum(axis=1).max(initial=0))

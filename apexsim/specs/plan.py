@@ -98,11 +98,15 @@ class Plan(Spec):
 
 
 class Pool(Spec):
-    """Replicas of one plan and the phases of a request's life that they serve."""
+    """Replicas of one plan and the phases of a request's life that they serve.
+
+    ``device`` names the group of the cluster's nodes that they lie on; None is the only one.
+    """
 
     name: str = "serve"
     phases: tuple[Phase, ...] = ("prefill", "decode")
     plan: Plan = Plan()
+    device: str | None = None
     replicas: int = Field(1, ge=1, le=MAX_DEVICES)
 
     @property
