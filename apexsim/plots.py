@@ -131,9 +131,9 @@ def _draw_parity(parity: Any, errors: Any, table: pd.DataFrame, name: str) -> No
 
 def describe(result: SimulationResult) -> str:
     """One line: model, devices, plan, engine, workload."""
-    deployment, pool = result.deployment, result.deployment.pools[0]
+    deployment = result.deployment
     cluster = deployment.cluster
-    plan = f"{pool.plan.name} x {pool.replicas}"
+    plan = ", ".join(f"{pool.plan.name} x {pool.replicas}" for pool in deployment.pools)
     return (
         f"{deployment.model.name} ({deployment.weights}) on {deployment.devices_used} x {cluster.device.name}, {plan}, "
         f"{deployment.engine.name}, {result.workload_name}"

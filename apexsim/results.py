@@ -152,7 +152,7 @@ class SimulationResult:
             step_columns={**run["steps"], **drawn},
             gaps=run["itl"],
             kv_blocks=run["memory"].blocks,
-            memory=run["memory"].figures(deployment.context_limit),
+            memory=run["memory"].figures(deployment.colocated_server().context_limit),
             block_ns=tuple(run["block_ns"]),
             usage=Usage.of(accounting, run["worked_s"]) if accounting else Usage(),
             timing=run["timing"],

@@ -39,7 +39,7 @@ from apexsim.io.yaml_files import load_spec
 from apexsim.search.executors import choose_jobs, run_local
 from apexsim.search.journal import fingerprint, identity, journal_in
 from apexsim.search.outcomes import Outcome, Progress, attempt, settle
-from apexsim.serving.named import check_due, policy_class
+from apexsim.serving.named import check_all_due
 from apexsim.serving.simulator import simulate
 from apexsim.specs.base import Spec, parse_spec
 from apexsim.specs.deployment import Deployment
@@ -137,7 +137,7 @@ def read_runs(path: Path | str, *, allow_plugins: bool = False) -> Iterator[Run]
         )
         traffic = run.model_dump(include=Traffic.model_fields.keys() - {"slo"})
         deployment, requests = resolve_deployment(run, path, allow_plugins=allow_plugins), read(*traffic.items())
-        check_due(policy_class(deployment.scheduler.policy), requests, run.slo)
+        check_all_due(deployment, requests, run.slo)
         yield Run(point, deployment, requests, run.slo, run.seed)
 
 

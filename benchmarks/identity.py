@@ -94,7 +94,7 @@ def _fitted_run(file: dict[str, Any]) -> Any:
 
 def _result_hashes(result: Any) -> dict[str, str]:
     summary = {key: value for key, value in result.summary().items() if key != "timing"}
-    stages = result.deployment.pools[0].plan.pipeline
+    stages = max(pool.plan.pipeline for pool in result.deployment.pools)
     parts = {
         "requests": _digest(result.requests),
         "gaps": _digest([column.tolist() for column in result.gaps]),

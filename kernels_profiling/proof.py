@@ -263,7 +263,7 @@ def _turned(names: list[str], repeat: int) -> list[str]:
 def _figures(runs: list[MeasuredRun], step_s: float) -> tuple[Figure, ...]:
     """All repeats of a load beside what is simulated of it."""
     case = case_of(runs[0].row, {TERM: step_s})
-    requests, _ = requests_of(runs[0], longest=case.deployment.context_limit, seed=0)
+    requests, _ = requests_of(runs[0], longest=case.deployment.colocated_server().context_limit, seed=0)
     summary = apexsim.simulate(case.deployment, requests).summary()
     return tuple(
         Figure(

@@ -18,6 +18,7 @@ import numpy as np
 
 from apexsim.serving.simulator import simulate
 from apexsim.specs.deployment import Deployment
+from apexsim.specs.server import Load
 from apexsim.validation.cases import case_of
 from apexsim.validation.loads import requests_of
 from apexsim.validation.runs import MeasuredRun, RunRow, read_runs
@@ -74,9 +75,10 @@ def in_flight(row: RunRow) -> int:
 def error_of(run: MeasuredRun, exponent: float) -> float:
     """Relative error of mean TPOT, or of the median ITL of a full server, under this exponent."""
     deployment = with_exponent(case_of(run.row).deployment, exponent)
-    requests, _ = requests_of(run, longest=deployment.context_limit, seed=0)
+    server = deployment.colocated_server()
+    requests, _ = requests_of(run, longest=server.context_limit, seed=0)
     if run.row.max_num_batched_tokens is None:
-        deployment = deployment.for_load(int(requests.prompt_tokens.max()), requests.concurrency)
+        deployment = deployment.as_run(server.for_load(Load.of(requests)))
     if run.row.workload == "saturated":
         return float(steady_figures(deployment, requests)["itl_p50_s"]) / run.row.itl_p50_s - 1
     return float(simulate(deployment, requests).summary()["tpot_s"]["mean"]) / run.row.tpot_mean_s - 1

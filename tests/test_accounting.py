@@ -26,9 +26,8 @@ def cost_of(model: str, plan: Plan = ONE, host: HostTerms = SYNC, device: str = 
     engine = spec("engine", "vllm-v1-sync").model_copy(update={"host": host})
     pool = Pool(plan=plan)
     cluster = Cluster(device=spec("device", device))
-    return build_step_cost(
-        Deployment(model=spec("model", model), cluster=cluster, engine=engine, pools=(pool,), **fields), pool
-    )
+    deployment = Deployment(model=spec("model", model), cluster=cluster, engine=engine, pools=(pool,), **fields)
+    return build_step_cost(deployment.colocated_server())
 
 
 def columns(

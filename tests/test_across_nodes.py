@@ -34,7 +34,7 @@ def deployed(model: str = "llama-3.1-405b", **choices: Any) -> Deployment:
 
 def lowered(model: str = "llama-3.1-405b", **choices: Any) -> Lowered:
     deployment = deployed(model, **choices)
-    return lower(deployment, deployment.pools[0])
+    return lower(deployment.colocated_server())
 
 
 def sends(low: Lowered) -> list[str]:
@@ -44,7 +44,7 @@ def sends(low: Lowered) -> list[str]:
 def decode_s(batch: int, **choices: Any) -> float:
     """Seconds from one token to the next of every sequence, ``batch`` of them with 1,024 tokens of context each."""
     deployment = deployed(**choices)
-    cost = build_step_cost(deployment, deployment.pools[0])
+    cost = build_step_cost(deployment.colocated_server())
     return sum(cost.stage_ns(BatchStats(batch, 1024 * batch, (), (), batch))) / 1e9
 
 
@@ -111,9 +111,9 @@ def test_a_tensor_group_that_only_fits_on_two_nodes_is_refused() -> None:
 
 def test_tensor_degrees_beyond_a_node_are_whole_nodes() -> None:
     model, cluster = catalog.load("model", "llama-3.1-405b"), deployed(tensor=8).cluster
-    assert Plan(tensor=16).lawful(model, cluster) == ()
+    assert Plan(tensor=16).lawful(model, cluster.group()) == ()
     smaller = cluster.regrouped(devices_per_node=6, nodes=4)
-    (reason,) = Plan(tensor=8).lawful(model, smaller)
+    (reason,) = Plan(tensor=8).lawful(model, smaller.group())
     assert reason == "tensor degree 8 takes a part of a node: give up to 6, or a multiple of its 6 devices"
 
 
@@ -130,7 +130,7 @@ def test_a_hand_over_across_nodes_costs_its_own_table() -> None:
     """4,096 tokens of 16,384 values are 134 MB: the step differs by the two tables at that size, and nothing else."""
     stats = BatchStats(0, 0, (), ((4096, 0),), 1)
     near, far = (
-        build_step_cost(deployment, deployment.pools[0]).stage_ns(stats)
+        build_step_cost(deployment.colocated_server()).stage_ns(stats)
         for deployment in (deployed(tensor=8, pipeline=2, nodes=n, devices_per_node=16 // n) for n in (1, 2))
     )
     size, costs = 4096 * 16384 * 2, COSTS["h100-sxm"]
@@ -213,13 +213,13 @@ def test_experts_exchange_tokens_by_the_tables_of_as_many_nodes() -> None:
     # 16 ranks on four nodes of 4 are not those that were measured on two of 8.
     cut = deployed(**experts, **deepep, nodes=4, devices_per_node=4)
     with pytest.raises(Unsupported, match=r"no deepep_[a-z]+ cost for ranks_16_over_4"):
-        build_step_cost(cut, cut.pools[0])
+        build_step_cost(cut.colocated_server())
 
 
 def test_a_result_says_what_crosses_nodes() -> None:
     def notes(**choices: Any) -> list[str]:
         deployment = deployed(**choices)
-        return list(cost_notes(build_step_cost(deployment, deployment.pools[0])))
+        return list(cost_notes(build_step_cost(deployment.colocated_server())))
 
     assert notes(tensor=16) == ["estimated: all_gather crosses 2 nodes", "estimated: all_reduce crosses 2 nodes"]
     assert notes(tensor=4, pipeline=4) == ["1 of 3 hand-overs between pipeline stages cross nodes"]

@@ -41,7 +41,7 @@ def deployed(sampling: str, passes: float = PASSES, **choices: Any) -> Deploymen
 
 
 def step_ns(deployment: Deployment, decodes: int) -> int:
-    cost = build_step_cost(deployment, deployment.pools[0])
+    cost = build_step_cost(deployment.colocated_server())
     return sum(cost.stage_ns(BatchStats(decodes, 1000 * decodes, survivors=decodes)))
 
 
@@ -76,7 +76,7 @@ def test_a_sort_moves_fewer_passes_than_it_takes() -> None:
 def test_tensor_parallelism_does_not_split_the_search() -> None:
     for tensor in (1, 4):
         deployment = deployed("top_p", tensor=tensor)
-        head = lower(deployment, deployment.pools[0]).stages[-1].head
+        head = lower(deployment.colocated_server()).stages[-1].head
         (sampling,) = [operator for operator in head if isinstance(operator, Sampling)]
         assert (sampling.vocab, sampling.passes) == (VOCAB, PASSES)
 
@@ -175,7 +175,7 @@ def test_prompts_pick_the_exponent_of_the_model() -> None:
             deployment = deployed("greedy", model=model, prompts=prompts, tensor=8, expert=8)
             (experts,) = [
                 op
-                for op in routed_part(deployment, deployment.pools[0], deployment.model.layer_kinds[-1])
+                for op in routed_part(deployment.colocated_server(), deployment.model.layer_kinds[-1])
                 if isinstance(op, Experts)
             ]
             assert experts.layer.routing_exponent == exponent

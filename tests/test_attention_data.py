@@ -40,17 +40,17 @@ def deployed(tensor: int = 1, ranks: int = 1, **choices: Any) -> Deployment:
 
 def lowered(tensor: int = 1, ranks: int = 1, **choices: Any) -> Lowered:
     deployment = deployed(tensor, ranks, **choices)
-    return lower(deployment, deployment.pools[0])
+    return lower(deployment.colocated_server())
 
 
 def cost_of(tensor: int = 1, ranks: int = 1, **choices: Any) -> StepCost:
     deployment = deployed(tensor, ranks, engine_options=NO_HOST, **choices)
-    return build_step_cost(deployment, deployment.pools[0])
+    return build_step_cost(deployment.colocated_server())
 
 
 def planned(tensor: int = 1, ranks: int = 1, **choices: Any) -> MemoryPlan:
     deployment = deployed(tensor, ranks, **choices)
-    return plan_memory(deployment, deployment.pools[0])
+    return plan_memory(deployment.colocated_server())
 
 
 def decodes(count: int, context: int) -> BatchStats:
@@ -82,12 +82,12 @@ def test_a_stage_has_tensor_x_attention_data_devices() -> None:
 )
 def test_plans_that_make_no_sense_say_why(model: str, plan: Plan, reason: str) -> None:
     cluster = Cluster(device=catalog.load("device", "h200-sxm"), nodes=4)
-    assert any(reason in said for said in plan.lawful(catalog.load("model", model), cluster))
+    assert any(reason in said for said in plan.lawful(catalog.load("model", model), cluster.group()))
 
 
 def test_whole_experts_may_lie_across_nodes() -> None:
     cluster = Cluster(device=catalog.load("device", "h200-sxm"), nodes=4)
-    assert Plan(attention_data=32, expert=32).lawful(catalog.load("model", "deepseek-v3"), cluster) == ()
+    assert Plan(attention_data=32, expert=32).lawful(catalog.load("model", "deepseek-v3"), cluster.group()) == ()
 
 
 def test_the_plan_is_said_by_flag_and_by_file(tmp_path: Path) -> None:
@@ -111,13 +111,13 @@ def test_the_plan_is_said_by_flag_and_by_file(tmp_path: Path) -> None:
 def test_weights_by_hand() -> None:
     """Attention, norms and router whole on each of 4 ranks, a quarter of the experts, embeddings and head whole."""
     low = lowered(ranks=4, expert=4)
-    pool = deployed(ranks=4, expert=4).pools[0]
+    server = deployed(ranks=4, expert=4).colocated_server()
     hidden, head = 4096, 128
     attention = hidden * (32 + 2 * 8) * head + 32 * head * hidden
     experts = 8 // 4 * 3 * hidden * 14336
     layer = attention + experts + hidden * 8 + 2 * hidden
     wanted = 2 * (32 * layer + 2 * 32000 * hidden + hidden)
-    assert weights_bytes(deployed(ranks=4, expert=4), pool, low, 0) == pytest.approx(wanted)
+    assert weights_bytes(server, low, 0) == pytest.approx(wanted)
 
 
 def test_kv_blocks_are_those_of_all_ranks_and_a_sequence_lies_on_one() -> None:
@@ -136,17 +136,17 @@ def test_activations_are_a_ranks_tokens_and_the_experts_tokens_of_all() -> None:
     tokens, width = 8192, 8192
     deployment = deployed(ranks=2, expert=2, engine_options={"max_num_batched_tokens": tokens, "max_num_seqs": 64})
     expert = 4096 + 2 * (2 * 14336 + 14336)
-    found = plan_memory(deployment, deployment.pools[0]).activation_bytes
+    found = plan_memory(deployment.colocated_server()).activation_bytes
     assert found == 2 * tokens * (width + 2 * expert)
 
 
 def test_settings_of_a_rank_count_for_every_rank() -> None:
-    of_replica = deployed(ranks=4, engine_options={"max_num_seqs": 32}).scheduler
+    of_replica = deployed(ranks=4, engine_options={"max_num_seqs": 32}).colocated_server().scheduler
     assert (of_replica.max_num_seqs, of_replica.max_num_batched_tokens) == (128, 4 * 8192)
     assert of_replica.max_chunk_tokens == 8192
-    together = deployed(ranks=4, engine="sglang-0.5").scheduler
+    together = deployed(ranks=4, engine="sglang-0.5").colocated_server().scheduler
     assert (together.max_num_seqs, together.max_num_batched_tokens, together.max_chunk_tokens) == (1024, 8192, 2048)
-    one = deployed()
+    one = deployed().colocated_server()
     assert one.scheduler == one.rank_scheduler
 
 
@@ -174,7 +174,7 @@ def test_one_rank_costs_what_tensor_parallelism_alone_does(stats: BatchStats) ->
     )
     assert deployed(tensor=4) == plain
     assert [op.rows for op in lowered(tensor=4).blocks[0].rows] == ["tokens"] * len(lowered(tensor=4).blocks[0].rows)
-    plain_cost = build_step_cost(plain, plain.pools[0])
+    plain_cost = build_step_cost(plain.colocated_server())
     low = plain_cost.lowered
     own = low.stages[0].row_operators()
     tokens = np.array([stats.decodes + sum(tokens for tokens, _ in stats.chunks)])

@@ -415,8 +415,8 @@ def test_engine_options_reach_the_profile_and_hold_for_long_contexts() -> None:
     deployment = resolve_deployment(file, "test")
     assert deployment.engine.memory.gpu_memory_utilization == 0.97
     assert not deployment.engine.communication.custom_all_reduce
-    assert deployment.context_limit > 32768
-    assert not deployment.scheduler.chunked_prefill
+    assert deployment.colocated_server().context_limit > 32768
+    assert not deployment.colocated_server().scheduler.chunked_prefill
 
 
 def test_load_takes_deployments_and_results(tmp_path: Path) -> None:

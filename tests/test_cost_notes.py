@@ -22,7 +22,7 @@ def deployed(model: str, device: str, **choices: Any) -> Deployment:
 
 
 def notes(deployment: Deployment) -> list[str]:
-    return list(cost_notes(build_step_cost(deployment, deployment.pools[0])))
+    return list(cost_notes(build_step_cost(deployment.colocated_server())))
 
 
 def shares(deployment: Deployment) -> dict[str, dict[str, float]]:
@@ -39,7 +39,7 @@ def test_tensor_parallelism_on_geforce_boards_is_estimated_from_the_same_link() 
     lent, own = (OperatorCosts(catalog.load("device", name)) for name in ("rtx-4090", "l40s"))
     for kind, group in (("all_reduce", 2), ("all_gather", 4), ("reduce_scatter", 8), ("send_recv", 2)):
         assert lent.collective_s(kind, group, 1e6) == own.collective_s(kind, group, 1e6)
-    rows = [op for block in lower(deployment, deployment.pools[0]).blocks for op in block.rows]
+    rows = [op for block in lower(deployment.colocated_server()).blocks for op in block.rows]
     # No board reads another's memory, so no engine's own all-reduce runs.
     assert not any(op.custom_max_bytes for op in rows if isinstance(op, Collective))
 
@@ -48,7 +48,7 @@ def test_mxfp4_experts_run_on_int4_kernels_where_no_others_were_timed() -> None:
     deployment = deployed("gpt-oss-20b", "a100-sxm")
     (layer,) = {
         op.layer
-        for block in lower(deployment, deployment.pools[0]).blocks
+        for block in lower(deployment.colocated_server()).blocks
         for op in block.rows
         if isinstance(op, Experts)
     }

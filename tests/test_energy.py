@@ -47,7 +47,8 @@ def cost_of(device: DeviceProfile, model: str, tensor: int = 1) -> StepCost:
     pool = Pool(plan=Plan(tensor=tensor))
     engine = catalog.load("engine", "vllm-v1-async")
     spec = catalog.load("model", model)
-    return build_step_cost(Deployment(model=spec, cluster=Cluster(device=device), engine=engine, pools=(pool,)), pool)
+    deployment = Deployment(model=spec, cluster=Cluster(device=device), engine=engine, pools=(pool,))
+    return build_step_cost(deployment.colocated_server())
 
 
 # -- coefficients --------------------------------------------------------------------------------------------------

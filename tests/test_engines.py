@@ -23,6 +23,7 @@ from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.request import Request
 from apexsim.serving.simulator import Run, simulate
 from apexsim.specs.engine import SchedulerDefaults, token_budget
+from apexsim.specs.server import Load
 from apexsim.specs.workload import Requests
 from apexsim.testing import Case, check_case
 from apexsim.units import NS_PER_S
@@ -104,7 +105,11 @@ def test_every_engine_has_few_profiles() -> None:
     ],
 )
 def test_scheduler_defaults_follow_device_and_context(engine: str, device: str, budget: int, seats: int) -> None:
-    scheduler = deployment_from(None, {"model": "llama-3.1-8b", "device": device, "engine": engine}).scheduler
+    scheduler = (
+        deployment_from(None, {"model": "llama-3.1-8b", "device": device, "engine": engine})
+        .colocated_server()
+        .scheduler
+    )
     assert (scheduler.token_budget, scheduler.max_num_seqs) == (budget, seats)
 
 
@@ -118,7 +123,7 @@ def test_small_devices_take_a_smaller_step() -> None:
 
 def test_what_is_asked_for_outweighs_what_an_engine_does_by_itself() -> None:
     choices = {"model": "llama-3.1-8b", "device": "a100-sxm", "engine_options": {"max_num_batched_tokens": 4096}}
-    scheduler = deployment_from(None, choices).scheduler
+    scheduler = deployment_from(None, choices).colocated_server().scheduler
     assert (scheduler.token_budget, scheduler.max_num_seqs) == (4096, 256)
 
 
@@ -143,16 +148,16 @@ def test_token_budgets_of_benchmark_recipes() -> None:
     assert token_budget(prompt_tokens=1024, sequences=4) == 1152
     choices = {"model": "llama-3.1-8b", "device": "h100-sxm", "engine": "trtllm"}
     plain = deployment_from(None, choices)
-    assert plain.for_load(1024, 64) is plain
+    assert plain.colocated_server(Load(1024, 64)) == plain.colocated_server()
     ruled = deployment_from(None, choices | {"engine_options": {"token_budget_rule": "one_prompt"}})
-    assert ruled.scheduler.token_budget == 8192
-    assert ruled.for_load(1024, 64).scheduler.token_budget == 1152
-    assert ruled.for_load(1024, None).scheduler.token_budget == 1024 + 2048 + 64
+    assert ruled.colocated_server().scheduler.token_budget == 8192
+    assert ruled.colocated_server(Load(1024, 64)).scheduler.token_budget == 1152
+    assert ruled.colocated_server(Load(1024, None)).scheduler.token_budget == 1024 + 2048 + 64
     small = deployment_from(
         None,
         {"model": "llama-3.1-8b", "device": "a100-sxm", "engine_options": {"token_budget_rule": "one_prompt"}},
     )
-    assert small.for_load(5000, 8).scheduler.token_budget == 5120
+    assert small.colocated_server(Load(5000, 8)).scheduler.token_budget == 5120
 
 
 class RememberedBlocks(RuleBasedStateMachine):
@@ -285,7 +290,7 @@ def stage_s(options: dict[str, object], stats: BatchStats, **choices: object) ->
     """Seconds of a step on every stage of Llama-3.1-8B."""
     given = {"model": "llama-3.1-8b", "device": "h100-sxm", "engine": "vllm@0.11", "engine_options": options}
     made = deployment_from(None, {**given, **choices})
-    return [ns / NS_PER_S for ns in build_step_cost(made, made.pools[0]).stage_ns(stats)]
+    return [ns / NS_PER_S for ns in build_step_cost(made.colocated_server()).stage_ns(stats)]
 
 
 NO_HOST = {"step_s": 0.0, "per_sequence_s": 0.0, "exposed_step_s": 0.0, "launch_s": 0.0}

@@ -43,7 +43,7 @@ def deployed(model: Any, plan: Plan | None = None, engine: str = "vllm-v1-sync",
 
 def lowered(model: Any, plan: Plan | None = None, **fields: Any) -> Lowered:
     deployment = deployed(model, plan, **fields)
-    return lower(deployment, deployment.pools[0])
+    return lower(deployment.colocated_server())
 
 
 def gemms(low: Lowered) -> dict[str, Gemm]:
@@ -119,7 +119,7 @@ def test_choosing_experts_is_an_engine_s_own_time_once_a_layer() -> None:
     chosen = with_engine_options(deployment.engine, {"expert_choice_s": 20e-6}, "here")
     slower = deployment.model_copy(update={"engine": chosen})
     stats = BatchStats(8, 8 * 1000, (), (), 8)
-    times = [build_step_cost(each, each.pools[0]).stage_ns(stats)[0] for each in (deployment, slower)]
+    times = [build_step_cost(each.colocated_server()).stage_ns(stats)[0] for each in (deployment, slower)]
     assert times[1] - times[0] == pytest.approx(48 * 20_000, abs=48)
 
 
@@ -147,7 +147,7 @@ def test_no_custom_all_reduce_when_the_engine_has_it_off() -> None:
     communication = deployment.engine.communication.model_copy(update={"custom_all_reduce": False})
     engine = deployment.engine.model_copy(update={"communication": communication})
     deployment = deployment.model_copy(update={"engine": engine})
-    (block,) = lower(deployment, deployment.pools[0]).blocks
+    (block,) = lower(deployment.colocated_server()).blocks
     assert {op.key for op in block.rows if isinstance(op, Collective)} == {"nccl_2"}
 
 
@@ -163,9 +163,9 @@ def test_an_unlawful_plan_says_why() -> None:
 
 
 def test_replicas_need_devices_of_their_own() -> None:
-    deployment = deployed("llama-3.1-8b")
-    with pytest.raises(InfeasiblePlan, match="the replicas use 18 devices, the cluster has 16"):
-        lower(deployment, Pool(plan=Plan(tensor=2), replicas=9))
+    deployment = deployed("llama-3.1-8b").model_copy(update={"pools": (Pool(plan=Plan(tensor=2), replicas=9),)})
+    with pytest.raises(InfeasiblePlan, match="the replicas of serve use 18 devices, h100-sxm has 16"):
+        deployment.servers()
 
 
 @given(layers=st.integers(1, 200), stages=st.integers(1, 16))
@@ -211,7 +211,7 @@ def test_all_to_all_dispatch_replaces_the_closing_all_reduce() -> None:
     communication = deployment.engine.communication.model_copy(update={"moe_dispatch": "all_to_all"})
     engine = deployment.engine.model_copy(update={"communication": communication})
     deployment = deployment.model_copy(update={"engine": engine})
-    (block,) = lower(deployment, deployment.pools[0]).blocks
+    (block,) = lower(deployment.colocated_server()).blocks
     order = list(nx.topological_sort(block.graph))
     assert order[-5:] == ["router", "dispatch", "experts", "combine", "ffn_all_gather"]
     dispatch = next(op for op in block.rows if op.name == "dispatch")
@@ -226,7 +226,7 @@ def test_exchanges_that_merge_copies_send_a_token_once_to_a_rank() -> None:
         communication = deployment.engine.communication.model_copy(update={"moe_dispatch": library})
         engine = deployment.engine.model_copy(update={"communication": communication})
         changed = deployment.model_copy(update={"engine": engine})
-        (block,) = lower(changed, changed.pools[0]).blocks
+        (block,) = lower(changed.colocated_server()).blocks
         dispatch = next(op for op in block.rows if op.name == "dispatch")
         assert isinstance(dispatch, Collective)
         sent[dispatch.kind, dispatch.key] = dispatch.bytes_per_row / (2 * 2048 / 4)
@@ -315,7 +315,7 @@ def test_products_of_an_engine_read_weights_no_slower_than_those_they_are_said_t
     found = {}
     for weights in ("fp8", "bf16"):
         deployment = deployed("llama-3.1-70b", Plan(tensor=2), "trtllm-1.1", weights=weights)
-        rows = lower(deployment, deployment.pools[0]).stages[0].row_operators()
+        rows = lower(deployment.colocated_server()).stages[0].row_operators()
         (found[weights],) = [op for op, _ in rows if op.name == "gate_up"]
     assert (found["fp8"].reads_like, found["bf16"].reads_like) == ("bf16", None)
     costs = OperatorCosts(H100)
@@ -331,7 +331,7 @@ def test_products_of_an_engine_read_weights_no_slower_than_those_they_are_said_t
 @pytest.mark.parametrize("model", ["deepseek-v3", "nvidia-nemotron-nano-9b-v2"])
 def test_products_of_latent_and_recurrent_layers_are_the_engine_s_too(model: str) -> None:
     deployment = deployed(model, Plan(tensor=8), "trtllm-1.1", weights="fp8")
-    rows = [op for op, _ in lower(deployment, deployment.pools[0]).stages[0].row_operators()]
+    rows = [op for op, _ in lower(deployment.colocated_server()).stages[0].row_operators()]
     products = [op for op in rows if isinstance(op, Gemm) and op.dtype == "fp8"]
     assert len(products) > 3
     assert all(op.reads_like == "bf16" and op.quantised for op in products)
@@ -343,7 +343,7 @@ def test_mxfp4_experts_on_marlin_cost_what_its_kernel_of_int4_experts_does() -> 
     for marlin in (False, True):
         engine = with_engine_options(catalog.load("engine", "vllm-v1-async"), {"marlin_experts": marlin}, "here")
         deployment = deployed("gpt-oss-120b", Plan(tensor=2)).model_copy(update={"engine": engine})
-        rows = lower(deployment, deployment.pools[0]).stages[0].row_operators()
+        rows = lower(deployment.colocated_server()).stages[0].row_operators()
         found += [op for op, _ in rows if isinstance(op, Experts)]
     (own, marlin) = dict.fromkeys(found)
     assert (own.key, marlin.key) == ("mxfp4", "int4_wo")

@@ -44,15 +44,14 @@ def deployed(
 
 def planned(model: Any, plan: Plan | None = None, **options: Any) -> MemoryPlan:
     deployment = deployed(model, plan, **options)
-    return plan_memory(deployment, deployment.pools[0])
+    return plan_memory(deployment.colocated_server())
 
 
 def weights_of(model: Any, plan: Plan | None = None, **fields: Any) -> list[float]:
     """Bytes on one device of every stage."""
-    deployment = deployed(model, plan, **fields)
-    pool = deployment.pools[0]
-    low = lower(deployment, pool)
-    return [weights_bytes(deployment, pool, low, stage) for stage in range(len(low.stages))]
+    server = deployed(model, plan, **fields).colocated_server()
+    low = lower(server)
+    return [weights_bytes(server, low, stage) for stage in range(len(low.stages))]
 
 
 def test_llama_8b_by_hand() -> None:

@@ -147,7 +147,7 @@ def test_layers_that_share_an_indexer_neither_score_nor_cache() -> None:
     assert group.bytes_per_token("bf16") == 2 * (78 * 576 + len(owners) * 128)
     assert [group.index_keys for group in shared.kv_groups_of(range(1, 4))] == [0]
     deployment = deployed(shared)
-    low = lower(deployment, deployment.pools[0])
+    low = lower(deployment.colocated_server())
     scored = {block.kind.indexed: "indexer_q" in {op.name for op in block.rows} for block in low.blocks}
     assert scored == {True: True, False: False}
     (mixed,) = low.attentions
@@ -160,7 +160,7 @@ def test_layers_that_share_an_indexer_neither_score_nor_cache() -> None:
 
 def test_heads_are_split_and_down_projections_repeated() -> None:
     deployment = deployed()
-    low = lower(deployment, deployment.pools[0])
+    low = lower(deployment.colocated_server())
     dense, experts = low.blocks
     found = {op.name: op for op in dense.rows if isinstance(op, Gemm)}
     assert (found["qkv_a"].n, found["qkv_a"].k) == (1536 + 576, 7168)
@@ -175,14 +175,14 @@ def test_heads_are_split_and_down_projections_repeated() -> None:
 
 def test_tensorrt_llm_copies_while_it_rotates() -> None:
     deployment = deployed(engine="trtllm-1.1")
-    dense, _ = lower(deployment, deployment.pools[0]).blocks
+    dense, _ = lower(deployment.colocated_server()).blocks
     assert dense.graph.has_edge("kv_b_keys", "attention")
 
 
 def test_memory_holds_as_many_tokens_on_8_ranks_as_one_rank_has_room_for() -> None:
     deployment = deployed()
-    plan = plan_memory(deployment, deployment.pools[0])
-    per_block = deployment.scheduler.block_size * 61 * 576 * 2
+    plan = plan_memory(deployment.colocated_server())
+    per_block = deployment.engine.scheduler.block_size * 61 * 576 * 2
     assert plan.blocks == int(plan.kv_bytes // per_block)
 
 
@@ -190,7 +190,7 @@ def test_a_device_without_tables_of_it_says_so() -> None:
     a100 = catalog.load("device", "a100-sxm")
     deployment = deployed(device=a100, weights="bf16")
     with pytest.raises(Unsupported, match="a100-sxm has no mla_"):
-        build_step_cost(deployment, deployment.pools[0])
+        build_step_cost(deployment.colocated_server())
 
 
 # Costs
@@ -255,7 +255,7 @@ def test_work_by_hand() -> None:
 
 def test_a_step_adds_up_its_parts() -> None:
     deployment = deployed()
-    cost = build_step_cost(deployment, deployment.pools[0])
+    cost = build_step_cost(deployment.colocated_server())
     decode, more = (cost.stage_ns(BatchStats(8, 8 * mean, survivors=8))[0] for mean in (1000, 9000))
     grown = np.diff(mixing().decode_s(COSTS, 8, np.array([1000.0, 9000.0])))[0]
     assert more - decode == pytest.approx(61 * grown * 1e9, rel=1e-3)

@@ -500,8 +500,8 @@ def saved(tmp_path: Path, spec: ModelSpec, **changes: Any) -> str:
 
 
 def weights_of(deployment: Deployment) -> float:
-    pool = deployment.pools[0]
-    return weights_bytes(deployment, pool, lower(deployment, pool), 0)
+    server = deployment.colocated_server()
+    return weights_bytes(server, lower(server), 0)
 
 
 def test_a_deployment_serves_the_checkpoint_as_published(tmp_path: Path) -> None:
@@ -518,7 +518,7 @@ def test_a_deployment_serves_the_checkpoint_as_published(tmp_path: Path) -> None
     assert weights_of(served) == pytest.approx(2 * llama.params - 30 * ffn)
     bf16 = apexsim.deployment(model=path, device="h100-sxm", weights="bf16")
     assert weights_of(bf16) == pytest.approx(2 * llama.params)
-    assert bf16.assumptions == ()
+    assert bf16.colocated_server().assumptions == ()
 
 
 def test_shipped_models_stay_in_bf16() -> None:

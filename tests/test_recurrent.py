@@ -73,7 +73,7 @@ def test_ranks_share_the_heads_and_repeat_the_groups_they_cannot_share() -> None
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_states_take_blocks_that_do_not_grow(name: str) -> None:
     deployment = deployed(name)
-    plan = plan_memory(deployment, deployment.pools[0])
+    plan = plan_memory(deployment.colocated_server())
     size, model = plan.block_size, deployment.model
     block_bytes = plan.kv_bytes / plan.blocks
     state_bytes = model.state_bytes_of(range(model.layers), TENSOR[name])
@@ -90,14 +90,14 @@ def test_a_stage_of_states_alone_holds_its_share() -> None:
     deployment = deployed("nvidia-nemotron-nano-9b-v2", pipeline=4)
     model = deployment.model
     assert model.kv_groups_of(range(42, 56)) == ()
-    plan = plan_memory(deployment, deployment.pools[0])
+    plan = plan_memory(deployment.colocated_server())
     assert plan.blocks > plan.blocks_for(100_000)
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_decode_time_grows_with_context_by_its_few_layers_of_attention_only(name: str) -> None:
     deployment = deployed(name)
-    cost = build_step_cost(deployment, deployment.pools[0])
+    cost = build_step_cost(deployment.colocated_server())
 
     def step_ns(context: int) -> int:
         return sum(cost.stage_ns(BatchStats(8, 8 * context, (8,), (), 8)))

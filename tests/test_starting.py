@@ -14,7 +14,7 @@ from apexsim import catalog
 from apexsim.cli.main import main
 from apexsim.cli.memory import whether_it_starts
 from apexsim.costs.memory import plan_memory
-from apexsim.costs.starting import start
+from apexsim.costs.starting import Started, start
 from apexsim.errors import InfeasiblePlan
 from apexsim.planning import deployment, search
 from apexsim.serving.simulator import simulate
@@ -27,48 +27,52 @@ def deployed(model: str = "qwen3-32b", *, options: dict[str, Any] | None = None,
     return deployment(model=model, engine_options=options or {}, **engine)
 
 
+def started(deployment: Any) -> Started:
+    return start(deployment.colocated_server())
+
+
 def capacity(given: Any) -> int:
-    longest = plan_memory(given, given.pools[0]).max_tokens
+    longest = plan_memory(given.colocated_server()).max_tokens
     assert longest is not None
     return longest
 
 
 def test_a_context_that_fits_is_left_alone() -> None:
     asked = deployed(tensor=2)
-    engine = start(asked)
-    assert (engine.deployment, engine.notes, engine.options) == (asked, (), {})
-    assert engine.memory == plan_memory(asked, asked.pools[0])
+    engine = started(asked)
+    assert (engine.server, engine.notes, engine.options) == (asked.colocated_server(), (), {})
+    assert engine.memory == plan_memory(asked.colocated_server())
 
 
 def test_a_models_own_context_gives_way_to_the_longest_that_starts() -> None:
     asked = deployed()
-    engine = start(asked)
+    engine = started(asked)
     longest = capacity(asked)
     assert longest < 40960
-    assert engine.options["max_model_len"] == engine.deployment.context_limit == engine.memory.max_tokens == longest
+    assert engine.options["max_model_len"] == engine.server.context_limit == engine.memory.max_tokens == longest
     assert engine.notes == (
         f"max_model_len {longest:,}: a context of 40,960 tokens does not fit in the KV cache; "
         "longer requests are rejected",
     )
     again = deployed(options={"max_model_len": longest})
-    assert start(again).notes == ()
+    assert started(again).notes == ()
 
 
 def test_an_explicit_context_that_does_not_start_says_what_would() -> None:
     longest = capacity(deployed())
     with pytest.raises(InfeasiblePlan) as caught:
-        start(deployed(options={"max_model_len": 40960}))
+        started(deployed(options={"max_model_len": 40960}))
     assert str(caught.value) == (
         f"a context of 40,960 tokens does not fit in the KV cache; needs max_model_len <= {longest:,}, "
         "or starts with tensor degree 2"
     )
     with pytest.raises(InfeasiblePlan):
-        start(deployed(options={"max_model_len": longest + 1}))
+        started(deployed(options={"max_model_len": longest + 1}))
 
 
 def test_an_engine_that_starts_with_any_context_rejects_what_is_too_long() -> None:
-    engine = start(deployed(engine="sglang-0.5", options={"max_model_len": 40960, "gpu_memory_utilization": 0.85}))
-    assert engine.deployment.context_limit == engine.memory.max_tokens
+    engine = started(deployed(engine="sglang-0.5", options={"max_model_len": 40960, "gpu_memory_utilization": 0.85}))
+    assert engine.server.context_limit == engine.memory.max_tokens
     assert "longer requests are rejected" in engine.notes[0]
 
 
@@ -76,12 +80,12 @@ def test_settings_that_follow_from_the_context_count() -> None:
     """Whole prompts (a token budget as long as the context): the longest that starts leaves room for its own step."""
     options = {"max_num_batched_tokens": None, "chunked_prefill": False, "policy": "prefill_first"}
     asked = deployed("llama-3.1-70b", engine="vllm@0.7.3", tensor=2, options=options)
-    longest = start(asked).deployment.context_limit
+    longest = started(asked).server.context_limit
     assert 0 < longest < 131072
 
     def holds(context: int) -> bool:
         given = deployed("llama-3.1-70b", tensor=2, options={**options, "max_model_len": context})
-        return plan_memory(given, given.pools[0]).holds(context)
+        return plan_memory(given.colocated_server()).holds(context)
 
     assert holds(longest)
     assert not holds(longest + 16)
@@ -89,38 +93,38 @@ def test_settings_that_follow_from_the_context_count() -> None:
 
 def test_what_does_not_fit_says_what_would() -> None:
     with pytest.raises(InfeasiblePlan, match=r"weights of 131 GiB exceed .*; starts with tensor degree 4$"):
-        start(deployed("llama-3.1-70b", engine="vllm@0.11.0"))
+        started(deployed("llama-3.1-70b", engine="vllm@0.11.0"))
     with pytest.raises(InfeasiblePlan) as caught:
-        start(deployed("llama-3.1-70b", engine="vllm@0.11.0", tensor=2))
+        started(deployed("llama-3.1-70b", engine="vllm@0.11.0", tensor=2))
     told = str(caught.value).split("; ")[-1].split(", or ")
     assert told[-1] == "starts with tensor degree 4"
     seats = int(told[-2].removeprefix("starts with max_num_seqs <= ").replace(",", ""))
-    assert start(deployed("llama-3.1-70b", engine="vllm@0.11.0", tensor=2, options={"max_num_seqs": seats})).notes
+    assert started(deployed("llama-3.1-70b", engine="vllm@0.11.0", tensor=2, options={"max_num_seqs": seats})).notes
     with pytest.raises(InfeasiblePlan):
-        start(deployed("llama-3.1-70b", engine="vllm@0.11.0", tensor=2, options={"max_num_seqs": seats + 1}))
+        started(deployed("llama-3.1-70b", engine="vllm@0.11.0", tensor=2, options={"max_num_seqs": seats + 1}))
 
 
 def test_no_hint_where_no_tensor_degree_of_a_node_would_do() -> None:
     with pytest.raises(InfeasiblePlan) as caught:
-        start(deployed("llama-3.1-405b", device="rtx-4090"))
+        started(deployed("llama-3.1-405b", device="rtx-4090"))
     assert "tensor degree" not in str(caught.value)
 
 
 def test_seats_need_room_for_the_states_of_recurrent_layers() -> None:
     asked = deployed("nemotron-h-8b", engine="vllm@0.19.0")
-    plan = plan_memory(asked, asked.pools[0])
+    plan = plan_memory(asked.colocated_server())
     room = plan.blocks // plan.fixed_blocks
-    assert room < asked.scheduler.max_num_seqs
-    wanted = {"max_num_seqs": asked.scheduler.max_num_seqs}
+    assert room < asked.colocated_server().scheduler.max_num_seqs
+    wanted = {"max_num_seqs": asked.colocated_server().scheduler.max_num_seqs}
     with pytest.raises(InfeasiblePlan, match=f"needs max_num_seqs <= {room:,}$"):
-        start(deployed("nemotron-h-8b", engine="vllm@0.19.0", options=wanted))
+        started(deployed("nemotron-h-8b", engine="vllm@0.19.0", options=wanted))
     # Fewer seats leave more room: sampling for them takes less.
-    assert start(deployed("nemotron-h-8b", engine="vllm@0.19.0", options={"max_num_seqs": room})).notes == ()
+    assert started(deployed("nemotron-h-8b", engine="vllm@0.19.0", options={"max_num_seqs": room})).notes == ()
     # Seats that nobody gave yield, with a note.
-    yielded = start(asked)
-    assert yielded.deployment.scheduler.max_num_seqs == yielded.options["max_num_seqs"] == room
+    yielded = started(asked)
+    assert yielded.server.scheduler.max_num_seqs == yielded.options["max_num_seqs"] == room
     assert yielded.notes == (f"max_num_seqs {room:,}: states of recurrent layers for 1,024 sequences do not fit",)
-    assert start(deployed("nemotron-h-8b", engine="sglang-0.5")).notes == ()
+    assert started(deployed("nemotron-h-8b", engine="sglang-0.5")).notes == ()
 
 
 def test_longer_requests_are_rejected_and_counted() -> None:
@@ -141,8 +145,8 @@ def test_best_yaml_has_the_flag_that_starts_the_engine(tmp_path: Path) -> None:
     best = apexsim.deployment(tmp_path / "one" / "best.yaml")
     assert best.engine.scheduler.max_model_len == capacity(deployed())
     assert study.best is not None
-    started, there = start(best).deployment, start(study.best).deployment
-    assert (started.scheduler, started.engine.memory) == (there.scheduler, there.engine.memory)
+    here, there = started(best).server, started(study.best).server
+    assert (here.scheduler, here.engine.memory) == (there.scheduler, there.engine.memory)
     search(model="qwen3-32b", devices="2xh100-sxm", out=tmp_path / "two", **choices)
     assert apexsim.deployment(tmp_path / "two" / "best.yaml").engine.scheduler.max_model_len is None
 
@@ -161,13 +165,13 @@ def test_capacity_agrees_with_what_engines_logged(data: Path) -> None:
             engine=f"{row['engine']}@{row['engine_version']}", kv_cache=row["kv_dtype"], engine_options=options,
         )  # fmt: skip
         try:
-            start(asked)
+            started(asked)
         except InfeasiblePlan:
             assert row["starts"] == "no", row["source"]
         else:
             assert row["starts"] == "yes", row["source"]
         if not pd.isna(row["measured_kv_tokens"]):
-            found = plan_memory(asked, asked.pools[0]).kv_tokens
+            found = plan_memory(asked.colocated_server()).kv_tokens
             assert found == pytest.approx(row["measured_kv_tokens"], rel=0.10), row["source"]
 
 
@@ -178,7 +182,7 @@ def test_every_engine_says_where_its_memory_terms_come_from() -> None:
 
 
 def said_of(**choices: Any) -> str:
-    asked = deployed(**choices)
+    asked = deployed(**choices).colocated_server()
     return whether_it_starts(asked, start(asked))
 
 
@@ -186,7 +190,7 @@ def test_show_memory_says_first_whether_it_starts() -> None:
     """Certainty: where the interval reaches below what must fit, the answer is perhaps not."""
     assert said_of(tensor=2) == "yes"
     longest = capacity(deployed())
-    sure = start(deployed()).memory.figures(longest)["kv_tokens_range"][0]
+    sure = started(deployed()).memory.figures(longest)["kv_tokens_range"][0]
     told = f"yes, with max_model_len {longest:,} or less (the model's own: 40,960; {sure:,} to be sure at 95 %)"
     assert said_of() == told
     assert said_of(options={"max_model_len": sure}) == "yes"
@@ -196,7 +200,7 @@ def test_show_memory_says_first_whether_it_starts() -> None:
 
 
 def test_an_engine_that_starts_with_any_context_says_what_it_rejects() -> None:
-    served = start(deployed(engine="sglang-0.5", options={"gpu_memory_utilization": 0.85})).deployment.context_limit
+    served = started(deployed(engine="sglang-0.5", options={"gpu_memory_utilization": 0.85})).server.context_limit
     assert served < 40960
     said = said_of(engine="sglang-0.5", options={"gpu_memory_utilization": 0.85})
     assert said == f"yes; requests of more than {served:,} tokens are rejected"
@@ -218,11 +222,11 @@ def test_what_does_not_start_is_shown_with_what_there_is(capsys: pytest.CaptureF
 
 
 def test_a_context_beyond_the_models_own_counts_as_that_and_says_so() -> None:
-    engine = start(deployed(tensor=2, options={"max_model_len": 51_200}))
-    assert engine.deployment.context_limit == 40_960
+    engine = started(deployed(tensor=2, options={"max_model_len": 51_200}))
+    assert engine.server.context_limit == 40_960
     assert engine.notes == ("max_model_len 51,200 is more than the context of qwen3-32b: 40,960 holds",)
 
 
 def test_the_smallest_tensor_degree_may_be_one_of_several_nodes() -> None:
     with pytest.raises(InfeasiblePlan, match=r"weights of 756 GiB exceed .*starts with tensor degree 16$"):
-        start(deployed("llama-3.1-405b"))
+        started(deployed("llama-3.1-405b"))

@@ -37,9 +37,8 @@ def step_cost(
     engine = spec("engine", "vllm-v1-sync").model_copy(update={"host": host})
     cluster = Cluster(device=spec("device", device))
     pool = Pool(plan=plan)
-    return build_step_cost(
-        Deployment(model=spec("model", model), cluster=cluster, engine=engine, pools=(pool,), **fields), pool
-    )
+    deployment = Deployment(model=spec("model", model), cluster=cluster, engine=engine, pools=(pool,), **fields)
+    return build_step_cost(deployment.colocated_server())
 
 
 def decode_stats(contexts: list[int], windows: tuple[int, ...] = ()) -> BatchStats:
@@ -321,7 +320,7 @@ def test_blocks_are_filled_lazily() -> None:
     engine = spec("engine", "vllm-v1-sync")
     cluster = Cluster(device=spec("device", "h100-sxm").model_copy(update={"name": "lazily"}))
     deployment = Deployment(model=spec("model", "qwen3-14b"), cluster=cluster, engine=engine)
-    cost = build_step_cost(deployment, deployment.pools[0])
+    cost = build_step_cost(deployment.colocated_server())
     calls: list[int] = []
     gemm_s = cost.tables.costs.gemm_s
 

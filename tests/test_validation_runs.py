@@ -16,6 +16,7 @@ from apexsim import catalog
 from apexsim.cli.main import main
 from apexsim.errors import BadInput, InfeasiblePlan
 from apexsim.io.deployments import with_engine_options
+from apexsim.specs.server import Load
 from apexsim.validation import decisions, scores
 from apexsim.validation.cases import case_of, kind_of, version_known
 from apexsim.validation.loads import STEADY_REQUESTS, requests_of
@@ -145,7 +146,7 @@ def test_a_row_becomes_the_deployment_it_states() -> None:
         tensor=4, weight_dtype="fp8", kv_dtype="fp8", max_num_seqs=77, block_size=32, max_num_batched_tokens=1000,
         gpu_memory_utilization=0.8, kv_blocks=5000,
     ).deployment  # fmt: skip
-    scheduler, memory = found.scheduler, found.engine.memory
+    scheduler, memory = found.colocated_server().scheduler, found.engine.memory
     assert (found.model.name, found.cluster.device.name, found.weights, found.kv_cache) == (
         "llama-3.1-8b", "h100-sxm", "fp8", "fp8",
     )  # fmt: skip
@@ -161,9 +162,9 @@ def test_a_row_becomes_the_deployment_it_states() -> None:
 def test_recipes_of_tensorrt_llm_set_its_token_budget(source: str, prompt: int, budget: int) -> None:
     """One prompt a step and a token for each of the others, in 64s, but 1,024 tokens of short prompts together."""
     row = {"engine": "trtllm", "engine_version": "1.0.0rc3", "source": source, "prompt_tokens": prompt}
-    assert case(**row).deployment.for_load(1000, 4).scheduler.token_budget == budget
+    assert case(**row).deployment.colocated_server(Load(1000, 4)).scheduler.token_budget == budget
     stated = case(**row, max_num_batched_tokens=4096).deployment
-    assert stated.for_load(1000, 4).scheduler.token_budget == 4096
+    assert stated.colocated_server(Load(1000, 4)).scheduler.token_budget == 4096
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_recipes_of_tensorrt_llm_set_its_token_budget(source: str, prompt: int, 
 )
 def test_one_seat_is_missing_where_nvidia_served_llama_8b(model: str, clients: int, seats: int) -> None:
     row = {"engine": "trtllm", "engine_version": "1.0.0rc3", "source": "nvidia_gap_analysis", "model": model}
-    assert case(**row, concurrency=clients).deployment.scheduler.max_num_seqs == seats
+    assert case(**row, concurrency=clients).deployment.colocated_server().scheduler.max_num_seqs == seats
 
 
 def test_every_recipe_can_be_launched_and_names_its_script() -> None:
@@ -197,19 +198,24 @@ MINIMAX: dict[str, Any] = {"engine_version": "0.19.0", "model": "minimax-m2.5", 
 
 def test_runs_of_inferencex_are_launched_as_its_scripts_do() -> None:
     launched = inferencex(**R1)
-    assert (launched.deployment.scheduler.token_budget, launched.deployment.kv_cache) == (16_384, "fp8")
+    assert (launched.deployment.colocated_server().scheduler.token_budget, launched.deployment.kv_cache) == (
+        16_384,
+        "fp8",
+    )
     options = (
         "gpu_memory_utilization 0.85, max_num_batched_tokens 16384, max_num_seqs 256, "
         "fused_norm_max_bytes 33554432, receive_interval 10"
     )
     assert f"as its benchmark launches it: {options}" in launched.notes
     intervals = [
-        inferencex(**R1 | {"device": device, "concurrency": clients}).deployment.scheduler.receive_interval
+        inferencex(**R1 | {"device": device, "concurrency": clients})
+        .deployment.colocated_server()
+        .scheduler.receive_interval
         for device, clients in (("b200-sxm", 8), ("b200-sxm", 16), ("h200-sxm", 16))
     ]
     assert intervals == [10, 30, 1]
     elsewhere = case(**R1).deployment
-    assert (elsewhere.scheduler.token_budget, elsewhere.kv_cache) == (8192, "bf16")
+    assert (elsewhere.colocated_server().scheduler.token_budget, elsewhere.kv_cache) == (8192, "bf16")
     assert inferencex(**R1, kv_dtype="bf16").deployment.kv_cache == "bf16"
 
 
@@ -217,17 +223,22 @@ def test_budgets_seats_and_graphs_follow_the_load() -> None:
     row = {"engine": "trtllm", "engine_version": "", "tensor": 8, "concurrency": 64, "device": "h200-sxm"}
     r1 = {**row, "model": "deepseek-r1", "weight_dtype": "fp8_block"}
     budgets = [
-        inferencex(**r1 | {"engine_version": version, "prompt_tokens": prompt}).deployment.scheduler.token_budget
+        inferencex(**r1 | {"engine_version": version, "prompt_tokens": prompt})
+        .deployment.colocated_server()
+        .scheduler.token_budget
         for version, prompt in (("", 8192), ("", 1024), ("1.2.0rc6", 1024), ("1.1.0rc2.post2", 1024))
     ]
     assert budgets == [8320, 8192, 8192, 1152]
     llama = {**row, "model": "llama-3.1-70b"}
-    assert inferencex(**llama).deployment.scheduler.stream_interval == 1
-    assert inferencex(**llama | {"tensor": 4}).deployment.scheduler.stream_interval == 20
+    assert inferencex(**llama).deployment.colocated_server().scheduler.stream_interval == 1
+    assert inferencex(**llama | {"tensor": 4}).deployment.colocated_server().scheduler.stream_interval == 20
     vllm = {"engine_version": "", "model": "llama-3.1-70b", "device": "h200-sxm", "tensor": 8, "weight_dtype": "fp8"}
     found = [inferencex(**vllm, concurrency=clients).deployment for clients in (8, 512)]
-    assert [(each.scheduler.max_num_seqs, each.engine.host.graph_tokens) for each in found] == [(8, 16), (512, 512)]
-    assert inferencex(**MINIMAX, prompt_tokens=8192).deployment.scheduler.token_budget == 16_384
+    assert [(each.colocated_server().scheduler.max_num_seqs, each.engine.host.graph_tokens) for each in found] == [
+        (8, 16),
+        (512, 512),
+    ]
+    assert inferencex(**MINIMAX, prompt_tokens=8192).deployment.colocated_server().scheduler.token_budget == 16_384
 
 
 @pytest.mark.parametrize(
@@ -294,14 +305,14 @@ def test_scripts_lay_plans_out(changes: dict[str, Any], plan: tuple[int, int, in
 
 def test_what_a_row_states_outweighs_its_recipe() -> None:
     stated = inferencex(**R1, flags="--max-num-batched-tokens 4096")
-    assert stated.deployment.scheduler.token_budget == 4096
+    assert stated.deployment.colocated_server().scheduler.token_budget == 4096
     assert (
         "as its benchmark launches it: gpu_memory_utilization 0.85, max_num_seqs 256, "
         "fused_norm_max_bytes 33554432, receive_interval 10"
     ) in stated.notes
     budget = case(engine="trtllm", engine_version="1.0.0rc3", source="nvidia_gap_analysis",
                   flags="--max-num-batched-tokens 4096").deployment  # fmt: skip
-    assert budget.for_load(1000, 4).scheduler.token_budget == 4096
+    assert budget.colocated_server(Load(1000, 4)).scheduler.token_budget == 4096
 
 
 def test_everything_taken_for_granted_of_a_row_is_listed() -> None:
@@ -324,14 +335,14 @@ def test_flags_become_engine_options_and_the_rest_is_listed() -> None:
         "--kv-cache-dtype fp8 --fancy-new-flag 3 # a remark"
     )
     found = case(flags=flags)
-    assert found.deployment.context_limit == 24272
+    assert found.deployment.colocated_server().context_limit == 24272
     assert not found.deployment.engine.communication.custom_all_reduce
     assert "flags without effect here: --fancy-new-flag 3" in found.notes
     eager = case(engine="sglang", engine_version="0.4.4.post2", flags="--disable-cuda-graph").deployment
     assert not eager.engine.host.cuda_graphs
     ahead = case(engine_version="0.11.1", flags="--async-scheduling true").deployment
     assert ahead.engine.host.overlapped
-    assert ahead.scheduler.lookahead_steps == 1
+    assert ahead.colocated_server().scheduler.lookahead_steps == 1
 
 
 @pytest.mark.parametrize(

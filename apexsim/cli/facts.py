@@ -219,7 +219,7 @@ def graph_tables(name: str, plan: dict[str, Any]) -> list[Table]:
         parse_spec(DeploymentFile, {"model": name, "device": device, **plan}, "show"), "show"
     )
     check_lawful(deployment, "show")
-    lowered = lower(deployment, deployment.pools[0])
+    lowered = lower(deployment.colocated_server())
     tables = []
     for block in lowered.blocks:
         layers = sum(count for stage in lowered.stages for found, count in stage.blocks if found is block)

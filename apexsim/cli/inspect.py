@@ -117,19 +117,19 @@ def _show_memory(deployment: Deployment, json: str | None) -> None:
     from apexsim.cli.memory import memory_table, refused_table, whether_it_starts
     from apexsim.costs.starting import start
 
-    console = table_console(json)
+    console, asked = table_console(json), deployment.colocated_server()
     try:
-        engine = start(deployment)
+        engine = start(asked)
     except InfeasiblePlan as error:
         console.print(f"starts: no; {error}", soft_wrap=True, highlight=False)
-        console.print(refused_table(deployment))
+        console.print(refused_table(asked))
         raise
-    figures = engine.memory.figures(engine.deployment.context_limit)
-    starts = whether_it_starts(deployment, engine)
+    figures = engine.memory.figures(engine.server.context_limit)
+    starts = whether_it_starts(asked, engine)
     if json:
         emit_json({"starts": starts, "memory": figures, "notes": list(engine.notes)}, json)
     console.print(f"starts: {starts}", soft_wrap=True, highlight=False)
-    console.print(memory_table(engine.deployment, figures))
+    console.print(memory_table(engine.server, figures))
     for note in engine.notes:
         typer.echo(f"note: {note}", err=json == "-")
 

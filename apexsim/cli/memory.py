@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from apexsim.costs.starting import Started
-    from apexsim.specs.deployment import Deployment
+    from apexsim.specs.server import Server
 
 _PARTS = {"activations": "a full step", "collective buffers": "collectives"}
 _SHARE_OF = {
@@ -21,10 +21,10 @@ _SHARE_OF = {
 }
 
 
-def whether_it_starts(asked: Deployment, engine: Started) -> str:
+def whether_it_starts(asked: Server, engine: Started) -> str:
     """``yes``, with what it takes, or ``perhaps not`` where the KV cache may be too small (95 %)."""
-    served, memory = engine.deployment.context_limit, engine.memory
-    must_fit = engine.deployment.engine.memory.context_must_fit
+    served, memory = engine.server.context_limit, engine.memory
+    must_fit = engine.server.engine.memory.context_must_fit
     possible = memory.figures(served)["kv_tokens_range"]
     # Where no length is too much for the cache, it is too small only if nothing is left of it.
     needed = 1 if memory.max_tokens is None or not must_fit else served
@@ -43,7 +43,7 @@ def whether_it_starts(asked: Deployment, engine: Started) -> str:
     return f"yes, with {' and '.join(told)}" if told else "yes"
 
 
-def memory_table(deployment: Deployment, figures: dict[str, Any]) -> Table:
+def memory_table(server: Server, figures: dict[str, Any]) -> Table:
     """What a replica holds, and where the memory of a device goes."""
     from apexsim.units import format_bytes
 
@@ -56,41 +56,36 @@ def memory_table(deployment: Deployment, figures: dict[str, Any]) -> Table:
         ("95 % interval", f"{possible[0]:,} to {possible[1]:,}" if possible else "-"),
         ("context (max_model_len)", f"{figures['max_model_len']:,}"),
         ("requests of that context at once", f"{figures['max_concurrency_at_context']:.3g}"),
-        *_offer_rows(deployment),
+        *_offer_rows(server),
         ("device: weights", format_bytes(device["weights_bytes"])),
         *((f"device: {what}", format_bytes(device[name])) for what, name in parts.items()),
         ("device: KV cache", format_bytes(device["kv_bytes"])),
     ]
-    return table(("", _title(deployment)), rows)
+    return table(("", server.described), rows)
 
 
-def refused_table(deployment: Deployment) -> Table:
+def refused_table(server: Server) -> Table:
     """The same of an engine that does not start: all that is known, or what a device lacks for any KV cache."""
     from apexsim.costs.memory import needed_bytes, plan_memory
     from apexsim.units import format_bytes
 
     try:
-        plan = plan_memory(deployment, deployment.pools[0])
+        plan = plan_memory(server)
     except InfeasiblePlan:
-        offered, parts = needed_bytes(deployment, deployment.pools[0])
+        offered, parts = needed_bytes(server)
         rows = [
-            *_offer_rows(deployment),
+            *_offer_rows(server),
             ("device: offered to the engine", format_bytes(offered)),
             *((f"device: {_PARTS.get(what, what)}", format_bytes(size)) for what, size in parts.items() if size),
             ("device: lacks, before any KV cache", format_bytes(sum(parts.values()) - offered)),
         ]
-        return table(("", _title(deployment)), rows)
-    return memory_table(deployment, plan.figures(deployment.context_limit))
+        return table(("", server.described), rows)
+    return memory_table(server, plan.figures(server.context_limit))
 
 
-def _offer_rows(deployment: Deployment) -> list[tuple[str, str]]:
+def _offer_rows(server: Server) -> list[tuple[str, str]]:
     from apexsim.units import format_bytes
 
-    seen, memory = deployment.cluster.device.datasheet.memory_bytes, deployment.engine.memory
+    seen, memory = server.device.datasheet.memory_bytes, server.engine.memory
     share = f"{memory.share_on(seen):.3g} of {_SHARE_OF[memory.share_of]}"
     return [("memory that a process sees", format_bytes(seen)), ("share that the engine takes", share)]
-
-
-def _title(deployment: Deployment) -> str:
-    plan = deployment.pools[0].plan
-    return f"{deployment.model.name} on {deployment.cluster.device.name}, {plan.name}, {deployment.engine.name}"

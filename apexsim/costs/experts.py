@@ -15,9 +15,8 @@ from apexsim.costs.operators import (
     RowOperator,
     Rows,
 )
-from apexsim.specs.deployment import Deployment
-from apexsim.specs.placement import Spans, pool_spans
-from apexsim.specs.plan import Plan, Pool
+from apexsim.specs.plan import Plan
+from apexsim.specs.server import Server
 
 if TYPE_CHECKING:
     from apexsim.specs.experts import MoESpec
@@ -36,16 +35,16 @@ EXCHANGES: dict[tuple[str, str], CollectiveKind] = {
 }
 
 
-def routed_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> list[RowOperator]:
+def routed_part(server: Server, kind: LayerKind) -> list[RowOperator]:
     """Router and routed experts of one layer on one rank.
 
     With ``all_reduce`` every rank holds all tokens already, or gathers those of the other attention-data ranks and
     hands back their sums, and partial sums meet in the closing all-reduce; with any other ``moe_dispatch`` it sends its
     share of the tokens to the ranks of their experts and gets them back.
     """
-    model, plan, moe = deployment.model, pool.plan, moe_of(deployment)
-    dtype = model.part_dtype("experts", kind, deployment.expert_dtype)
-    random = deployment.prompts == "random_tokens"
+    model, plan, moe = server.model, server.plan, moe_of(server)
+    dtype = model.part_dtype("experts", kind, server.expert_weights)
+    random = server.prompts == "random_tokens"
     layer = MoeLayer(
         hidden=model.hidden,
         inter=moe.ffn // plan.moe_tensor,
@@ -55,14 +54,14 @@ def routed_part(deployment: Deployment, pool: Pool, kind: LayerKind) -> list[Row
         dtype=dtype,
         routing_exponent=moe.random_routing_exponent if random else moe.routing_exponent,
         gated=model.gated,
-        kernel=stand_in_kernel(deployment, dtype),
+        kernel=stand_in_kernel(server, dtype),
     )
-    choice_s = deployment.engine.expert_choice_s(deployment.cluster.device.datasheet)
+    choice_s = server.engine.expert_choice_s(server.device.datasheet)
     experts = Experts("experts", layer, rows=_expert_rows(plan), choice_s=choice_s)
-    return [Gemm("router", moe.experts, model.hidden, "bf16"), *_carried(deployment, pool, experts)]
+    return [Gemm("router", moe.experts, model.hidden, "bf16"), *_carried(server, experts)]
 
 
-def stand_in_kernel(deployment: Deployment, dtype: str) -> str | None:
+def stand_in_kernel(server: Server, dtype: str) -> str | None:
     """The dtype whose kernels of experts stand for those of MXFP4, where no others were timed.
 
     Marlin, which multiplies 4-bit weights in bf16, is what an engine may ask for, and all that devices before Hopper
@@ -70,48 +69,44 @@ def stand_in_kernel(deployment: Deployment, dtype: str) -> str | None:
     """
     if dtype != "mxfp4":
         return None
-    known = deployment.cluster.device.operators.get("moe", {})
+    known = server.device.operators.get("moe", {})
     only_int4 = "mxfp4" not in known and "int4_wo" in known
-    return "int4_wo" if deployment.engine.kernels.marlin_experts or only_int4 else None
+    return "int4_wo" if server.engine.kernels.marlin_experts or only_int4 else None
 
 
-def dispatches(deployment: Deployment, pool: Pool) -> bool:
+def dispatches(server: Server) -> bool:
     """Whether tokens travel to their experts; only where every rank holds whole experts."""
-    whole = pool.plan.expert > 1 and pool.plan.moe_tensor == 1
-    return whole and deployment.engine.communication.moe_dispatch != "all_reduce"
+    whole = server.plan.expert > 1 and server.plan.moe_tensor == 1
+    return whole and server.engine.communication.moe_dispatch != "all_reduce"
 
 
-def moe_of(deployment: Deployment) -> MoESpec:
+def moe_of(server: Server) -> MoESpec:
     """The experts of a model that has some."""
-    assert deployment.model.moe is not None, "a block with experts belongs to a model that has some"
-    return deployment.model.moe
+    assert server.model.moe is not None, "a block with experts belongs to a model that has some"
+    return server.model.moe
 
 
 def _expert_rows(plan: Plan) -> Rows:
     return "all_tokens" if plan.attention_data > 1 else "tokens"
 
 
-def _carried(deployment: Deployment, pool: Pool, experts: Experts) -> list[RowOperator]:
+def _carried(server: Server, experts: Experts) -> list[RowOperator]:
     """The experts between what brings tokens to them from other ranks and what takes them back."""
-    if dispatches(deployment, pool):
-        return [_exchange(deployment, pool, "dispatch"), experts, _exchange(deployment, pool, "combine")]
-    ranks, width = pool.plan.attention_data, ACTIVATION_BYTES * deployment.model.hidden
+    if dispatches(server):
+        return [_exchange(server, "dispatch"), experts, _exchange(server, "combine")]
+    ranks, width = server.plan.attention_data, ACTIVATION_BYTES * server.model.hidden
     if ranks == 1:
         return [experts]
-    nodes = _spans(deployment, pool).attention_data
+    nodes = server.spans.attention_data
     gather = Collective("gather", "all_gather", ranks, width, rows="all_tokens", nodes=nodes)
     scatter = Collective("scatter", "reduce_scatter", ranks, width, rows="all_tokens", nodes=nodes)
     return [gather, experts, scatter]
 
 
-def _spans(deployment: Deployment, pool: Pool) -> Spans:
-    return pool_spans(pool, deployment.cluster.devices_per_node, deployment.cluster.nodes)
-
-
-def _exchange(deployment: Deployment, pool: Pool, phase: Literal["dispatch", "combine"]) -> Collective:
+def _exchange(server: Server, phase: Literal["dispatch", "combine"]) -> Collective:
     """Tokens to the ranks of their experts, or back: a copy an expert, or a rank where the library merges copies."""
-    library, ranks, active = deployment.engine.communication.moe_dispatch, pool.plan.expert, moe_of(deployment).active
+    library, ranks, active = server.engine.communication.moe_dispatch, server.plan.expert, moe_of(server).active
     copies = copies_sent(active, ranks) if library in ("deepep", "trtllm") else active
-    sent, rows = ACTIVATION_BYTES * deployment.model.hidden * copies / ranks, _expert_rows(pool.plan)
-    nodes = _spans(deployment, pool).stage
+    sent, rows = ACTIVATION_BYTES * server.model.hidden * copies / ranks, _expert_rows(server.plan)
+    nodes = server.spans.stage
     return Collective(phase, EXCHANGES[library, phase], ranks, sent, rows=rows, nodes=nodes)

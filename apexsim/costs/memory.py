@@ -10,10 +10,9 @@ from typing import Any
 from apexsim.costs.lowering import Block, Lowered, lower
 from apexsim.costs.operators import ACTIVATION_BYTES, LOGIT_BYTES, Elementwise, Experts, RowOperator
 from apexsim.errors import InfeasiblePlan
-from apexsim.specs.deployment import Deployment
 from apexsim.specs.engine import EngineProfile
 from apexsim.specs.memory import ShareOf
-from apexsim.specs.plan import Pool
+from apexsim.specs.server import Server
 from apexsim.units import format_bytes
 
 # Standard errors to either side that hold 95 % of a normal distribution.
@@ -122,17 +121,17 @@ class MemoryPlan:
         return [round(self.kv_tokens * max(0.0, 1 - share)), round(self.kv_tokens * (1 + share))]
 
 
-def plan_memory(deployment: Deployment, pool: Pool) -> MemoryPlan:
-    """Divide device memory for a pool's replica; raises InfeasiblePlan saying which bytes do not fit.
+def plan_memory(server: Server) -> MemoryPlan:
+    """Divide a server's device memory; raises InfeasiblePlan saying which bytes do not fit.
 
     What is left for the KV cache follows the engine (see ``MemoryDefaults``), stage by stage; the stage with the fewest
     blocks decides, as in vLLM.
     """
-    lowered = lower(deployment, pool)
-    layout = _kv_blocks(deployment, pool, lowered)
-    plans = [_stage_plan(deployment, pool, lowered, stage, layout) for stage in range(len(lowered.stages))]
+    lowered = lower(server)
+    layout = _kv_blocks(server, lowered)
+    plans = [_stage_plan(server, lowered, stage, layout) for stage in range(len(lowered.stages))]
     tightest = min(plans, key=lambda plan: plan.blocks)
-    devices = pool.plan.stage_devices
+    devices = server.plan.stage_devices
     return replace(
         tightest,
         replica_weights_bytes=devices * sum(plan.weights_bytes for plan in plans),
@@ -140,12 +139,12 @@ def plan_memory(deployment: Deployment, pool: Pool) -> MemoryPlan:
     )
 
 
-def _stage_plan(deployment: Deployment, pool: Pool, lowered: Lowered, stage: int, layout: _Layout) -> MemoryPlan:
-    budget = _budget(deployment, pool, lowered, stage)
-    memory, block_bytes = deployment.engine.memory, layout.block_bytes[stage]
-    size, ranks = deployment.scheduler.block_size, pool.plan.attention_data
-    where = f" (pipeline stage {stage + 1} of {pool.plan.pipeline})" if pool.plan.pipeline > 1 else ""
-    kv_bytes, error_bytes = budget.kv_bytes, budget.kv_error_bytes(deployment.engine)
+def _stage_plan(server: Server, lowered: Lowered, stage: int, layout: _Layout) -> MemoryPlan:
+    budget = _budget(server, lowered, stage)
+    memory, block_bytes = server.engine.memory, layout.block_bytes[stage]
+    size, ranks = server.scheduler.block_size, server.plan.attention_data
+    where = f" (pipeline stage {stage + 1} of {server.plan.pipeline})" if server.plan.pipeline > 1 else ""
+    kv_bytes, error_bytes = budget.kv_bytes, budget.kv_error_bytes(server.engine)
     blocks = memory.kv_blocks
     if blocks is not None:
         kv_bytes, error_bytes = blocks // ranks * block_bytes, 0.0
@@ -220,39 +219,39 @@ class _Budget:
         return f"{', '.join(named)} {room} and leave nothing for the KV cache"
 
 
-def _budget(deployment: Deployment, pool: Pool, lowered: Lowered, stage: int) -> _Budget:
-    sheet, engine = deployment.cluster.device.datasheet, deployment.engine
+def _budget(server: Server, lowered: Lowered, stage: int) -> _Budget:
+    sheet, engine = server.device.datasheet, server.engine
     memory = engine.memory
     return _Budget(
         memory_bytes=sheet.memory_bytes,
         share=memory.share_on(sheet.memory_bytes),
         share_of=memory.share_of,
-        weights=weights_bytes(deployment, pool, lowered, stage),
-        activations=activation_bytes(deployment, lowered, stage),
+        weights=weights_bytes(server, lowered, stage),
+        activations=activation_bytes(server, lowered, stage),
         reserve=float(memory.reserve_bytes + (memory.graph_bytes if engine.host.cuda_graphs else 0)),
-        collectives=float(memory.communicators * _nccl_bytes(sheet.nccl_bytes, pool.plan.devices)),
+        collectives=float(memory.communicators * _nccl_bytes(sheet.nccl_bytes, server.plan.devices)),
     )
 
 
-def needed_bytes(deployment: Deployment, pool: Pool) -> tuple[float, dict[str, float]]:
+def needed_bytes(server: Server) -> tuple[float, dict[str, float]]:
     """What a device of the fullest stage offers, and what must be there before any KV cache, by name."""
-    lowered = lower(deployment, pool)
-    budgets = [_budget(deployment, pool, lowered, stage) for stage in range(len(lowered.stages))]
+    lowered = lower(server)
+    budgets = [_budget(server, lowered, stage) for stage in range(len(lowered.stages))]
     fullest = min(budgets, key=lambda budget: budget.kv_bytes)
     return fullest.offered, fullest.parts
 
 
-def weights_bytes(deployment: Deployment, pool: Pool, lowered: Lowered, stage: int) -> float:
+def weights_bytes(server: Server, lowered: Lowered, stage: int) -> float:
     """Weights on one device of a stage, as the engine loads them.
 
     Embeddings on the first stage and the LM head on the last, split by vocabulary; tied ones are one matrix where both
     are the same stage. Norms, biases and routers are counted whole on every rank.
     """
-    model, here = deployment.model, lowered.stages[stage]
-    total = sum(count * _block_bytes(deployment, block) for block, count in here.blocks)
+    model, here = server.model, lowered.stages[stage]
+    total = sum(count * _block_bytes(server, block) for block, count in here.blocks)
     first, last = stage == 0, stage == len(lowered.stages) - 1
     if first:
-        total += model.embedding_params * ACTIVATION_BYTES / pool.plan.tensor
+        total += model.embedding_params * ACTIVATION_BYTES / server.plan.tensor
     if last:
         total += model.norm_params * ACTIVATION_BYTES
         tied = model.tied_embeddings and first
@@ -260,23 +259,21 @@ def weights_bytes(deployment: Deployment, pool: Pool, lowered: Lowered, stage: i
     return total
 
 
-def _block_bytes(deployment: Deployment, block: Block) -> float:
-    model = deployment.model
+def _block_bytes(server: Server, block: Block) -> float:
+    model = server.model
     small = model.small_params(block.kind) - (model.router_params if block.kind.moe else 0)
-    return sum(_loaded_bytes(deployment, op) for op in block.rows) + small * ACTIVATION_BYTES
+    return sum(_loaded_bytes(server, op) for op in block.rows) + small * ACTIVATION_BYTES
 
 
-def _loaded_bytes(deployment: Deployment, op: RowOperator) -> float:
+def _loaded_bytes(server: Server, op: RowOperator) -> float:
     """Weights of an operator, with what the engine rounds the sizes of its experts up to."""
     if not isinstance(op, Experts):
         return op.weight_bytes
-    sheet, layer = deployment.cluster.device.datasheet, op.layer
-    return op.weight_bytes * deployment.engine.padding_factor(
-        layer.dtype, sheet, hidden=layer.hidden, inter=layer.inter
-    )
+    sheet, layer = server.device.datasheet, op.layer
+    return op.weight_bytes * server.engine.padding_factor(layer.dtype, sheet, hidden=layer.hidden, inter=layer.inter)
 
 
-def activation_bytes(deployment: Deployment, lowered: Lowered, stage: int) -> float:
+def activation_bytes(server: Server, lowered: Lowered, stage: int) -> float:
     """Peak of a full step, which an engine finds by running one before it sizes its cache.
 
     It is the larger of two moments: inside the layers, and where the last stage samples.
@@ -290,11 +287,11 @@ def activation_bytes(deployment: Deployment, lowered: Lowered, stage: int) -> fl
 
     Tokens and sequences are those of an attention-data rank; its experts meet the tokens of all ranks.
     """
-    model, scheduler, ranks = deployment.model, deployment.scheduler, lowered.attention_data
+    model, scheduler, ranks = server.model, server.scheduler, lowered.attention_data
     budget, seats = scheduler.token_budget // ranks, scheduler.max_num_seqs // ranks
     here = lowered.stages[stage]
     width = 2 * model.hidden + max(_widest(block, ranks) for block, _ in here.blocks)
-    copies = deployment.engine.memory.sampler_logit_copies if here.head else 0.0
+    copies = server.engine.memory.sampler_logit_copies if here.head else 0.0
     sampling = copies * min(seats, budget) * model.vocab * LOGIT_BYTES
     return max(ACTIVATION_BYTES * budget * width, ACTIVATION_BYTES * budget * model.hidden + sampling)
 
@@ -328,18 +325,18 @@ class _Layout:
     block_bytes: tuple[float, ...]
 
 
-def _kv_blocks(deployment: Deployment, pool: Pool, lowered: Lowered) -> _Layout:
+def _kv_blocks(server: Server, lowered: Lowered) -> _Layout:
     """How sequences take blocks, and what a block takes of each stage's devices.
 
     A unit is the largest number of layers that divides every group. Where a stage holds an uneven share of the groups,
     its fullest group sets the bytes. States are counted in whole blocks, as many as the stage with most of them needs.
     """
-    model, tensor = deployment.model, pool.plan.tensor
+    model, tensor = server.model, server.plan.tensor
     unit = math.gcd(*(group.layers for group in model.kv_groups))
     units = {group.window: group.layers // unit for group in model.kv_groups}
     groups = tuple((count, window) for window, count in units.items())
     stages = [stage.layers for stage in lowered.stages]
-    cached = [_block_bytes_of(deployment, units, (layers, tensor)) for layers in stages]
+    cached = [_block_bytes_of(server, units, (layers, tensor)) for layers in stages]
     states = [model.state_bytes_of(layers, tensor) for layers in stages]
     fixed = max(math.ceil(state / block) for state, block in zip(states, cached, strict=True) if block)
     # A stage that caches nothing at all has room for any number of blocks: one byte each.
@@ -347,9 +344,9 @@ def _kv_blocks(deployment: Deployment, pool: Pool, lowered: Lowered) -> _Layout:
     return _Layout(groups, fixed, sizes)
 
 
-def _block_bytes_of(deployment: Deployment, units: dict[int | None, int], where: tuple[range, int]) -> float:
+def _block_bytes_of(server: Server, units: dict[int | None, int], where: tuple[range, int]) -> float:
     """Bytes of keys and values of a block on a rank of the given layers; 0 where none of them is attention."""
     layers, tensor = where
-    here = deployment.model.kv_groups_of(layers)
-    each = [group.bytes_per_token(deployment.kv_cache, tensor) / units[group.window] for group in here]
-    return max(each, default=0.0) * deployment.scheduler.block_size
+    here = server.model.kv_groups_of(layers)
+    each = [group.bytes_per_token(server.kv_cache, tensor) / units[group.window] for group in here]
+    return max(each, default=0.0) * server.scheduler.block_size

@@ -18,9 +18,8 @@ from apexsim.costs.operators import Collective
 from apexsim.costs.ranks import fullest, share
 from apexsim.costs.runs import DecodeRow, DecodeRun, PlainRun, add_stages
 from apexsim.costs.tables import OperatorTables, RowTable, tables_for
-from apexsim.specs.deployment import Deployment
 from apexsim.specs.engine import EngineProfile
-from apexsim.specs.plan import Pool
+from apexsim.specs.server import Server
 from apexsim.units import to_ns
 
 
@@ -48,7 +47,7 @@ class BatchStats(NamedTuple):
 
 
 class StepCost:
-    """Cost of the steps of one pool's replicas. ``stages`` is the pipeline degree.
+    """Cost of the steps of a server. ``stages`` is the pipeline degree.
 
     Attention of a layer is one launch however many sequences a step holds: engines pack them into one kernel of
     variable lengths, behind one that writes the KV cache. (FlashAttention-3 in vLLM V1 takes chunks and decodes alike.)
@@ -240,27 +239,24 @@ class StepCost:
         return row
 
 
-def build_step_cost(deployment: Deployment, pool: Pool, *, prompts: Sequence[int] | NDArray[np.int64] = ()) -> StepCost:
-    """The cost of a pool's steps; what whole ``prompts`` of these lengths cost is worked out here already.
+def build_step_cost(server: Server, *, prompts: Sequence[int] | NDArray[np.int64] = ()) -> StepCost:
+    """The cost of a server's steps; what whole ``prompts`` of these lengths cost is worked out here already.
 
-    Raises InfeasiblePlan for an unlawful plan, Unsupported where a cost is not known.
+    Raises Unsupported where a cost is not known.
     """
-    lowered, tables = lower(deployment, pool), tables_for(deployment.cluster.device)
+    lowered, tables = lower(server), tables_for(server.device)
     for kind, key in fitted_operators(lowered):
         tables.costs.operator(kind, key)
     tables.trim()
-    cost = StepCost(lowered, tables, deployment.engine, max_context=deployment.model.max_context)
-    scheduler = deployment.scheduler
+    cost = StepCost(lowered, tables, server.engine, max_context=server.model.max_context)
+    scheduler = server.scheduler
     cost.expect(np.unique(np.minimum(prompts, scheduler.max_chunk_tokens or scheduler.token_budget)).tolist())
     return cost
 
 
-def unknown_collectives(deployment: Deployment, pool: Pool) -> tuple[str, ...]:
-    """Collectives that a pool's steps need and its device's profile has no cost for, in words; mostly none.
-
-    Raises InfeasiblePlan for an unlawful plan.
-    """
-    lowered, device = lower(deployment, pool), deployment.cluster.device
+def unknown_collectives(server: Server) -> tuple[str, ...]:
+    """Collectives that a server's steps need and its device's profile has no cost for, in words; mostly none."""
+    lowered, device = lower(server), server.device
     rows = [op for stage in lowered.stages for op, _ in stage.row_operators()]
     rows += [op for stage in lowered.stages for op in stage.head]
     needed = [each for op in rows if isinstance(op, Collective) for each in (op, op.library)]

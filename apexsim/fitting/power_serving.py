@@ -72,7 +72,7 @@ def _served(row: RunRow, profile: DeviceProfile) -> ServedRun | None:
         deployment = case_of(known).deployment
         cluster = deployment.cluster.regrouped(device=profile)
         deployment = deployment.model_copy(update={"cluster": cluster})
-        cost = build_step_cost(deployment, deployment.pools[0])
+        cost = build_step_cost(deployment.colocated_server())
     except ApexsimError:
         return None
     assert row.mean_batch, "runs of full servers have it"

@@ -23,11 +23,12 @@ from apexsim.io.words import CodeName, Dtype, EngineOption, EngineOptions, outwe
 from apexsim.io.yaml_files import load_spec, write_yaml
 from apexsim.specs.base import Spec, parse_spec
 from apexsim.specs.cluster import DEVICES_PER_NODE, MAX_DEVICES, Cluster, NodeGroup, Overhead
-from apexsim.specs.deployment import Bill, Deployment, Prompts, TokenChoice
+from apexsim.specs.deployment import Bill, Deployment
 from apexsim.specs.device import DeviceProfile
 from apexsim.specs.engine import EngineProfile
 from apexsim.specs.model import ModelSpec
 from apexsim.specs.plan import Plan, Pool
+from apexsim.specs.server import Prompts, Server, TokenChoice
 from apexsim.units import DTYPE_BYTES
 
 DEFAULT_ENGINE = "vllm-v1-async"
@@ -203,16 +204,17 @@ def check_computes(deployment: Deployment, where: object) -> None:
     """
     from apexsim.costs.experts import stand_in_kernel
 
-    model = deployment.model
-    experts = model.expert_dtypes(deployment.expert_dtype)
-    kernels = {stand_in_kernel(deployment, dtype) or dtype for dtype in experts}
-    _check_products(deployment, "gemm", model.dense_dtypes(deployment.weights), f"{where}: weights")
-    _check_products(deployment, "moe", kernels, f"{where}: moe_weights")
+    for server in deployment.servers():
+        model = server.model
+        experts = model.expert_dtypes(server.expert_weights)
+        kernels = {stand_in_kernel(server, dtype) or dtype for dtype in experts}
+        _check_products(server, "gemm", model.dense_dtypes(server.weights), f"{where}: weights")
+        _check_products(server, "moe", kernels, f"{where}: moe_weights")
 
 
-def _check_products(deployment: Deployment, kind: str, dtypes: set[str], where: str) -> None:
-    device, model = deployment.cluster.device, deployment.model
-    published = {model.published_dtype, model.expert_dtype(model.published_dtype)} if deployment.as_published else ()
+def _check_products(server: Server, kind: str, dtypes: set[str], where: str) -> None:
+    device, model = server.device, server.model
+    published = {model.published_dtype, model.expert_dtype(model.published_dtype)} if server.as_published else ()
     known = device.operators.get(kind, {})
     for dtype in sorted(dtypes - known.keys()):
         have = f"{device.name} has no {kind} cost for {dtype}; it has: {', '.join(sorted(known)) or 'none'}"
@@ -224,9 +226,10 @@ def check_lawful(deployment: Deployment, where: object) -> None:
     """Raise ``BadInput`` with every reason why a plan cannot be laid out, and the tensor degrees that could."""
     cluster, model = deployment.cluster, deployment.model
     for pool in deployment.pools:
-        reasons = pool.plan.lawful(model, cluster)
+        group = cluster.group(pool.device)
+        reasons = pool.plan.lawful(model, group)
         if reasons:
-            degrees = [t for t in range(1, cluster.devices_per_node + 1) if _fits(pool.plan, t, model, cluster)]
+            degrees = [t for t in range(1, group.devices_per_node + 1) if _fits(pool.plan, t, model, group)]
             hint = f"; tensor degrees that work: {', '.join(map(str, degrees))}" if degrees else ""
             raise BadInput("; ".join(reasons) + hint, where=where)
     if deployment.devices_used > cluster.devices:
@@ -295,8 +298,8 @@ def _clocked(device: DeviceProfile, clock_mhz: float | None, where: object) -> D
     return device.at_clock(clock_mhz)
 
 
-def _fits(plan: Plan, tensor: int, model: ModelSpec, cluster: Cluster) -> bool:
-    return not plan.model_copy(update={"tensor": tensor}).lawful(model, cluster)
+def _fits(plan: Plan, tensor: int, model: ModelSpec, group: NodeGroup) -> bool:
+    return not plan.model_copy(update={"tensor": tensor}).lawful(model, group)
 
 
 def _check_catalog(kind: catalog.Kind, name: str, where: object) -> None:

@@ -36,7 +36,8 @@ from apexsim.search.space import SearchSpace
 from apexsim.search.study import Study
 from apexsim.specs.base import Spec
 from apexsim.specs.cluster import DEVICES_PER_NODE, parse_devices
-from apexsim.specs.deployment import Bill, Prompts, TokenChoice
+from apexsim.specs.deployment import Bill
+from apexsim.specs.server import Prompts, TokenChoice
 from apexsim.specs.slo import SLO
 from apexsim.specs.supply import Supply
 from apexsim.specs.workload import Requests

@@ -30,8 +30,8 @@ def probe(deployment: Deployment, requests: Requests, slo: SLO) -> Mapping[str, 
     target that the requests seen so far allow.
     """
     engine, cost = set_up(deployment, requests)
-    run = Run(engine.deployment, requests, cost=cost, memory=engine.memory, how=How(slo=slo))
-    watch = run.watch = Watch(run, slo, to_ns(engine.deployment.engine.host.response_s))
+    run = Run(deployment.as_run(engine.server), requests, cost=cost, memory=engine.memory, how=How(slo=slo))
+    watch = run.watch = Watch(run, slo, to_ns(engine.server.engine.host.response_s))
     with no_cycle_collection():
         run.go()
     columns = watch.columns(run.requests)

@@ -9,7 +9,7 @@ from typing import Any
 from apexsim.search.journal import fingerprint, identity
 from apexsim.search.objective import Objective
 from apexsim.search.space import Candidate, SearchSpace
-from apexsim.serving.named import check_due, policy_class
+from apexsim.serving.named import check_all_due
 from apexsim.specs.slo import SLO
 from apexsim.specs.supply import Supply
 from apexsim.specs.workload import Requests
@@ -31,7 +31,7 @@ class Question:
 
     def __post_init__(self) -> None:
         self.objective.check(self.requests, self.slo)
-        check_due(policy_class(self.space.base.scheduler.policy), self.requests, self.slo)
+        check_all_due(self.space.base, self.requests, self.slo)
         if self.objective.any_devices and not self.space.allow_idle:
             object.__setattr__(self, "space", self.space.model_copy(update={"allow_idle": True}))
 

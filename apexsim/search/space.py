@@ -64,14 +64,15 @@ class SearchSpace(Spec):
                         yield plan, devices // plan.devices
 
     def _candidate(self, plan: Plan, replicas: int) -> Candidate:
-        candidate = Candidate(plan, replicas, plan.lawful(self.base.model, self.base.cluster))
+        candidate = Candidate(plan, replicas, plan.lawful(self.base.model, self.base.cluster.group()))
         return candidate if candidate.reasons else replace(candidate, reasons=self._unknown(candidate))
 
     def _unknown(self, candidate: Candidate) -> tuple[str, ...]:
         """What a lawful plan needs and the device has no cost for: groups of devices that nobody timed."""
-        deployment = self.deployment(candidate)
         try:
-            return unknown_collectives(deployment, deployment.pools[0])
+            return tuple(
+                what for server in self.deployment(candidate).servers() for what in unknown_collectives(server)
+            )
         except InfeasiblePlan as error:
             return error.reasons
         except Unsupported as error:

@@ -24,6 +24,7 @@ from apexsim.search.question import Question
 from apexsim.search.space import Candidate
 from apexsim.search.ties import Decision, decide, leaders, may_be_best, rank
 from apexsim.specs.deployment import Deployment
+from apexsim.specs.server import Load
 from apexsim.specs.slo import SLO
 
 FRONT_AXES = (  # less is better
@@ -107,9 +108,8 @@ class Study:
         """
         if self.best is None:
             return None
-        requests = self.question.requests
         try:
-            return start(self.best.for_load(int(requests.prompt_tokens.max()), requests.concurrency))
+            return start(self.best.colocated_server(Load.of(self.question.requests)))
         except InfeasiblePlan:
             return None
 

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from apexsim.errors import BadInput, nearest
+from apexsim.errors import BadInput, InfeasiblePlan, nearest
 from apexsim.serving.audit import Audited
 from apexsim.serving.batching import POLICIES, BatchPolicy
 from apexsim.serving.routing import ROUTERS, Router
+from apexsim.specs.deployment import Deployment
 from apexsim.specs.engine import SchedulerDefaults
 from apexsim.specs.slo import SLO
 from apexsim.specs.workload import DEADLINE, Requests
@@ -65,6 +66,16 @@ def _class(name: str, known: Mapping[str, type], key: str, where: object) -> typ
     if not isinstance(found, type):
         raise BadInput(_WANTED[key], where=where, key=key, got=name)
     return found
+
+
+def check_all_due(deployment: Deployment, requests: Requests, slo: SLO | None) -> None:
+    """``check_due`` of the policy of every pool. A plan that cannot be laid out runs none, and has a row saying so."""
+    try:
+        servers = deployment.servers()
+    except InfeasiblePlan:
+        return
+    for server in servers:
+        check_due(policy_class(server.scheduler.policy), requests, slo)
 
 
 def _imported(module: str, attribute: str, *, where: object, key: str) -> Any:

@@ -25,6 +25,7 @@ from apexsim.serving.request import Request
 from apexsim.serving.traffic import ClosedLoop, Door, OpenLoop, Source, Traffic
 from apexsim.serving.unfinished import why_rejected, why_unfinished
 from apexsim.specs.deployment import Deployment
+from apexsim.specs.server import Load, Server
 from apexsim.specs.slo import SLO
 from apexsim.specs.workload import DEADLINE, Requests, Workload, look_absolute
 from apexsim.units import to_ns
@@ -50,7 +51,7 @@ def simulate(
     started_s = time.perf_counter()
     requests = workload.sample(seed=seed) if isinstance(workload, Workload) else workload
     engine, cost = set_up(deployment, requests)
-    deployment, built_s = engine.deployment, time.perf_counter()
+    deployment, built_s = deployment.as_run(engine.server), time.perf_counter()
     with no_cycle_collection():
         run = Run(deployment, requests, cost=cost, memory=engine.memory, how=How(slo, None, exact_steps, progress))
         run.go()
@@ -61,7 +62,7 @@ def simulate(
         deployment=deployment,
         workload=requests,
         slo=slo,
-        requests=run.recorder.requests(run.requests, to_ns(deployment.engine.host.response_s)),
+        requests=run.recorder.requests(run.requests, to_ns(engine.server.engine.host.response_s)),
         itl=run.recorder.inter_token_gaps(),
         steps=steps,
         chunks=chunks,
@@ -69,20 +70,15 @@ def simulate(
         worked_s=worked_s(cost, accounting, steps, run.recorder.pipeline_ns),
         block_ns=[replica.block_ns for replica in run.replicas],
         memory=engine.memory,
-        notes=(*requests.notes, *engine.notes, *run.notes(), *_assumptions(deployment), *cost_notes(cost)),
+        notes=(*requests.notes, *engine.notes, *run.notes(), *engine.server.assumptions, *cost_notes(cost)),
         timing=_timing(started_s, built_s, simulated_s),
     )
 
 
-def _assumptions(deployment: Deployment) -> tuple[str, ...]:
-    return (*deployment.assumptions, *deployment.pools[0].plan.assumptions)
-
-
 def set_up(deployment: Deployment, requests: Requests) -> tuple[Started, StepCost]:
     """The engine as it starts for these requests, and what its steps cost."""
-    engine = start(deployment.for_load(int(requests.prompt_tokens.max()), requests.concurrency))
-    pool = engine.deployment.pools[0]
-    return engine, build_step_cost(engine.deployment, pool, prompts=requests.prompt_tokens)
+    engine = start(deployment.colocated_server(Load.of(requests)))
+    return engine, build_step_cost(engine.server, prompts=requests.prompt_tokens)
 
 
 def _timing(started_s: float, built_s: float, simulated_s: float) -> dict[str, float]:
@@ -130,20 +126,22 @@ class Run:
         memory: MemoryPlan,
         how: How = _PLAINLY,
     ) -> None:
+        server = deployment.colocated_server()
         self.clock = Clock()
-        self.recorder = Recorder(deployment.model.windows)
-        self.policy = how.policy or make_policy(deployment.scheduler)
-        self.replicas = self._replicas(deployment, cost, memory, how.exact_steps)
+        self.recorder = Recorder(server.model.windows)
+        self.policy = how.policy or make_policy(server.scheduler)
+        count = sum(pool.replicas for pool in deployment.pools)
+        self.replicas = self._replicas(count, server, cost, memory, how.exact_steps)
         self._router = make_router(deployment.router)
         self._workload = requests
         self._source = Source(
             requests,
-            Door(deployment.scheduler, deployment.context_limit, memory),
+            Door(server.scheduler, server.context_limit, memory),
             self._refused,
             patience_ns=self._patience_ns(requests, how.slo),
-            stream_interval=deployment.scheduler.stream_interval,
+            stream_interval=server.scheduler.stream_interval,
         )
-        self._traffic = self._traffic_of(requests, to_ns(deployment.engine.host.response_s))
+        self._traffic = self._traffic_of(requests, to_ns(server.engine.host.response_s))
         self.request_ns = 0
         self._done = 0
         self.watch: Callable[[Request], bool] | None = None
@@ -167,15 +165,15 @@ class Run:
         return None
 
     def _replicas(
-        self, deployment: Deployment, cost: StepTimes, memory: MemoryPlan, exact_steps: bool
+        self, count: int, server: Server, cost: StepTimes, memory: MemoryPlan, exact_steps: bool
     ) -> list[Replica]:
-        scheduler = deployment.scheduler
+        scheduler = server.scheduler
         settings = ReplicaSettings(
             cost=cost,
             scheduler=scheduler,
             policy=self.policy,
-            windows=deployment.model.windows,
-            frontend_ns=to_ns(deployment.engine.host.frontend_per_request_s),
+            windows=server.model.windows,
+            frontend_ns=to_ns(server.engine.host.frontend_per_request_s),
             exact_steps=exact_steps,
         )
         return [
@@ -193,7 +191,7 @@ class Run:
                 recorder=self.recorder,
                 on_finish=self._finished,
             )
-            for index in range(deployment.pools[0].replicas)
+            for index in range(count)
         ]
 
     def _traffic_of(self, requests: Requests, response_ns: int) -> Traffic:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import model_validator
 
+from apexsim.errors import InfeasiblePlan, Unsupported
 from apexsim.specs.base import Spec, parse_spec
 from apexsim.specs.cluster import Cluster
-from apexsim.specs.engine import EngineProfile, SchedulerDefaults, token_budget
+from apexsim.specs.engine import EngineProfile
 from apexsim.specs.laws import Floats
 from apexsim.specs.model import ModelSpec
+from apexsim.specs.placement import Spans, place_pools
 from apexsim.specs.plan import Pool
+from apexsim.specs.server import Load, Prompts, Server, TokenChoice
 
-TokenChoice = Literal["greedy", "top_p"]
-Prompts = Literal["text", "random_tokens"]
 Bill = Literal["used", "node", "fleet"]
 Seconds = TypeVar("Seconds", float, Floats)
 
@@ -58,51 +60,58 @@ class Deployment(Spec):
         return f"<Deployment {self.model.name}, {where}, {self.engine.name}>"
 
     @property
-    def as_published(self) -> bool:
-        """Whether the weights are in the dtype of the model's checkpoint."""
-        return self.model.checkpoint is not None and self.weights == self.model.checkpoint.dtype
-
-    @property
     def expert_dtype(self) -> str:
         """Dtype of expert weights: the one asked for, else what the model has with these weights."""
         return self.moe_weights or self.model.expert_dtype(self.weights)
 
-    @property
-    def assumptions(self) -> tuple[str, ...]:
-        """What is taken for granted of the weights, for people to read."""
-        if not self.as_published or self.model.checkpoint is None:
-            return ()
-        checkpoint = self.model.checkpoint
-        return (f"weights as {self.model.name} was published: {checkpoint.described}", *checkpoint.notes)
+    def servers(self, load: Load | None = None) -> tuple[Server, ...]:
+        """What one replica of every pool is; with a ``load``, token budgets that follow a rule are set for it.
 
-    @property
-    def context_limit(self) -> int:
-        """Most tokens of prompt and output together that a request may have."""
-        return min(self.model.max_context, self.engine.scheduler.max_model_len or self.model.max_context)
-
-    @property
-    def rank_scheduler(self) -> SchedulerDefaults:
-        """The engine's scheduler settings for this context limit, every one resolved, on an attention-data rank."""
-        device = self.cluster.device
-        return self.engine.scheduler_for(self.context_limit, device.name, device.datasheet)
-
-    @property
-    def scheduler(self) -> SchedulerDefaults:
-        """The same of a whole replica."""
-        return self.rank_scheduler.of_ranks(self.pools[0].plan.attention_data)
-
-    def for_load(self, longest_prompt: int, concurrency: int | None) -> Deployment:
-        """This deployment with its token budget set by its rule, if it has one, for prompts up to ``longest_prompt``.
-
-        As many sequences are counted as run together: ``concurrency``, or all seats where the load has no bound.
+        Raises InfeasiblePlan with the reasons why a pool cannot be laid out.
         """
-        scheduler = self.rank_scheduler
-        if scheduler.token_budget_rule is None:
-            return self
-        seats, ranks = scheduler.max_num_seqs, self.pools[0].plan.attention_data
-        sequences = seats if concurrency is None else min(seats, -(-concurrency // ranks))
-        budget = token_budget(prompt_tokens=longest_prompt, sequences=sequences)
-        return self.model_copy(update={"engine": self.engine.with_token_budget(budget)})
+        for pool in self.pools:
+            if reasons := pool.plan.lawful(self.model, self.cluster.group(pool.device)):
+                raise InfeasiblePlan(reasons)
+        placed = place_pools(self.cluster, self.pools)
+        for pool in self.pools:
+            self._check_room(pool, placed[pool.name].spans)
+        servers = tuple(self._server(pool, placed[pool.name].spans) for pool in self.pools)
+        return servers if load is None else tuple(server.for_load(load) for server in servers)
+
+    def colocated_server(self, load: Load | None = None) -> Server:
+        """The server of a deployment whose one pool serves prefill and decode; Unsupported names what else there is."""
+        for pool in self.pools:
+            if set(pool.phases) != {"prefill", "decode"} or len(self.pools) > 1:
+                serves = f"pool {pool.name} serves {' and '.join(pool.phases)} beside {len(self.pools) - 1} others"
+                raise Unsupported(f"{serves}: one pool that serves prefill and decode is all that runs so far")
+        return self.servers(load)[0]
+
+    def as_run(self, server: Server) -> Deployment:
+        """This deployment with the engine that its server runs."""
+        return self.model_copy(update={"engine": server.engine})
+
+    def _server(self, pool: Pool, spans: Spans) -> Server:
+        return Server(
+            pool=pool.name,
+            phases=pool.phases,
+            model=self.model,
+            group=self.cluster.group(pool.device),
+            engine=self.engine,
+            plan=pool.plan,
+            spans=spans,
+            weights=self.weights,
+            expert_weights=self.expert_dtype,
+            kv_cache=self.kv_cache,
+            sampling=self.sampling,
+            prompts=self.prompts,
+        )
+
+    def _check_room(self, pool: Pool, spans: Spans) -> None:
+        """InfeasiblePlan where a pool's ranks lie on more nodes than they need."""
+        tensor, per_node = pool.plan.tensor, self.cluster.group(pool.device).devices_per_node
+        if spans.tensor > math.ceil(tensor / per_node):
+            free = f"{pool.replicas} replicas leave no node with room for {tensor} tensor ranks"
+            raise InfeasiblePlan([f"{free}; give fewer replicas, or another tensor degree"])
 
     @model_validator(mode="after")
     def _one_pool_serves_all(self) -> Deployment:

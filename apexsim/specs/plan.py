@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from apexsim.specs.base import Spec
-from apexsim.specs.cluster import MAX_DEVICES, Cluster
+from apexsim.specs.cluster import MAX_DEVICES, NodeGroup
 from apexsim.specs.model import ModelSpec
 
 Phase = Literal["encode", "prefill", "decode"]
@@ -56,8 +56,8 @@ class Plan(Spec):
         ranks = f"{self.attention_data} attention-data ranks are taken to be evenly loaded"
         return (f"estimated: {ranks}, as far as whole prompts go; real ones wait longer for the fullest",)
 
-    def lawful(self, model: ModelSpec, cluster: Cluster) -> tuple[str, ...]:
-        """Reasons why the plan cannot be laid out for this model on this cluster; empty when it can."""
+    def lawful(self, model: ModelSpec, group: NodeGroup) -> tuple[str, ...]:
+        """Reasons why the plan cannot be laid out for this model on these nodes; empty when it can."""
         t, checks = self.tensor, []
         checks.append((model.heads % t == 0, f"tensor degree {t} does not divide the {model.heads} attention heads"))
         kv = model.kv_heads
@@ -73,10 +73,8 @@ class Plan(Spec):
             (width % degree == 0, f"tensor degree {degree} does not divide the {what} of {width}")
             for what, width, degree in widths
         ]
-        checks.append(
-            (self.devices <= cluster.devices, f"needs {self.devices} devices, the cluster has {cluster.devices}")
-        )
-        node = cluster.devices_per_node
+        checks.append((self.devices <= group.devices, f"needs {self.devices} devices, the cluster has {group.devices}"))
+        node = group.devices_per_node
         part = f"tensor degree {t} takes a part of a node: give up to {node}, or a multiple of its {node} devices"
         checks.append((t <= node or t % node == 0, part))
         if self.attention_data > 1:

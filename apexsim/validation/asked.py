@@ -7,7 +7,7 @@ ML.ENERGY, whose client asks for top_p 0.95, a temperature of 0.8 and a repetiti
 
 from __future__ import annotations
 
-from apexsim.specs.deployment import Prompts, TokenChoice
+from apexsim.specs.server import Prompts, TokenChoice
 from apexsim.validation.runs import RunRow
 
 

@@ -96,7 +96,7 @@ def case_of(row: RunRow, engine_options: Mapping[str, Any] = MappingProxyType({}
     if deployment.model.moe and not row.prompts:
         notes.append(f"prompts not known: {deployment.prompts}")
     _check_plan(row, deployment)
-    notes += [choice.note] * (not choice.mapped) + list(deployment.pools[0].plan.assumptions)
+    notes += [choice.note] * (not choice.mapped) + [note for pool in deployment.pools for note in pool.plan.assumptions]
     return Case(deployment, tuple(notes))
 
 
@@ -116,8 +116,9 @@ def kind_of(name: str) -> str:
 
 def _check_plan(row: RunRow, deployment: Deployment) -> None:
     """Refuse what a plan cannot say, and degrees that cannot be laid out or contradict each other."""
-    plan = deployment.pools[0].plan
-    reasons = list(plan.lawful(deployment.model, deployment.cluster))
+    (pool,) = deployment.pools
+    plan = pool.plan
+    reasons = list(plan.lawful(deployment.model, deployment.cluster.group()))
     if plan.tensor > (node := deployment.cluster.devices_per_node):
         # Rows that say 16 and 64 multiplied their degrees: no measured run has tensor ranks on several nodes.
         reasons.append(f"tensor degree {plan.tensor} crosses nodes of {node} devices, which no measured run did")

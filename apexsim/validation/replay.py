@@ -11,6 +11,7 @@ from apexsim.errors import ApexsimError, BadInput, InfeasiblePlan, Unsupported
 from apexsim.results import SimulationResult
 from apexsim.search.executors import LOST, available_cores, run_local
 from apexsim.serving.simulator import simulate
+from apexsim.specs.server import Load
 from apexsim.validation.cases import case_of, kind_of, version_known
 from apexsim.validation.loads import requests_of
 from apexsim.validation.runs import MEASURED, MeasuredRun, RunRow
@@ -75,10 +76,10 @@ def replay(
     """
     try:
         case = case_of(run.row, engine_options or {})
-        requests, notes = requests_of(run, longest=case.deployment.context_limit, seed=seed)
-        deployment = case.deployment
+        deployment, server = case.deployment, case.deployment.colocated_server()
+        requests, notes = requests_of(run, longest=server.context_limit, seed=seed)
         if run.row.max_num_batched_tokens is None:
-            deployment = deployment.for_load(int(requests.prompt_tokens.max()), requests.concurrency)
+            deployment = deployment.as_run(server.for_load(Load.of(requests)))
         if run.row.workload == "saturated":
             measured_s = mean_itl_s(run.row) if itl == "measured" else None
             figures = steady_figures(deployment, requests, measured_itl_s=measured_s)

@@ -20,7 +20,7 @@ from apexsim.errors import BadInput, nearest
 from apexsim.io.deployments import beside, check_engine
 from apexsim.reading import check_regular
 from apexsim.specs.base import Cells
-from apexsim.specs.deployment import Prompts, TokenChoice
+from apexsim.specs.server import Prompts, TokenChoice
 
 MEASURED = (
     "ttft_mean_s", "tpot_mean_s", "itl_mean_s", "itl_p50_s", "e2e_mean_s", "output_tokens_per_s", "power_w",

@@ -27,9 +27,8 @@ def steady_figures(
     With ``measured_itl_s`` every step takes as much longer as makes the mean inter-token latency the measured one.
     Raises ``Unsupported`` where requests are refused or nothing is steady.
     """
-    engine = start(deployment)
-    deployment = engine.deployment
-    cost = build_step_cost(deployment, deployment.pools[0])
+    engine = start(deployment.colocated_server())
+    deployment, cost = deployment.as_run(engine.server), build_step_cost(engine.server)
     run = Run(deployment, requests, cost=cost, memory=engine.memory)
     run.go()
     if run.recorder.rejected:
