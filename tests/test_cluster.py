@@ -5,13 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from apexsim import catalog
 from apexsim.errors import BadInput
 from apexsim.specs.base import parse_spec
 from apexsim.specs.cluster import Cluster, NodeGroup
+from apexsim.specs.topology import Topology
 
-H100, A100 = (catalog.load("device", name) for name in ("h100-sxm", "a100-sxm"))
+NAMES = catalog.names("device")
+DEVICES = {name: catalog.load("device", name) for name in NAMES}
+H100, A100 = DEVICES["h100-sxm"], DEVICES["a100-sxm"]
 
 
 def cluster(*groups: dict[str, Any], **more: Any) -> Cluster:
@@ -87,3 +92,108 @@ def test_bad_clusters_are_refused_in_a_line(given: dict[str, Any], message: str)
 def test_a_group_that_is_not_there_is_refused_with_those_that_are() -> None:
     with pytest.raises(BadInput, match=r"^got 'olt'; no such node group; did you mean old\?$"):
         two_groups().group("olt")
+
+
+# -- links ---------------------------------------------------------------------------------------------------------
+
+
+def crossed(topology: Topology, start: int, end: int) -> list[str]:
+    return [link.name for link in topology.path(start, end)]
+
+
+def latency_s(topology: Topology, start: int, end: int) -> float:
+    return sum(link.latency_s for link in topology.path(start, end))
+
+
+def test_devices_of_an_nvlink_node_talk_over_nvlink_and_of_two_over_their_cards() -> None:
+    topology = Topology(Cluster(device=H100, nodes=2))
+    assert crossed(topology, 0, 7) == ["nvlink 0 out", "nvlink 7 in"]
+    assert crossed(topology, 0, 8) == ["pcie 0 out", "nic 0 out", "nic 8 in", "pcie 8 in"]
+    assert [link.bytes_per_s for link in topology.path(0, 7)] == [450e9, 450e9]
+    assert [link.bytes_per_s for link in topology.path(0, 8)] == [64e9, 50e9, 50e9, 64e9]
+    # As long as the smallest hand-overs that were measured.
+    assert latency_s(topology, 0, 7) == pytest.approx(5e-6)
+    assert latency_s(topology, 0, 8) == pytest.approx(17e-6)
+    assert topology.path(3, 3) == ()
+    assert "(fitted)" in topology.path(0, 8)[1].source
+
+
+def test_devices_of_a_node_share_its_card_where_it_has_one() -> None:
+    topology = Topology(cluster({"device": H100, "nodes": 2, "nics": "node", "nic_bytes_per_s": 12.5e9}))
+    assert crossed(topology, 1, 9) == ["pcie 1 out", "nic h100-sxm/0 out", "nic h100-sxm/1 in", "pcie 9 in"]
+    assert set(topology.path(1, 9)) & set(topology.path(2, 10))
+    assert topology.path(1, 9)[1].bytes_per_s == 12.5e9
+    assert not set(topology.path(1, 9)) & set(topology.path(9, 1)), "a link is one way"
+
+
+def test_boards_on_pcie_talk_through_the_host() -> None:
+    topology = Topology(Cluster(device=DEVICES["l40s"], nodes=2))
+    assert crossed(topology, 0, 1) == ["pcie 0 out", "pcie 1 in"]
+    assert crossed(topology, 0, 8) == ["pcie 0 out", "nic 0 out", "nic 8 in", "pcie 8 in"]
+    assert latency_s(topology, 0, 1) == pytest.approx(7.09e-6)
+    assert latency_s(topology, 0, 8) == pytest.approx(17e-6)
+
+
+def test_one_nvlink_joins_trays_and_leaves_the_cards_to_be_given() -> None:
+    trays = {"device": DEVICES["gb200"], "nodes": 2, "devices_per_node": 4}
+    topology = Topology(cluster(trays, {"device": H100}))
+    assert crossed(topology, 0, 7) == ["nvlink 0 out", "nvlink 7 in"]
+    assert "one NVLink joins the 2 nodes of gb200" in topology.assumptions
+    refused = r"^node group gb200: the datasheet has no rate of its network cards: give nic_bytes_per_s$"
+    with pytest.raises(BadInput, match=refused):
+        topology.path(0, 8)
+    carded = Topology(cluster({**trays, "nic_bytes_per_s": 50e9}, {"device": H100}))
+    assert crossed(carded, 0, 7) == ["nvlink 0 out", "nvlink 7 in"]
+    assert crossed(carded, 0, 8) == ["pcie 0 out", "nic 0 out", "nic 8 in", "pcie 8 in"]
+
+
+def test_groups_are_joined_by_a_trunk() -> None:
+    free = Topology(two_groups())
+    assert crossed(free, 0, 16) == ["pcie 0 out", "nic 0 out", "nic 16 in", "pcie 16 in"]
+    assert [link.bytes_per_s for link in free.path(0, 16)] == [64e9, 50e9, 25e9, 32e9]
+    assert "networks of node groups are joined without a bottleneck" in free.assumptions
+    trunk = {"bytes_per_s": 10e9, "latency_s": 1e-3, "source": "made up"}
+    joined = Topology(two_groups(trunk=trunk))
+    assert crossed(joined, 0, 16)[2:4] == ["trunk h100-sxm out", "trunk old in"]
+    assert crossed(joined, 0, 8) == crossed(free, 0, 8), "inside a group it is not crossed"
+    assert latency_s(joined, 0, 16) == pytest.approx(latency_s(free, 0, 16) + 2e-3)
+
+
+def test_latency_that_nobody_measured_is_said() -> None:
+    bare = H100.model_copy(update={"operators": {}})
+    topology = Topology(Cluster(device=bare, nodes=2))
+    assert latency_s(topology, 0, 8) == 0
+    assert "latency of links of h100-sxm is not known: none is charged" in topology.assumptions
+
+
+@given(
+    sizes=st.lists(st.tuples(st.sampled_from(NAMES), st.integers(1, 3), st.integers(1, 5)), min_size=1, max_size=3),
+    nics=st.sampled_from(["device", "node"]),
+    trunk=st.sampled_from([None, {"bytes_per_s": 1e10, "latency_s": 1e-6, "source": "made up"}]),
+    data=st.data(),
+)
+def test_the_way_back_is_the_way_there(
+    sizes: list[tuple[str, int, int]], nics: str, trunk: dict[str, Any] | None, data: st.DataObject
+) -> None:
+    groups = [
+        {"name": f"{at}", "device": DEVICES[name], "nodes": nodes, "devices_per_node": per_node, "nics": nics}
+        | {"nic_bytes_per_s": 25e9}
+        for at, (name, nodes, per_node) in enumerate(sizes)
+    ]
+    topology = Topology(cluster(*groups, trunk=trunk))
+    start, end = (data.draw(st.integers(0, topology.cluster.devices - 1)) for _ in range(2))
+    there, back = topology.path(start, end), topology.path(end, start)
+    assert [(link.kind, link.bytes_per_s, link.latency_s) for link in there] == [
+        (link.kind, link.bytes_per_s, link.latency_s) for link in reversed(back)
+    ]
+    assert len(set(there)) == len(there)
+    assert not set(there) & set(back)
+    assert bool(there) == (start != end)
+    ends = {link.name.split()[1] for link in (*there[:1], *there[-1:])}
+    assert ends <= {str(start), str(end)}, "only the links of these two devices"
+
+
+@pytest.mark.parametrize("device", [-1, 8])
+def test_a_device_that_is_not_there_is_refused_in_a_line(device: int) -> None:
+    with pytest.raises(BadInput, match=rf"^device: got {device}; the cluster has devices 0 to 7$"):
+        Topology(Cluster(device=H100)).path(0, device)
