@@ -17,14 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apexsim import catalog
+from apexsim.columns import joined
 from apexsim.costs.memory import MemoryPlan
 from apexsim.costs.steps import BatchStats
 from apexsim.errors import ApexsimError
 from apexsim.serving.audit import Audited
 from apexsim.serving.batching import BatchPolicy
 from apexsim.serving.named import make_policy
+from apexsim.serving.request import Request
 from apexsim.serving.simulator import How, Run
-from apexsim.serving.unfinished import why_unfinished
 from apexsim.specs.cluster import Cluster, NodeGroup
 from apexsim.specs.deployment import Deployment
 from apexsim.specs.engine import CommunicationDefaults, EngineProfile, HostTerms, SchedulerDefaults
@@ -185,7 +186,7 @@ class Case:
             output_tokens=outputs,
         )
 
-    def run(self, *, exact_steps: bool, policy: BatchPolicy | None = None) -> Run:
+    def run(self, *, exact_steps: bool, policy: BatchPolicy | None = None) -> KeptRun:
         """Serve the case; ``policy`` decides in place of the one of that name."""
         deployment = made_up_deployment(
             self.scheduler(),
@@ -197,7 +198,7 @@ class Case:
         cost = LinearCost(self.step_ns, self.token_ns, self.context_ns, self.stages)
         memory = made_up_memory(self.blocks, window=self.window)
         how = How(exact_steps=exact_steps, policy=policy)
-        run = Run(deployment, self.requests(), cost=cost, memory=memory, how=how)
+        run = KeptRun(deployment, self.requests(), cost=cost, memory=memory, how=how)
         run.go()
         return run
 
@@ -215,14 +216,38 @@ def check_case(case: Case, policy: Policy | None = None) -> None:
     check_same(fast, exact)
 
 
-def check_same(fast: Run, exact: Run) -> None:
+class KeptRun(Run):
+    """A run whose requests can be looked at when it is over."""
+
+    def __init__(self, *what: Any, **how: Any) -> None:
+        super().__init__(*what, **how)
+        self._ended: list[Request] = []
+        self.watch = self._keep
+
+    def _keep(self, request: Request) -> bool:
+        self._ended.append(request)
+        return False
+
+    @property
+    def requests(self) -> list[Request]:
+        """Those that were asked for, in the order of the workload."""
+        return sorted([*self._ended, *self.source.living.values()], key=lambda request: request.index)
+
+    @property
+    def rejected(self) -> dict[int, str]:
+        """Why requests were refused, by their place in the workload."""
+        columns = joined(self.rows.blocks(0))
+        return {int(index): why for index, why in zip(columns["request"], columns["reason"], strict=True) if why}
+
+
+def check_same(fast: KeptRun, exact: KeptRun) -> None:
     """Demand that two runs noted the same integers about their requests, and the same times between tokens."""
     differs = "fast path differs from single steps"
     for one, other in zip(fast.requests, exact.requests, strict=True):
         for name in RECORDED:
             got, wanted = getattr(one, name), getattr(other, name)
             assert got == wanted, f"{differs}: request {one.index}: {name} is {got}, not {wanted}"
-    assert fast.recorder.rejected == exact.recorder.rejected, f"{differs}: who is refused"
+    assert fast.rejected == exact.rejected, f"{differs}: who is refused"
     for got, wanted in zip(fast.replicas, exact.replicas, strict=True):
         assert got.block_ns == wanted.block_ns, f"{differs}: KV blocks over time of replica {got.index}"
     assert _work_ns(fast) == _work_ns(exact), f"{differs}: time of all steps on all stages"
@@ -236,13 +261,14 @@ def _work_ns(run: Run) -> int:
     return run.recorder.pipeline_ns or int((rows["end_ns"] - rows["start_ns"]).sum())
 
 
-def check_run(run: Run) -> None:
+def check_run(run: KeptRun) -> None:
     """What every finished run owes: nobody lost, no block kept, tokens counted once, and Little's law."""
-    left = why_unfinished(run.requests, run.replicas, frozenset(run.recorder.rejected))
+    left = run.why_unfinished()
     assert left is None, left
     for replica in run.replicas:
         replica.check_idle()
-    served = [request for request in run.requests if request.index not in run.recorder.rejected]
+    rejected = run.rejected
+    served = [request for request in run.requests if request.index not in rejected]
     for request in served:
         times = request.arrival_ns, request.scheduled_ns, request.first_token_ns, request.last_token_ns
         arrival_ns, scheduled_ns, first_ns, last_ns = (-1 if time is None else time for time in times)

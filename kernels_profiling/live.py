@@ -122,6 +122,7 @@ def serve_metered(engine: LiveEngine, load: Requests) -> Any:
     """Serve a load, a GPU's power being read meanwhile."""
     import torch
 
+    from apexsim.serving.request_rows import columns_of
     from kernels_profiling.machine import meter_of
     from kernels_profiling.records import Served
 
@@ -133,7 +134,7 @@ def serve_metered(engine: LiveEngine, load: Requests) -> Any:
     requests, recorder = found[0]
     return Served(
         load=load,
-        requests=recorder.requests(requests, 0),
+        requests=columns_of(requests, 0),
         gaps=recorder.inter_token_gaps(),
         steps=recorder.steps(),
         power_w=power_w,

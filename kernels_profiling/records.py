@@ -50,7 +50,7 @@ REQUESTS = {"prompts": "random_tokens", "sampling": "greedy"}
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """What a run leaves: ``requests`` as a ``Recorder`` gives them, gaps between tokens, steps, mean watts if known."""
+    """What a run leaves: ``requests`` as ``RequestRows`` gives them, token gaps, steps, mean watts if known."""
 
     load: Requests
     requests: Columns

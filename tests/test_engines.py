@@ -15,17 +15,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from apexsim import catalog
+from apexsim.columns import joined
 from apexsim.costs.steps import BatchStats, build_step_cost
 from apexsim.errors import BadInput
 from apexsim.io.deployments import deployment_from
 from apexsim.serving.batching import ChunkedPrefill
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.request import Request
-from apexsim.serving.simulator import Run, simulate
+from apexsim.serving.simulator import simulate
 from apexsim.specs.engine import SchedulerDefaults, token_budget
 from apexsim.specs.server import Load
 from apexsim.specs.workload import Requests
-from apexsim.testing import Case, check_case
+from apexsim.testing import Case, KeptRun, check_case
 from apexsim.units import NS_PER_S
 
 ENGINES = [catalog.load("engine", name) for name in catalog.names("engine")]
@@ -216,7 +217,7 @@ TestRememberedBlocks = RememberedBlocks.TestCase
 TestRememberedBlocks.settings = settings(max_examples=200, deadline=None, stateful_step_count=40)
 
 
-def served(**case: Any) -> Run:
+def served(**case: Any) -> KeptRun:
     made = Case(**case)
     check_case(made)
     return made.run(exact_steps=False)
@@ -242,7 +243,7 @@ def test_a_client_is_handed_its_first_tokens_together(stages: int) -> None:
     assert (short.shown_ns, single.shown_ns) == (short.last_token_ns, single.last_token_ns)
     gaps = (long.last_token_ns or 0) - (long.first_token_ns or 0)
     assert (long.shown_ns or 0) - (long.first_token_ns or 0) == pytest.approx(gaps * 19 / 39, rel=0.01)
-    shown_s = slow.recorder.requests(slow.requests, 0)["first_token_s"]
+    shown_s = joined(slow.rows.blocks(0))["first_token_s"]
     assert shown_s.tolist() == [(request.shown_ns or 0) / 1e9 for request in slow.requests]
 
 

@@ -21,6 +21,7 @@ FLOORS = (
     {
         "units",
         "atomic",
+        "columns",
         "reading",
         "metrics",
         "versions",

@@ -18,11 +18,20 @@ from apexsim.io.deployments import DeploymentFile, resolve_deployment
 from apexsim.serving.batching import BatchPolicy, ChunkedPrefill, Ledger
 from apexsim.serving.queues import Fifo, Ordered
 from apexsim.serving.request import Request
-from apexsim.serving.simulator import How, Run, simulate
+from apexsim.serving.simulator import How, simulate
 from apexsim.specs.engine import SchedulerDefaults
 from apexsim.specs.slo import SLO
 from apexsim.specs.workload import Requests, look_absolute
-from apexsim.testing import Case, LinearCost, check_case, check_policy, check_run, made_up_deployment, made_up_memory
+from apexsim.testing import (
+    Case,
+    KeptRun,
+    LinearCost,
+    check_case,
+    check_policy,
+    check_run,
+    made_up_deployment,
+    made_up_memory,
+)
 
 # -- policies that keep their promises ---------------------------------------------------------------------------------
 
@@ -248,17 +257,17 @@ def jobs(rng: np.random.Generator, count: int, utilisation: float) -> Requests:
     return Requests(name="jobs", arrival_s=arrival_s, prompt_tokens=prompts, output_tokens=np.ones_like(prompts))
 
 
-def served(requests: Requests, policy: str, **how: object) -> Run:
+def served(requests: Requests, policy: str, **how: object) -> KeptRun:
     """One seat, one microsecond a token, nothing else."""
     scheduler = SchedulerDefaults(policy=policy, max_num_batched_tokens=131_072, max_num_seqs=1)
     cost = LinearCost(step_ns=0, token_ns=1_000, context_ns=0)
-    run = Run(made_up_deployment(scheduler), requests, cost=cost, memory=made_up_memory(9_000), how=How(**how))  # type: ignore[arg-type]
+    run = KeptRun(made_up_deployment(scheduler), requests, cost=cost, memory=made_up_memory(9_000), how=How(**how))  # type: ignore[arg-type]
     run.go()
     check_run(run)
     return run
 
 
-def mean_wait_s(run: Run) -> float:
+def mean_wait_s(run: KeptRun) -> float:
     return float(np.mean([(request.scheduled_ns or 0) - request.arrival_ns for request in run.requests])) / 1e9
 
 
@@ -289,7 +298,7 @@ def test_shortest_first_finishes_everybody_and_waits_less() -> None:
     assert mean_wait_s(shortest) < 0.7 * mean_wait_s(first_come)
 
 
-def order(run: Run) -> list[int]:
+def order(run: KeptRun) -> list[int]:
     return [request.index for request in sorted(run.requests, key=lambda request: request.scheduled_ns or 0)]
 
 
@@ -297,7 +306,7 @@ def test_output_counts_only_for_who_knows_it() -> None:
     case = Case(arrivals_ns=[0] * 4, lengths=[(9, 1), (5, 90), (4, 90), (6, 2)], policy="shortest_first", seats=1)
     assert order(case.run(exact_steps=False)) == [2, 1, 3, 0]
     scheduler = SchedulerDefaults(policy="shortest_first", max_num_seqs=1, knows_output=True)
-    run = Run(made_up_deployment(scheduler), case.requests(), cost=LinearCost(), memory=made_up_memory(100))
+    run = KeptRun(made_up_deployment(scheduler), case.requests(), cost=LinearCost(), memory=made_up_memory(100))
     run.go()
     assert order(run) == [3, 0, 2, 1]
 

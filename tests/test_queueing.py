@@ -9,10 +9,10 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from apexsim.serving.simulator import Run
+from apexsim.columns import joined
 from apexsim.specs.engine import SchedulerDefaults
 from apexsim.specs.workload import Requests
-from apexsim.testing import LinearCost, check_run, made_up_deployment, made_up_memory
+from apexsim.testing import KeptRun, LinearCost, check_run, made_up_deployment, made_up_memory
 
 MEAN_TOKENS = 10_000
 SERVICE_S = MEAN_TOKENS * 1e-6  # LinearCost below: 1 us a token and nothing else
@@ -27,10 +27,10 @@ def mean_wait_s(rng: np.random.Generator, prompts: NDArray[np.int64], utilisatio
         name="poisson", arrival_s=np.cumsum(gaps), prompt_tokens=prompts, output_tokens=np.ones_like(prompts)
     )
     cost = LinearCost(step_ns=0, token_ns=1_000, context_ns=0)
-    run = Run(made_up_deployment(ONE_SEAT), requests, cost=cost, memory=made_up_memory(9_000))
+    run = KeptRun(made_up_deployment(ONE_SEAT), requests, cost=cost, memory=made_up_memory(9_000))
     run.go()
     check_run(run)
-    rows = run.recorder.requests(run.requests, 0)
+    rows = joined(run.rows.blocks(0))
     return float(np.mean(rows["scheduled_s"] - rows["arrival_s"]))
 
 

@@ -22,10 +22,10 @@ from apexsim.io.deployments import DeploymentFile, resolve_deployment
 from apexsim.serving.march import March
 from apexsim.serving.replica import Replica
 from apexsim.serving.rotation import Rotation
-from apexsim.serving.simulator import How, Run, set_up
+from apexsim.serving.simulator import How, set_up
 from apexsim.serving.stretch import Stretch
 from apexsim.specs.workload import Requests
-from apexsim.testing import check_run, check_same
+from apexsim.testing import KeptRun, check_run, check_same
 
 SEED, FEW, MANY = 2026, 200, 3_000
 # Kinds of models, and plans of each.
@@ -55,7 +55,7 @@ class Draw:
     file: dict[str, Any]
     load: dict[str, Any]
 
-    def runs(self) -> tuple[Run, Run]:
+    def runs(self) -> tuple[KeptRun, KeptRun]:
         """With macro-steps, and step by step."""
         requests = Requests(**self.load)
         deployment = resolve_deployment(DeploymentFile(**self.file), where="draw")
@@ -63,7 +63,7 @@ class Draw:
         made = []
         for exact_steps in (False, True):
             how = How(slo=apexsim.SLO(ttft_s=0.2), exact_steps=exact_steps)
-            made.append(Run(engine.deployment, requests, cost=cost, memory=engine.memory, how=how))
+            made.append(KeptRun(deployment.as_run(engine.server), requests, cost=cost, memory=engine.memory, how=how))
             made[-1].go()
         return made[0], made[1]
 
@@ -175,7 +175,7 @@ def compare(count: int, scripts: Path) -> tuple[Counter[str], Counter[str]]:
             drawn["think time"] += bool(one.load.get("turnaround_s"))
             seen["preemption"] += sum(request.preemptions for request in fast.requests)
             seen["windows"] += one.kind == "windows"
-            seen["refused"] += len(fast.recorder.rejected)
+            seen["refused"] += len(fast.rejected)
     return seen, drawn
 
 

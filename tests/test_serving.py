@@ -127,7 +127,7 @@ def test_whole_prompts_wait_for_a_step_of_their_own() -> None:
     case = Case(arrivals_ns=[0, 0, 0], lengths=[(100, 2), (100, 2), (200, 2)], token_budget=150, chunked=False)
     run = case.run(exact_steps=True)
     assert run.requests[1].scheduled_ns > run.requests[0].scheduled_ns  # type: ignore[operator]
-    assert "exceeds the budget of 150 tokens" in run.recorder.rejected[2]
+    assert "exceeds the budget of 150 tokens" in run.rejected[2]
 
 
 @settings(max_examples=150, deadline=None)
@@ -278,7 +278,7 @@ TestBlockBooks.settings = settings(max_examples=60, deadline=None)
 
 
 def test_why_requests_were_rejected_is_told_by_kind() -> None:
-    reasons = {0: "520 tokens exceed 512", 1: "600 tokens exceed 512", 2: "no blocks"}
+    reasons = ["520 tokens exceed 512", "600 tokens exceed 512", "no blocks"]
     assert list(why_rejected(reasons)) == [
         "2 rejected: 520 to 600 tokens exceed 512",
         "1 rejected: no blocks",

@@ -12,6 +12,7 @@ import pytest
 
 import apexsim
 from apexsim.batch_means import ratio_of, regressed, risen
+from apexsim.columns import joined
 from apexsim.io.deployments import deployment_from
 from apexsim.io.requests import resolve_workload
 from apexsim.metrics import spread_until
@@ -61,7 +62,7 @@ def served(requests: Requests, *, seats: int = 1) -> SimulationResult:
         deployment=deployment,
         workload=requests,
         slo=None,
-        requests=recorder.requests(run.requests, 0),
+        requests=joined(run.rows.blocks(0)),
         itl=recorder.inter_token_gaps(),
         steps=recorder.steps(),
         chunks=recorder.chunks(),

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from apexsim.columns import joined
 from apexsim.results import with_latencies
 from apexsim.serving.request import Request
+from apexsim.serving.request_rows import columns_of
 from apexsim.serving.simulator import How, Run, no_cycle_collection, set_up
 from apexsim.specs.deployment import Deployment
 from apexsim.specs.slo import SLO
@@ -31,10 +33,11 @@ def probe(deployment: Deployment, requests: Requests, slo: SLO) -> Mapping[str, 
     """
     engine, cost = set_up(deployment, requests)
     run = Run(deployment.as_run(engine.server), requests, cost=cost, memory=engine.memory, how=How(slo=slo))
-    watch = run.watch = Watch(run, slo, to_ns(engine.server.engine.host.response_s))
+    response_ns = to_ns(engine.server.engine.host.response_s)
+    run.watch = Watch(run.asked, slo, response_ns)
     with no_cycle_collection():
         run.go()
-    columns = watch.columns(run.requests)
+    columns = with_latencies(joined(run.rows.blocks(response_ns)), slo)
     attainment = float(columns["good"].mean())
     grows = attainment >= slo.target and waits_grow(columns["arrival_s"], columns["ttft_s"])
     return {"slo": {"attainment": attainment}, "waits_grow": grows}
@@ -43,9 +46,8 @@ def probe(deployment: Deployment, requests: Requests, slo: SLO) -> Mapping[str, 
 class Watch:
     """Counts the misses of a run, and ends it when there are more than the target forgives."""
 
-    def __init__(self, run: Run, slo: SLO, response_ns: int) -> None:
-        self._run = run
-        self._asked = run.asked
+    def __init__(self, asked: int, slo: SLO, response_ns: int) -> None:
+        self._asked = asked
         self._slo = slo
         self._response_ns = response_ns
         self._left: list[Request] = []
@@ -54,14 +56,11 @@ class Watch:
     def __call__(self, request: Request) -> bool:
         """A request leaves: whether the run is lost. Its own figures may still be on their way, so they count next."""
         if len(self._left) == LOT:
-            self._missed += int((~self.columns(self._left)["good"]).sum())
+            rows = with_latencies(columns_of(self._left, self._response_ns), self._slo)
+            self._missed += int((~rows["good"]).sum())
             self._left.clear()
         self._left.append(request)
         return (self._asked - self._missed) / self._asked < self._slo.target
-
-    def columns(self, requests: list[Request]) -> dict[str, NDArray[Any]]:
-        """Request columns with their latencies, as results have them."""
-        return with_latencies(self._run.recorder.requests(requests, self._response_ns), self._slo)
 
 
 def waits_grow(arrival_s: NDArray[np.float64], ttft_s: NDArray[np.float64]) -> bool:

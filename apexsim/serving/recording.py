@@ -1,4 +1,4 @@
-"""What a run leaves behind: one row a request, one row a step (or run of decode steps), and token gaps."""
+"""What a run leaves behind beside its requests: one row a step (or run of decode steps), and token gaps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from apexsim.costs.timing import RunTimes
 from apexsim.serving.batch import Batch
 from apexsim.serving.cohort import Cohort
 from apexsim.serving.request import Request
-from apexsim.units import NS_PER_S
 
 STEP_COLUMNS = (
     "start_ns", "end_ns", "replica", "repeats", "decodes", "context", "chunk_tokens", "survivors",
@@ -39,7 +38,6 @@ class Recorder:
         self._gaps = array("q")
         self._runs = RunDurations()
         self.pipeline_ns = 0  # what steps that only decode took on all stages of a pipeline
-        self.rejected: dict[int, str] = {}
 
     def step(
         self,
@@ -121,10 +119,6 @@ class Recorder:
         if steps > 1:
             self._runs.add(run, steps, sequences)
 
-    def reject(self, request: Request, reason: str) -> None:
-        """Note why a request was refused service."""
-        self.rejected[request.index] = reason
-
     def steps(self) -> dict[str, NDArray[np.int64]]:
         """Columns of ``step_columns``, in the order in which steps ended."""
         return _columns(self._steps, self.step_columns)
@@ -141,28 +135,6 @@ class Recorder:
         gaps, inverse = np.unique(np.concatenate(parts), return_inverse=True)
         return gaps, np.bincount(inverse, weights=np.concatenate(counts), minlength=len(gaps)).astype(np.int64)
 
-    def requests(self, requests: Sequence[Request], response_ns: int) -> dict[str, NDArray[np.generic]]:
-        """One row a request; times in seconds as the client sees them, NaN where a thing never happened."""
-        finished = [request.finished for request in requests]
-        reasons = [self.rejected.get(request.index, "") for request in requests]
-        status = [
-            "rejected" if why else "finished" if done else "unfinished"
-            for done, why in zip(finished, reasons, strict=True)
-        ]
-        return {
-            "request": np.array([request.index for request in requests], dtype=np.int64),
-            "replica": np.array([np.nan if r.replica is None else r.replica for r in requests], dtype=np.float64),
-            "arrival_s": np.array([request.arrival_ns for request in requests], dtype=np.float64) / NS_PER_S,
-            "scheduled_s": _seconds([request.scheduled_ns for request in requests], 0),
-            "first_token_s": _seconds([r.shown_ns if r.shown else r.first_token_ns for r in requests], response_ns),
-            "last_token_s": _seconds([request.last_token_ns for request in requests], response_ns),
-            "prompt_tokens": np.array([request.prompt_tokens for request in requests], dtype=np.int64),
-            "output_tokens": np.array([request.output_tokens for request in requests], dtype=np.int64),
-            "preemptions": np.array([request.preemptions for request in requests], dtype=np.int64),
-            "status": np.array(status, dtype=object),
-            "reason": np.array(reasons, dtype=object),
-        }
-
 
 def _columns(flat: array[int], names: Sequence[str]) -> dict[str, NDArray[np.int64]]:
     table = (
@@ -171,7 +143,3 @@ def _columns(flat: array[int], names: Sequence[str]) -> dict[str, NDArray[np.int
         else np.empty((0, len(names)), np.int64)
     )
     return {name: table[:, column].copy() for column, name in enumerate(names)}
-
-
-def _seconds(times_ns: Sequence[int | None], later_ns: int) -> NDArray[np.float64]:
-    return np.array([np.nan if t is None else (t + later_ns) / NS_PER_S for t in times_ns], dtype=np.float64)

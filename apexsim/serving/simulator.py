@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from apexsim.columns import joined
 from apexsim.costs.accounting import account, worked_s
 from apexsim.costs.memory import MemoryPlan
 from apexsim.costs.notes import cost_notes
@@ -22,6 +23,7 @@ from apexsim.serving.named import check_due, make_policy, make_router
 from apexsim.serving.recording import Recorder
 from apexsim.serving.replica import Replica, ReplicaSettings
 from apexsim.serving.request import Request
+from apexsim.serving.request_rows import RequestRows
 from apexsim.serving.traffic import ClosedLoop, Door, OpenLoop, Source, Traffic
 from apexsim.serving.unfinished import why_rejected, why_unfinished
 from apexsim.specs.deployment import Deployment
@@ -62,7 +64,7 @@ def simulate(
         deployment=deployment,
         workload=requests,
         slo=slo,
-        requests=run.recorder.requests(run.requests, to_ns(engine.server.engine.host.response_s)),
+        requests=joined(run.rows.blocks(to_ns(engine.server.engine.host.response_s))),
         itl=run.recorder.inter_token_gaps(),
         steps=steps,
         chunks=chunks,
@@ -129,12 +131,13 @@ class Run:
         server = deployment.colocated_server()
         self.clock = Clock()
         self.recorder = Recorder(server.model.windows)
+        self.rows = RequestRows()
         self.policy = how.policy or make_policy(server.scheduler)
         count = sum(pool.replicas for pool in deployment.pools)
         self.replicas = self._replicas(count, server, cost, memory, how.exact_steps)
         self._router = make_router(deployment.router)
         self._workload = requests
-        self._source = Source(
+        self.source = Source(
             requests,
             Door(server.scheduler, server.context_limit, memory),
             self._refused,
@@ -143,16 +146,12 @@ class Run:
         )
         self._traffic = self._traffic_of(requests, to_ns(server.engine.host.response_s))
         self.request_ns = 0
+        self._left = [0, 0]  # requests that have not ended when the run is over: never sent, and sent
         self._done = 0
         self.watch: Callable[[Request], bool] | None = None
         self._progress = how.progress
         self.asked = len(requests)
         self._stride = max(1, self.asked // 100)
-
-    @property
-    def requests(self) -> list[Request]:
-        """All requests, once the run is over; those that were never sent last."""
-        return [*self._source.seen, *self._source.rest()]
 
     def _patience_ns(self, requests: Requests, slo: SLO | None) -> int | None:
         """Time from arrival to deadline of requests that bring none; None where nobody says one.
@@ -198,9 +197,9 @@ class Run:
         """The way in which the requests come."""
         if requests.concurrency is None:
             alone = self.replicas[0] if len(self.replicas) == 1 else None
-            return OpenLoop(self._source, self.clock, self._route, alone=alone)
+            return OpenLoop(self.source, self.clock, self._route, alone=alone)
         return ClosedLoop(
-            self._source,
+            self.source,
             self.clock,
             self._route,
             clients=requests.concurrency,
@@ -212,6 +211,9 @@ class Run:
         """Run until every request is done."""
         self._traffic.begin()
         self.clock.run()
+        for request in self.source.left():
+            self.rows.leave(request)
+            self._left[request.replica is not None] += 1
         if self._progress:
             self._progress(1.0)
 
@@ -224,8 +226,12 @@ class Run:
         due_s = asked.extra.get(DEADLINE)
         if used and due_s is not None and asked.arrival_s is not None and look_absolute(due_s, asked.arrival_s):
             told.append(f"{DEADLINE} counts from arrival; these look like absolute times: they grow with arrival_s")
-        why = why_unfinished(self.requests, self.replicas, frozenset(self.recorder.rejected))
-        return (*told, *why_rejected(self.recorder.rejected), *([why] if why else []))
+        why = self.why_unfinished()
+        return (*told, *why_rejected(self.rows.rejected.elements()), *([why] if why else []))
+
+    def why_unfinished(self) -> str | None:
+        """What the requests that neither finished nor were refused waited for; None where there are none."""
+        return why_unfinished(self.replicas, asked=self.asked, unsent=self._left[0], stuck=self._left[1])
 
     def _route(self, request: Request) -> None:
         chosen = self._router.choose([replica.unfinished for replica in self.replicas])
@@ -233,11 +239,13 @@ class Run:
 
     def _refused(self, request: Request, reason: str) -> None:
         """The request is turned away at the door."""
-        self.recorder.reject(request, reason)
+        self.rows.reject(request, reason)
         self._count(request)
 
     def _finished(self, request: Request) -> None:
         self.request_ns += self.clock.now_ns - request.arrival_ns
+        del self.source.living[request.index]
+        self.rows.finish(request)
         self._count(request)
         self._traffic.ended()
 

@@ -31,7 +31,7 @@ class Source:
     """The requests of a workload, made one by one; those refused at the door are passed over.
 
     ``patience_ns`` is the time from arrival to deadline of requests without a deadline of their own; None where they
-    have none. ``refuse`` is told of each request that is turned away, and why.
+    have none. ``refuse`` is told of each request that is turned away, and why. ``living`` requests have not ended yet.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Source:
     ) -> None:
         self.count = len(requests)
         self.made = 0
-        self.seen: list[Request] = []
+        self.living: dict[int, Request] = {}
         self._door = door
         self._refuse = refuse
         self._patience_ns = patience_ns
@@ -57,12 +57,14 @@ class Source:
         while (request := self._make(now_ns)) is not None:
             reason = self._door.refuses(request)
             if not reason:
+                self.living[request.index] = request
                 return request
             self._refuse(request, reason)
         return None
 
-    def rest(self) -> Iterator[Request]:
-        """The requests that were never sent, whoever may be let in; without an own time they come at 0."""
+    def left(self) -> Iterator[Request]:
+        """The requests that have not ended. Those that were never sent come at their own time, else at 0."""
+        yield from self.living.values()
         while (request := self._make(None)) is not None:
             yield request
 
@@ -73,7 +75,6 @@ class Source:
         prompt, output, arrival_ns, patience_ns = row
         request = Request(self.made, prompt, output, stream_interval=self._stream_interval)
         self.made += 1
-        self.seen.append(request)
         request.arrival_ns = (arrival_ns or 0) if now_ns is None else now_ns
         patience_ns = self._patience_ns if patience_ns is None else patience_ns
         if patience_ns is not None:

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from apexsim.reasons import counted
 from apexsim.serving.replica import Replica
-from apexsim.serving.request import Request
 
 MOST_REASONS = 3
 
 
-def why_rejected(rejected: Mapping[int, str]) -> Iterator[str]:
-    """Sentences on the requests refused at the door, by kind of reason, the most frequent first."""
-    kinds = counted(rejected.values())
+def why_rejected(reasons: Iterable[str]) -> Iterator[str]:
+    """Sentences on the requests refused at the door, one reason each, by kind of reason, the most frequent first."""
+    kinds = counted(reasons)
     for count, reason in kinds[:MOST_REASONS]:
         yield f"{count} rejected: {reason}"
     if rest := sum(count for count, _ in kinds[MOST_REASONS:]):
         yield f"{rest} more rejected, for {len(kinds) - MOST_REASONS} other reasons"
 
 
-def why_unfinished(requests: Sequence[Request], replicas: Sequence[Replica], refused: frozenset[int]) -> str | None:
+def why_unfinished(replicas: Sequence[Replica], *, asked: int, unsent: int, stuck: int) -> str | None:
     """A sentence on the requests that neither finished nor were refused: how many, and what they waited for.
 
-    None where there are none. For a run that has come to its end: no event is left that could free anything.
+    None where there are none. Of ``asked`` requests so many were never sent, and so many are stuck in the replicas of
+    a run that has come to its end: no event is left that could free anything.
     """
-    left = [request for request in requests if request.index not in refused and not request.finished]
-    if not left:
+    if not unsent + stuck:
         return None
-    unsent = sum(request.replica is None for request in left)
     parts = [*_stuck(replicas), *([f"{unsent} were never sent: no client was free"] if unsent else [])]
-    return f"{len(left)} of {len(requests)} requests are unfinished: {'; '.join(parts)}"
+    return f"{unsent + stuck} of {asked} requests are unfinished: {'; '.join(parts)}"
 
 
 def _stuck(replicas: Sequence[Replica]) -> Iterator[str]:

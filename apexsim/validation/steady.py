@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from apexsim.columns import Columns, joined
 from apexsim.costs.accounting import account
 from apexsim.costs.starting import start
 from apexsim.costs.steps import build_step_cost
@@ -14,9 +15,7 @@ from apexsim.results import Usage
 from apexsim.serving.simulator import Run
 from apexsim.specs.deployment import Deployment
 from apexsim.specs.workload import Requests
-from apexsim.units import NS_PER_S
-
-Columns = dict[str, npt.NDArray[np.int64]]
+from apexsim.units import NS_PER_S, to_ns
 
 
 def steady_figures(
@@ -31,11 +30,10 @@ def steady_figures(
     deployment, cost = deployment.as_run(engine.server), build_step_cost(engine.server)
     run = Run(deployment, requests, cost=cost, memory=engine.memory)
     run.go()
-    if run.recorder.rejected:
-        reason = next(iter(run.recorder.rejected.values()))
-        raise Unsupported(f"{len(run.recorder.rejected)} of {len(requests)} requests were not served; {reason}")
-    arrivals = [request.arrival_ns for request in run.requests]
-    steps, chunks = _steady_part(run.recorder.steps(), run.recorder.chunks(), max(arrivals))
+    if refused := run.rows.rejected:
+        raise Unsupported(f"{refused.total()} of {len(requests)} requests were not served; {next(iter(refused))}")
+    last_ns = to_ns(float(joined(run.rows.blocks(0))["arrival_s"].max()))
+    steps, chunks = _steady_part(run.recorder.steps(), run.recorder.chunks(), last_ns)
     gaps = _gaps_ns(steps)
     itl = weighted_distribution(gaps, steps["survivors"] * steps["repeats"], scale=1 / NS_PER_S)
     scale = measured_itl_s / itl["mean"] if measured_itl_s else 1.0
