@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from apexsim.costs.runs import PlainRun
 from apexsim.costs.timing import RunTimes
 
+Integers = NDArray[np.int64]
 _SPANS = 1 << 14  # spans whose times are added up together, which bounds the memory that takes
 
 
@@ -36,21 +37,22 @@ class RunDurations:
             self._kinds.append(run)
         self._spans.extend((number, run.mean + 1, run.mean + steps, weight))
 
-    def collect(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def collect(self) -> tuple[Integers, Integers]:
         """Durations in nanoseconds and their weights, in no order."""
         durations, weights = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
         for run, steps, weight in self._others:
             durations.append(run.durations_ns(steps)[1:])
             weights.append(np.full(steps - 1, weight, dtype=np.int64))
-        spans = np.array(self._spans, dtype=np.int64).reshape(-1, 4)
-        for number, run in enumerate(self._kinds):
-            first, last, weight = spans[spans[:, 0] == number, 1:].T
-            low, high = int(first.min()), int(last.max())
-            change = np.zeros(high - low + 1, dtype=np.int64)
-            np.add.at(change, first - low, weight)
-            np.subtract.at(change, last - low, weight)
-            durations.append(run.durations_between(low, high))
-            weights.append(np.cumsum(change)[:-1])
+        number, first, last, weight = np.array(self._spans, dtype=np.int64).reshape(-1, 4).T
+        low, high, shift = _asked(len(self._kinds), number, first, last)
+        change = np.zeros(int((high + 1 - low).sum()), dtype=np.int64)
+        np.add.at(change, first + shift[number], weight)
+        np.subtract.at(change, last + shift[number], weight)
+        weights.append(np.cumsum(change))
+        nothing = np.zeros(1, dtype=np.int64)
+        for run, begin, end in zip(self._kinds, low.tolist(), high.tolist(), strict=True):
+            # Behind the last of each kind nothing was decoded.
+            durations.extend((run.durations_between(begin, end), nothing))
         where = (counts := np.concatenate(weights)) > 0
         return np.concatenate(durations)[where], counts[where]
 
@@ -84,7 +86,7 @@ class WeightedTimes:
         ends = [step + steps for step, steps, *_ in self._others[-1:]]
         return max([*ends, *([self._plain[-5] + self._plain[-4]] if self._plain else [])], default=0)
 
-    def sum(self, weights: NDArray[np.int64]) -> int:
+    def sum(self, weights: Integers) -> int:
         """Over all spans; ``weights[n]`` is that of common step n."""
         total = 0
         for step, steps, left_ns, run in self._others:
@@ -96,7 +98,7 @@ class WeightedTimes:
             total += sum(self._sums_of(spans[first : first + _SPANS].T, weights).tolist())
         return total
 
-    def _sums_of(self, spans: NDArray[np.int64], weights: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _sums_of(self, spans: Integers, weights: Integers) -> Integers:
         """Of spans of plain runs, whose step k starts E(mean + k) - E(mean) after the first.
 
         Products may leave the range of 64 bits and come back: what they add up to is exact.
@@ -113,20 +115,24 @@ class WeightedTimes:
         passed_ns = np.add.reduceat(weight * elapsed_ns.take(entry, mode="clip"), start)[::2]
         return np.asarray(count * (left_ns + elapsed_ns[mean_at]) - passed_ns)
 
-    def _elapsed(self, spans: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _elapsed(self, spans: Integers) -> tuple[Integers, Integers]:
         """E(n) = n x step_ns + layers x (T(0) + ... + T(n - 1)) where spans ask for it, and where their means stand.
 
         One kind of run stands behind the other.
         """
         _, steps, _, number, mean = spans
-        low = np.full(len(self._kinds), np.iinfo(np.int64).max)
-        high = np.zeros(len(self._kinds), dtype=np.int64)
-        np.minimum.at(low, number, mean)
-        np.maximum.at(high, number, mean + steps)
-        shift, parts, length = np.zeros_like(high), [], 0
-        for kind in np.flatnonzero(high).tolist():
-            first, last = int(low[kind]), int(high[kind])
-            parts.append(self._kinds[kind].elapsed_at(first, last))
-            shift[kind] = length - first
-            length += last + 1 - first
+        low, high, shift = _asked(len(self._kinds), number, mean, mean + steps)
+        parts = [
+            run.elapsed_at(begin, end) for run, begin, end in zip(self._kinds, low.tolist(), high.tolist(), strict=True)
+        ]
         return np.concatenate(parts), mean + shift[number]
+
+
+def _asked(kinds: int, number: Integers, first: Integers, last: Integers) -> tuple[Integers, Integers, Integers]:
+    """The least and most that spans ask for of every kind, and what to add to find it where kinds stand in a row."""
+    low, high = np.full(kinds, np.iinfo(np.int64).max), np.zeros(kinds, dtype=np.int64)
+    np.minimum.at(low, number, first)
+    np.maximum.at(high, number, last)
+    np.minimum(low, high, out=low)
+    lengths = high + 1 - low
+    return low, high, np.cumsum(lengths) - lengths - low
