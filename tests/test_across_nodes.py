@@ -19,7 +19,7 @@ from apexsim.costs.steps import BatchStats, build_step_cost
 from apexsim.errors import InfeasiblePlan, Unsupported
 from apexsim.io.deployments import deployment_from
 from apexsim.specs.deployment import Deployment
-from apexsim.specs.placement import place, pool_spans, spans
+from apexsim.specs.placement import Spans, place, place_pools, spans
 from apexsim.specs.plan import Plan, Pool
 
 NAMES = catalog.names("device")
@@ -93,13 +93,18 @@ def test_groups_that_fit_a_node_lie_in_one_and_devices_are_used_once(plan: Plan,
     assert plan.devices > per_node or not any(found.hand_overs)
 
 
+def placed(plan: Plan, *, replicas: int, nodes: int) -> Spans:
+    cluster = deployed(tensor=8).cluster.regrouped(nodes=nodes)
+    return place_pools(cluster, [Pool(plan=plan, replicas=replicas)])["serve"].spans
+
+
 def test_all_replicas_are_charged_as_the_worst_placed() -> None:
     # Of 12 devices each on 3 nodes of 8: devices 0-11 hand over between nodes once, 12-23 as well, elsewhere.
-    two = pool_spans(Pool(plan=Plan(tensor=4, pipeline=3), replicas=2), 8, 3)
+    two = placed(Plan(tensor=4, pipeline=3), replicas=2, nodes=3)
     assert two.scatter == (1, 1, 1, 1)
     # Four replicas of 3 fit whole on two nodes of 8; the third of five lies on both.
-    assert pool_spans(Pool(plan=Plan(tensor=3), replicas=4), 8, 2).tensor == 1
-    assert pool_spans(Pool(plan=Plan(tensor=3), replicas=5), 8, 2).tensor == 2
+    assert placed(Plan(tensor=3), replicas=4, nodes=2).tensor == 1
+    assert placed(Plan(tensor=3), replicas=5, nodes=2).tensor == 2
 
 
 def test_a_tensor_group_that_only_fits_on_two_nodes_is_refused() -> None:

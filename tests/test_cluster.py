@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from apexsim import catalog
 from apexsim.errors import BadInput
+from apexsim.io.deployments import load_deployment, read_deployment, resolve_deployment, write_deployment
+from apexsim.io.yaml_files import write_yaml
 from apexsim.specs.base import parse_spec
-from apexsim.specs.cluster import Cluster, NodeGroup
+from apexsim.specs.cluster import Cluster, NodeGroup, Trunk
+from apexsim.specs.deployment import Deployment
 from apexsim.specs.topology import Topology
 
 NAMES = catalog.names("device")
@@ -197,3 +202,65 @@ def test_the_way_back_is_the_way_there(
 def test_a_device_that_is_not_there_is_refused_in_a_line(device: int) -> None:
     with pytest.raises(BadInput, match=rf"^device: got {device}; the cluster has devices 0 to 7$"):
         Topology(Cluster(device=H100)).path(0, device)
+
+
+# -- groups in a deployment file -----------------------------------------------------------------------------------
+
+
+def deployed(tmp_path: Path, **keys: Any) -> Deployment:
+    path = tmp_path / "deployment.yaml"
+    path.write_text(yaml.safe_dump({"model": "llama-3.1-8b", "device": "h100-sxm", **keys}))
+    return load_deployment(path)
+
+
+def test_groups_of_a_file_are_those_of_its_cluster(tmp_path: Path) -> None:
+    trunk = {"bytes_per_s": 1e11, "latency_s": 5e-6, "source": "four 200G links"}
+    path = tmp_path / "deployment.yaml"
+    names = [{"name": "prefill", "nodes": 2}, {"device": "a100-sxm", "nics": "node"}]
+    path.write_text(yaml.safe_dump({"model": "llama-3.1-8b", "device": "h100-sxm", "groups": names, "trunk": trunk}))
+    file = read_deployment(path)
+    found = resolve_deployment(file, path).cluster
+    assert [(group.name, group.device.name, group.nodes, group.nics) for group in found.groups] == [
+        ("prefill", "h100-sxm", 2, "device"),
+        ("a100-sxm", "a100-sxm", 1, "node"),
+    ]
+    assert found.trunk == Trunk(**trunk)
+    write_deployment(path, file)
+    assert read_deployment(path) == file
+
+
+def test_one_group_of_a_file_serves_as_nodes_do(tmp_path: Path) -> None:
+    grouped = deployed(tmp_path, groups=[{"nodes": 2, "devices_per_node": 4}], tensor=8)
+    assert grouped == deployed(tmp_path, nodes=2, devices_per_node=4, tensor=8)
+
+
+def test_a_device_of_a_group_may_be_a_file_beside_the_deployment(tmp_path: Path) -> None:
+    write_yaml(tmp_path / "mine.yaml", H100.model_dump(mode="json", exclude_defaults=True))
+    (group,) = deployed(tmp_path, groups=[{"device": "mine.yaml"}]).cluster.groups
+    assert group.device == H100
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"groups": [{}], "nodes": 2}, "nodes: every group has its own: leave it out, or the groups"),
+        ({"groups": [{"device": "h1000"}]}, "groups: device: got 'h1000'; unknown device; did you mean "),
+        ({"groups": [{}, {}]}, "node groups have names of their own; several are called h100-sxm"),
+        ({"groups": [{"nodes": 0}]}, "groups.0.nodes: got 0; Input should be greater than or equal to 1"),
+        ({"groups": [{"nic": 1}]}, "groups.0.nic: unknown key; did you mean "),
+        (
+            {"trunk": {"bytes_per_s": 1e9, "latency_s": 0.0, "source": "x"}},
+            "trunk: a trunk joins groups of nodes: give groups",
+        ),
+        (
+            {"groups": [{}], "trunk": {"bytes_per_s": 1e9, "latency_s": 0.0}},
+            "trunk.source: is missing and has no default",
+        ),
+        ({"groups": [{}], "replicas": 9}, "the replicas use 9 devices, the cluster has 8"),
+    ],
+)
+def test_bad_groups_of_a_file_are_refused_in_a_line(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput) as refused:
+        deployed(tmp_path, **keys)
+    assert str(refused.value).startswith(f"{tmp_path / 'deployment.yaml'}: {message}")
+    assert "\n" not in str(refused.value)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from apexsim import catalog
 from apexsim.errors import BadInput, InfeasiblePlan
 from apexsim.specs.cluster import Cluster, NodeGroup
-from apexsim.specs.placement import Placement, place_pools, pool_spans
+from apexsim.specs.placement import Placement, place_pools
 from apexsim.specs.plan import Plan, Pool
 
 PLANS = st.builds(
@@ -91,7 +91,8 @@ def spans_by_hand(plan: Plan, replicas: int, per_node: int, nodes: int) -> tuple
 def test_spans_are_those_counted_device_by_device(plan: Plan, replicas: int, per_node: int, spare: int) -> None:
     pool = Pool(plan=plan, replicas=replicas)
     nodes = -(-pool.devices // per_node) + spare
-    assert tuple(pool_spans(pool, per_node, nodes)) == spans_by_hand(plan, replicas, per_node, nodes)
+    found = place_pools(groups((nodes, per_node)), [pool])["serve"].spans
+    assert tuple(found) == spans_by_hand(plan, replicas, per_node, nodes)
 
 
 # -- n pools -------------------------------------------------------------------------------------------------------

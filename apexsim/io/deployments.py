@@ -19,10 +19,11 @@ from pydantic import Field
 
 from apexsim import catalog
 from apexsim.errors import BadInput, Unsupported, nearest
+from apexsim.io.clusters import GroupFile, grouped_cluster
 from apexsim.io.words import CodeName, Dtype, EngineOption, EngineOptions, outweighing
 from apexsim.io.yaml_files import load_spec, write_yaml
 from apexsim.specs.base import Spec, parse_spec
-from apexsim.specs.cluster import DEVICES_PER_NODE, MAX_DEVICES, Cluster, NodeGroup, Overhead
+from apexsim.specs.cluster import DEVICES_PER_NODE, MAX_DEVICES, Cluster, NodeGroup, Overhead, Trunk
 from apexsim.specs.deployment import Bill, Deployment
 from apexsim.specs.device import DeviceProfile
 from apexsim.specs.engine import EngineProfile
@@ -48,13 +49,16 @@ class DeploymentFile(Spec):
     fields of the profile. Without ``weights`` they are as the model was published, and without ``kv_cache`` the
     engine's own default holds.
     ``clock_mhz`` holds the multiprocessors at a lower clock than the highest, ``overhead`` is what servers and building
-    draw beside the devices.
+    draw beside the devices. A cluster of several kinds of nodes has ``groups`` in place of ``nodes``; a ``trunk`` may
+    join them.
     """
 
     model: str
     device: str
     nodes: int | None = Field(None, ge=1, le=MAX_DEVICES)
     devices_per_node: int | None = Field(None, ge=1, le=MAX_DEVICES)
+    groups: tuple[GroupFile, ...] = ()
+    trunk: Trunk | None = None
     engine: str = DEFAULT_ENGINE
     engine_options: EngineOptions = Field(default_factory=dict)
     tensor: int = Field(1, ge=1)
@@ -80,7 +84,13 @@ class DeploymentFile(Spec):
 def read_deployment(path: Path | str) -> DeploymentFile:
     """Read a deployment YAML; a model, device or engine given as a path is looked for beside the file first."""
     file = load_spec(DeploymentFile, Path(path))
-    return file.model_copy(update={kind: beside(getattr(file, kind), path) for kind in ("model", "device", "engine")})
+    found: dict[str, Any] = {kind: beside(getattr(file, kind), path) for kind in ("model", "device", "engine")}
+    if file.groups:
+        found["groups"] = tuple(
+            group.model_copy(update={"device": beside(group.device, path)}) if group.device else group
+            for group in file.groups
+        )
+    return file.model_copy(update=found)
 
 
 def beside(name: str, path: Path | str) -> str:
@@ -173,13 +183,12 @@ def resolve_deployment(file: DeploymentFile, where: object, *, allow_plugins: bo
         _check_known(getattr(file, key), DTYPE_BYTES, where, key)
     router_class(file.router, where=where)
     _check_catalog("model", file.model, where)
-    _check_catalog("device", file.device, where)
+    device = _device(file, where)
     _check_catalog("engine", file.engine, where)
     engine: EngineProfile = catalog.load("engine", file.engine)
     if "policy" not in file.engine_options:
         check_engine(file.engine, allowed=allow_plugins)
     model: ModelSpec = catalog.load("model", file.model)
-    device = _clocked(catalog.load("device", file.device), file.clock_mhz, where)
     deployment = Deployment(
         model=model,
         cluster=_cluster(file, device, where),
@@ -272,6 +281,10 @@ def _cluster(file: DeploymentFile, device: DeviceProfile, where: object) -> Clus
     if used > MAX_DEVICES:
         degrees = "tensor x attention_data x pipeline x replicas"
         raise BadInput(f"{degrees} may use up to {MAX_DEVICES} devices", where=where, got=used)
+    if file.groups:
+        return _grouped(file, where)
+    if file.trunk:
+        raise BadInput("a trunk joins groups of nodes: give groups", where=where, key="trunk")
     if file.bill == "fleet" and not (file.nodes or file.devices_per_node):
         would_do = "give nodes and devices_per_node (a search: devices), or bill used or node"
         raise BadInput(would_do, where=where, key="bill", got=file.bill)
@@ -285,6 +298,25 @@ def _cluster(file: DeploymentFile, device: DeviceProfile, where: object) -> Clus
         )
     group = NodeGroup(name=device.name, device=device, devices_per_node=per_node, nodes=nodes)
     return Cluster(groups=(group,), overhead=file.overhead)
+
+
+def _grouped(file: DeploymentFile, where: object) -> Cluster:
+    for key in ("nodes", "devices_per_node"):
+        if getattr(file, key) is not None:
+            raise BadInput("every group has its own: leave it out, or the groups", where=where, key=key)
+    return grouped_cluster(
+        file.groups,
+        lambda name: _device(file if name is None else file.model_copy(update={"device": name}), f"{where}: groups"),
+        where,
+        overhead=file.overhead,
+        trunk=file.trunk,
+    )
+
+
+def _device(file: DeploymentFile, where: object) -> DeviceProfile:
+    """The device that a file names, at its clock."""
+    _check_catalog("device", file.device, where)
+    return _clocked(catalog.load("device", file.device), file.clock_mhz, where)
 
 
 def _clocked(device: DeviceProfile, clock_mhz: float | None, where: object) -> DeviceProfile:

@@ -16,6 +16,8 @@ MAX_DEVICES = 10_000
 # Devices of a node where nothing says otherwise: those of an HGX or DGX board.
 DEVICES_PER_NODE = 8
 
+Nics = Literal["device", "node"]
+
 
 class Overhead(Spec):
     """What a server and its building draw beyond the devices: ``per_device`` x their watts (power supplies, fans)
@@ -47,7 +49,7 @@ class NodeGroup(Spec):
     device: DeviceProfile
     devices_per_node: int = Field(DEVICES_PER_NODE, ge=1, le=MAX_DEVICES)
     nodes: int = Field(1, ge=1, le=MAX_DEVICES)
-    nics: Literal["device", "node"] = "device"
+    nics: Nics = "device"
     nic_bytes_per_s: float | None = Field(None, ge=1e6, le=1e16)
 
     @model_validator(mode="before")

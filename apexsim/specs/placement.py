@@ -81,11 +81,6 @@ def place_pools(cluster: Cluster, pools: Sequence[Pool]) -> dict[str, Placement]
     return {pool.name: found[pool.name] for pool in pools}
 
 
-def pool_spans(pool: Pool, devices_per_node: int, nodes: int) -> Spans:
-    """Spans of a pool that has a group of nodes for itself, which has the devices for it."""
-    return _laid(((pool.plan, pool.replicas),), devices_per_node, nodes)[0].spans
-
-
 def place(plan: Plan, devices_per_node: int, *, first: int = 0, whole: bool = True) -> Devices:
     """Device numbers by pipeline stage, attention-data rank and tensor rank, from the device ``first`` on.
 
