@@ -43,11 +43,11 @@ class RunDurations:
         for run, steps, weight in self._others:
             durations.append(run.durations_ns(steps)[1:])
             weights.append(np.full(steps - 1, weight, dtype=np.int64))
-        number, first, last, weight = np.array(self._spans, dtype=np.int64).reshape(-1, 4).T
+        number, first, last, times = np.array(self._spans, dtype=np.int64).reshape(-1, 4).T
         low, high, shift = _asked(len(self._kinds), number, first, last)
         change = np.zeros(int((high + 1 - low).sum()), dtype=np.int64)
-        np.add.at(change, first + shift[number], weight)
-        np.subtract.at(change, last + shift[number], weight)
+        np.add.at(change, first + shift[number], times)
+        np.subtract.at(change, last + shift[number], times)
         weights.append(np.cumsum(change))
         nothing = np.zeros(1, dtype=np.int64)
         for run, begin, end in zip(self._kinds, low.tolist(), high.tolist(), strict=True):
