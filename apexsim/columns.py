@@ -56,10 +56,14 @@ class Rows:
     def blocks(self, rows: int = BLOCK_ROWS) -> Iterator[Columns]:
         """All rows in order, as columns of at most ``rows``; one block at least."""
         for first in range(0, max(1, self._length), rows):
-            self._file.seek(first * self._row_bytes)
-            read = self._file.read(min(rows, self._length - first) * self._row_bytes)
-            table = np.frombuffer(read, dtype=np.int64).reshape(-1, len(self.names))
-            yield {name: table[:, column].copy() for column, name in enumerate(self.names)}
+            yield self.read(first, min(first + rows, self._length))
+
+    def read(self, first: int, last: int) -> Columns:
+        """Rows ``first`` ... ``last`` - 1 as columns."""
+        self._file.seek(first * self._row_bytes)
+        read = self._file.read((last - first) * self._row_bytes)
+        table = np.frombuffer(read, dtype=np.int64).reshape(-1, len(self.names))
+        return {name: table[:, column].copy() for column, name in enumerate(self.names)}
 
 
 def joined(blocks: Iterator[Columns]) -> Columns:

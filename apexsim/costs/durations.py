@@ -11,16 +11,38 @@ from apexsim.costs.runs import PlainRun
 from apexsim.costs.timing import RunTimes
 
 Integers = NDArray[np.int64]
-_SPANS = 1 << 14  # spans whose times are added up together, which bounds the memory that takes
+SPANS = 1 << 14  # spans whose times are added up together, which bounds the memory that takes
+
+
+class Tally:
+    """Distinct whole numbers, ascending, and how often each came."""
+
+    def __init__(self) -> None:
+        self.values = np.empty(0, dtype=np.int64)
+        self.counts = np.empty(0, dtype=np.int64)
+
+    def add(self, values: Integers, counts: Integers) -> None:
+        """Numbers came so many times more; one that came no time is left out."""
+        some = counts > 0
+        values, counts = np.append(self.values, values[some]), np.append(self.counts, counts[some])
+        order = np.argsort(values, kind="stable")
+        values = values[order]
+        first = np.flatnonzero(np.diff(values, prepend=values[:1] - 1))
+        self.values = values[first]
+        self.counts = np.add.reduceat(counts[order], first) if len(first) else counts
 
 
 class RunDurations:
-    """How long the steps of many runs took, each with a weight; only integers are kept until they are asked for.
+    """How long the steps of many runs took, each with a weight; runs are noted, and added up many at a time.
 
     Plain runs of one kind are counted together: how often each mean context was decoded at.
     """
 
     def __init__(self) -> None:
+        self._tally = Tally()
+        self._forget()
+
+    def _forget(self) -> None:
         self._numbers: dict[tuple[int, int, int], int] = {}
         self._kinds: list[PlainRun] = []
         self._spans = array("q")
@@ -30,15 +52,23 @@ class RunDurations:
         """Note steps 1, 2 ... ``steps`` - 1 of a run (its step 0 is somebody else's affair)."""
         if not isinstance(run, PlainRun):
             self._others.append((run, steps, weight))
+            if len(self._others) >= SPANS:
+                self._add_up()
             return
         number = self._numbers.get(run.kind)
         if number is None:
             number = self._numbers[run.kind] = len(self._kinds)
             self._kinds.append(run)
         self._spans.extend((number, run.mean + 1, run.mean + steps, weight))
+        if len(self._spans) >= 4 * SPANS:
+            self._add_up()
 
-    def collect(self) -> tuple[Integers, Integers]:
-        """Durations in nanoseconds and their weights, in no order."""
+    def collect(self) -> Tally:
+        """Distinct durations in nanoseconds, and the weight of each."""
+        self._add_up()
+        return self._tally
+
+    def _add_up(self) -> None:
         durations, weights = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
         for run, steps, weight in self._others:
             durations.append(run.durations_ns(steps)[1:])
@@ -53,8 +83,8 @@ class RunDurations:
         for run, begin, end in zip(self._kinds, low.tolist(), high.tolist(), strict=True):
             # Behind the last of each kind nothing was decoded.
             durations.extend((run.durations_between(begin, end), nothing))
-        where = (counts := np.concatenate(weights)) > 0
-        return np.concatenate(durations)[where], counts[where]
+        self._tally.add(np.concatenate(durations), np.concatenate(weights))
+        self._forget()
 
 
 class WeightedTimes:
@@ -64,6 +94,7 @@ class WeightedTimes:
     """
 
     def __init__(self) -> None:
+        self.count = 0
         self._numbers: dict[tuple[int, int, int], int] = {}
         self._kinds: list[PlainRun] = []
         self._plain = array("q")
@@ -71,6 +102,7 @@ class WeightedTimes:
 
     def add(self, step: int, steps: int, left_ns: int, run: RunTimes) -> None:
         """A span of ``steps`` from ``step`` on, whose first starts ``left_ns`` before the span ends."""
+        self.count += 1
         if not isinstance(run, PlainRun):
             self._others.append((step, steps, left_ns, run))
             return
@@ -86,16 +118,17 @@ class WeightedTimes:
         ends = [step + steps for step, steps, *_ in self._others[-1:]]
         return max([*ends, *([self._plain[-5] + self._plain[-4]] if self._plain else [])], default=0)
 
-    def sum(self, weights: Integers) -> int:
-        """Over all spans; ``weights[n]`` is that of common step n."""
+    def sum(self, weights: Integers, origin: int) -> int:
+        """Over all spans; ``weights[n]`` is that of common step ``origin`` + n."""
         total = 0
         for step, steps, left_ns, run in self._others:
             elapsed_ns = np.zeros(steps, dtype=np.int64)
             elapsed_ns[1:] = np.cumsum(run.durations_ns(steps - 1)) if steps > 1 else 0
-            total += int((weights[step : step + steps] * (left_ns - elapsed_ns)).sum())
+            total += int((weights[step - origin : step - origin + steps] * (left_ns - elapsed_ns)).sum())
         spans = np.array(self._plain, dtype=np.int64).reshape(-1, 5)
-        for first in range(0, len(spans), _SPANS):
-            total += sum(self._sums_of(spans[first : first + _SPANS].T, weights).tolist())
+        spans[:, 0] -= origin
+        for first in range(0, len(spans), SPANS):
+            total += sum(self._sums_of(spans[first : first + SPANS].T, weights).tolist())
         return total
 
     def _sums_of(self, spans: Integers, weights: Integers) -> Integers:

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from apexsim.costs.durations import WeightedTimes
+from apexsim.costs.durations import SPANS, WeightedTimes
 from apexsim.costs.timing import RunTimes
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.request import Request
@@ -72,9 +73,10 @@ class SteadyGrowth:
         self._each = blocks.needed(1)
         self._members = 0
         self._crossing = [0] * (2 * self._size)  # twice over, so that what crosses in a row stands in a row
-        # What happened, to be added up afterwards: the common steps at which those who joined and left cross next, and
-        # all stretches.
+        # What happened from common step ``origin`` on, to be added up many at a time: at which common steps those who
+        # joined and left cross next, and all stretches. Before it stood those who crossed at each of ``size`` steps.
         self._joined, self._left, self._spans = array("q"), array("q"), WeightedTimes()
+        self._origin, self._stood, self._late_ns = 0, np.zeros(self._size, dtype=np.int64), 0
 
     def join(self, request: Request) -> None:
         if request.capacity < request.total:  # else it holds all the blocks it will ever need
@@ -83,6 +85,8 @@ class SteadyGrowth:
             self._crossing[at] += 1
             self._crossing[at + self._size] += 1
             self._joined.append(request.computed - request.base + -request.computed % self._size)
+            if len(self._joined) >= SPANS:
+                self._add_up(request.computed - request.base)
 
     def missing(self, step: int, steps: int) -> int:
         size, crossing = self._size, self._crossing
@@ -112,16 +116,35 @@ class SteadyGrowth:
             self._blocks.block_ns += taken * (taking.next_end_ns - taking.composed_ns(0))
             step, steps = step + 1, steps - 1
         if steps:
+            if self._spans.count >= SPANS:
+                self._add_up(step)
             self._spans.add(step, steps, taking.next_end_ns - taking.from_ns, taking.run)
 
     def late_block_ns(self) -> int:
-        size, steps = self._size, self._spans.steps
-        change = np.zeros((steps // size + 1) * size, dtype=np.int64)
+        crossing = self._crossings(max(self._spans.steps, self._origin))
+        return self._each * (self._late_ns + self._spans.sum(crossing, self._origin))
+
+    def _crossings(self, step: int) -> NDArray[np.int64]:
+        """Members who cross at each common step from the origin to ``step`` at least, as long as all have moved."""
+        size = self._size
+        change = np.zeros(((step - self._origin) // size + 1) * size, dtype=np.int64)
+        change[:size] = self._stood
         for moves, by in ((self._joined, 1), (self._left, -1)):
-            at = np.array(moves, dtype=np.int64)
+            at = np.array(moves, dtype=np.int64) - self._origin
             change += by * np.bincount(at[at < len(change)], minlength=len(change))
-        crossing = np.cumsum(change.reshape(-1, size), axis=0).ravel()  # members who cross at each common step
-        return self._each * self._spans.sum(crossing)
+        return np.cumsum(change.reshape(-1, size), axis=0).ravel()
+
+    def _add_up(self, step: int) -> None:
+        """Add up the stretches so far, all of which end by common step ``step``, and begin anew there."""
+        crossing, passed = self._crossings(step), (step - self._origin) // self._size * self._size
+        self._late_ns += self._spans.sum(crossing, self._origin)
+        if passed:
+            self._stood = crossing[passed - self._size : passed]
+            self._origin += passed
+        self._joined, self._left = (
+            array("q", [at for at in moves if at >= self._origin]) for moves in (self._joined, self._left)
+        )
+        self._spans = WeightedTimes()
 
     def leave(self, request: Request) -> None:
         if request.capacity < request.total:

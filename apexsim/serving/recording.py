@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from struct import Struct
 
 import numpy as np
 from numpy.typing import NDArray
 
-from apexsim.costs.durations import RunDurations
+from apexsim.columns import BLOCK_ROWS, Columns, Rows, joined
+from apexsim.costs.durations import RunDurations, Tally
 from apexsim.costs.steps import BatchStats
 from apexsim.costs.timing import RunTimes
 from apexsim.serving.batch import Batch
@@ -21,21 +23,25 @@ STEP_COLUMNS = (
     "kv_blocks", "kv_blocks_peak", "running", "waiting",
 )  # fmt: skip
 CHUNK_COLUMNS = ("step", "tokens", "history")
+LOT_ROWS = 1 << 12  # steps that are written together; blocks of rows are whole lots
+_MOST_GAPS = 1 << 18  # whole numbers: gaps are counted when there are half as many
 
 
 class Recorder:
     """Collects integers while the clock runs; turns them into columns afterwards."""
 
-    def __init__(self, windows: Sequence[int]) -> None:
+    def __init__(self, windows: Sequence[int], folder: Path | None = None) -> None:
         self.step_columns = (*STEP_COLUMNS, *(f"window_context_{window}" for window in windows))
-        self._steps = array("q")
+        self._rows, self._chunk_rows = Rows(self.step_columns, folder), Rows(CHUNK_COLUMNS, folder)
+        self._chunks_before: list[int] = []  # how many chunks the steps before each lot have
+        self._steps = array("q")  # the latest lot of steps, not yet in the rows, and its chunks
         self._chunks = array("q")
         self._width = len(self.step_columns)
         self._packed = Struct(f"{self._width}q").pack  # quicker than to extend an array by a tuple
         self._row = self._held = 0  # where the latest row begins, and the blocks in use in its first step
         # replica, decodes, context and start of the step that would go on where the latest row ends
         self._next: tuple[int, int, int, int] | None = None
-        self._gaps = array("q")
+        self._gaps, self._tally = array("q"), Tally()
         self._runs = RunDurations()
         self.pipeline_ns = 0  # what steps that only decode took on all stages of a pipeline
 
@@ -65,11 +71,14 @@ class Recorder:
             steps[row + 9] = held[1]
             self._next = going_on
             return
+        if len(steps) == LOT_ROWS * self._width:
+            self._store()
+            steps = self._steps
         self._row, self._held, self._next = len(steps), held[0], going_on
         chunk_tokens = 0
         for tokens, history in chunks:
             chunk_tokens += tokens
-            self._chunks.extend((len(steps) // self._width, tokens, history))
+            self._chunks.extend((len(self._rows) + len(steps) // self._width, tokens, history))
         steps.frombytes(self._packed(
             start_ns, end_ns, labels[0], repeats, decodes, context, chunk_tokens, survivors,
             (held[0] + held[1]) // 2, held[1], labels[1], labels[2], *window_contexts,
@@ -100,6 +109,8 @@ class Recorder:
         """So many tokens came ``gap_ns`` after the previous one of their request."""
         if count:
             self._gaps.extend((gap_ns, count))
+            if len(self._gaps) >= _MOST_GAPS:
+                self._add_up()
 
     def ended(self, batch: Batch, cohort: Cohort, held: int) -> None:
         """A batch ended: every request in it has a token more, cohort members all after the same gap."""
@@ -119,27 +130,44 @@ class Recorder:
         if steps > 1:
             self._runs.add(run, steps, sequences)
 
-    def steps(self) -> dict[str, NDArray[np.int64]]:
+    def steps(self) -> Columns:
         """Columns of ``step_columns``, in the order in which steps ended."""
-        return _columns(self._steps, self.step_columns)
+        self._store()
+        return joined(self._rows.blocks())
 
-    def chunks(self) -> dict[str, NDArray[np.int64]]:
+    def chunks(self) -> Columns:
         """Columns step (row in ``steps``), tokens, history (tokens cached before the chunk)."""
-        return _columns(self._chunks, CHUNK_COLUMNS)
+        self._store()
+        return joined(self._chunk_rows.blocks())
+
+    def blocks(self) -> Iterator[tuple[Columns, Columns]]:
+        """Steps and their chunks, so many steps at a time; ``step`` is then the row in this block."""
+        self._store()
+        ends = [*self._chunks_before[:: BLOCK_ROWS // LOT_ROWS], len(self._chunk_rows)]
+        for number, steps in enumerate(self._rows.blocks()):
+            chunks = self._chunk_rows.read(ends[number], ends[number + 1])
+            chunks["step"] -= number * BLOCK_ROWS
+            yield steps, chunks
+
+    def _store(self) -> None:
+        """Write the lot of steps: all have ended, and the next one begins a row of its own."""
+        if not self._steps:
+            return
+        self._chunks_before.append(len(self._chunk_rows))
+        self._rows.append(self._steps.tobytes())
+        self._chunk_rows.append(self._chunks.tobytes())
+        self._steps, self._chunks, self._next = array("q"), array("q"), None
 
     def inter_token_gaps(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Distinct gaps in nanoseconds, ascending, and how many tokens had each."""
-        single = np.array(self._gaps, dtype=np.int64).reshape(-1, 2)
-        durations, sequences = self._runs.collect()
-        parts, counts = [single[:, 0], durations], [single[:, 1], sequences]
-        gaps, inverse = np.unique(np.concatenate(parts), return_inverse=True)
-        return gaps, np.bincount(inverse, weights=np.concatenate(counts), minlength=len(gaps)).astype(np.int64)
+        self._add_up()
+        both, runs = Tally(), self._runs.collect()
+        for each in (self._tally, runs):
+            both.add(each.values, each.counts)
+        return both.values, both.counts
 
-
-def _columns(flat: array[int], names: Sequence[str]) -> dict[str, NDArray[np.int64]]:
-    table = (
-        np.frombuffer(flat, dtype=np.int64).reshape(-1, len(names))
-        if len(flat)
-        else np.empty((0, len(names)), np.int64)
-    )
-    return {name: table[:, column].copy() for column, name in enumerate(names)}
+    def _add_up(self) -> None:
+        """Count the gaps that were noted so far."""
+        gaps, counts = np.array(self._gaps, dtype=np.int64).reshape(-1, 2).T
+        self._tally.add(gaps, counts)
+        self._gaps = array("q")
