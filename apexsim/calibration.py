@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from apexsim import catalog
 from apexsim.errors import BadInput
-from apexsim.io.deployments import with_engine_options
+from apexsim.io.engines import with_engine_options
 from apexsim.search.executors import available_cores, run_local
 from apexsim.specs.engine import CalibratedTerm, CalibrationReport, EngineProfile, LeftOut
 from apexsim.validation.cases import kind_of

@@ -132,10 +132,9 @@ def _draw_parity(parity: Any, errors: Any, table: pd.DataFrame, name: str) -> No
 def describe(result: SimulationResult) -> str:
     """One line: model, devices, plan, engine, workload."""
     deployment = result.deployment
-    cluster = deployment.cluster
-    plan = ", ".join(f"{pool.plan.name} x {pool.replicas}" for pool in deployment.pools)
+    pools = ", ".join(pool.described for pool in deployment.pools)
     return (
-        f"{deployment.model.name} ({deployment.weights}) on {deployment.devices_used} x {cluster.device.name}, {plan}, "
+        f"{deployment.model.name} ({deployment.weights}) on {deployment.devices_named}, {pools}, "
         f"{deployment.engine.name}, {result.workload_name}"
     )
 
@@ -166,7 +165,7 @@ def _draw_load(axes: Any, result: SimulationResult) -> None:
 
 def _draw_cache(axes: Any, result: SimulationResult) -> None:
     middle_s, blocks = _over_time(result, "kv_blocks")
-    total = result.kv_blocks * sum(pool.replicas for pool in result.deployment.pools)
+    total = sum(pool.replicas * result.of_pools[pool.name].kv_blocks for pool in result.deployment.pools)
     axes.fill_between(middle_s, 100 * blocks / total, color=_BLUE, alpha=0.35, lw=0)
     axes.plot(middle_s, 100 * blocks / total, color=_BLUE, lw=1)
     axes.set(title="KV cache", xlabel="time since first arrival (s)", ylabel="blocks held (%)", ylim=(0, 102))
@@ -174,7 +173,7 @@ def _draw_cache(axes: Any, result: SimulationResult) -> None:
 
 def _over_time(result: SimulationResult, key: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Middle of each time bin, and the mean over it of a step column summed over replicas."""
-    parts = [result.steps_of(replica) for pool in result.deployment.pools for replica in range(pool.replicas)]
+    parts = [result.steps_of(replica) for replica in range(len(result.block_ns))]
     start, level = (np.concatenate([steps[column] for steps, _ in parts]) for column in ("start_ns", key))
     held = np.concatenate([held for _, held in parts])
     if not len(start):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -21,12 +21,14 @@ from apexsim.errors import BadInput
 from apexsim.metrics import held_ns, ratio
 from apexsim.result_files import one_fault, open_folder, seal_folder, write_sealed
 from apexsim.specs.deployment import Deployment
+from apexsim.specs.server import Server
 from apexsim.specs.slo import SLO
 from apexsim.specs.workload import Offered, Requests
 from apexsim.steady import Steady, steady_part
 from apexsim.summary import summarise
 from apexsim.uncertainty import LEVEL, Interval, interval, predictions
 from apexsim.units import NS_PER_S
+from apexsim.usage import PoolRecord, Usage
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +41,11 @@ Gaps = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 
 class Run(TypedDict, total=False):
-    """What ``serving`` hands over after a run; see ``SimulationResult.from_run``."""
+    """What ``serving`` hands over after a run; see ``SimulationResult.from_run``.
+
+    ``deployment``: with the engines as they ran (``Deployment.as_run``). ``accounting`` (empty for an injected cost
+    model), ``worked_s`` and ``memory``: by the name of the pool.
+    """
 
     deployment: Deployment
     workload: Requests
@@ -48,63 +54,12 @@ class Run(TypedDict, total=False):
     itl: Gaps
     steps: Columns
     chunks: Columns
-    accounting: Accounting | None
-    worked_s: float
+    accounting: Mapping[str, Accounting]
+    worked_s: Mapping[str, float]
     block_ns: Sequence[int]
-    memory: MemoryPlan
+    memory: Mapping[str, MemoryPlan]
     timing: dict[str, float]
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What the devices did, all of them together: joules while working, work done, and working seconds by operator.
-
-    ``seconds`` maps operator -> evidence (fitted, estimated, extrapolated) -> device seconds. None of it is known for
-    a cost model that was injected. ``energy_range_j``: least and most joules at a clock that was not measured.
-    ``spread_s``: standard deviation of the seconds of each operator. ``clock_s``: working seconds by the clock of the
-    run, whose integers add up to the same whichever way steps were simulated; NaN where no run kept it.
-    """
-
-    energy_j: dict[str, float] = field(default_factory=dict)
-    flops: float = math.nan
-    bytes_moved: float = math.nan
-    seconds: dict[str, dict[str, float]] = field(default_factory=dict)
-    energy_range_j: tuple[float, float] | None = None
-    spread_s: dict[str, float] = field(default_factory=dict)
-    clock_s: float = math.nan
-
-    @classmethod
-    def of(cls, accounting: Accounting, clock_s: float = math.nan) -> Usage:
-        """The same figures, operators in alphabetical order so that equal runs are written alike."""
-        seconds: dict[str, dict[str, float]] = {}
-        for (operator, evidence), spent_s in sorted(accounting.seconds.items()):
-            seconds.setdefault(operator, {})[evidence] = float(spent_s)
-        energy_j = {operator: float(joules) for operator, joules in sorted(accounting.energy_j.items())}
-        spread_s = {operator: float(spent_s) for operator, spent_s in sorted(accounting.spread_s.items())}
-        work = float(accounting.flops), float(accounting.bytes_moved)
-        return cls(energy_j, *work, seconds, accounting.energy_range_j, spread_s, clock_s)
-
-    @property
-    def working_s(self) -> float:
-        """Device seconds of work: by the clock where one was kept, else those of all operators."""
-        if not math.isnan(self.clock_s):
-            return self.clock_s
-        return math.fsum(spent for by_evidence in self.seconds.values() for spent in by_evidence.values())
-
-    @property
-    def estimated_share(self) -> float:
-        """Share of the working time whose cost was not fitted for what it was used for."""
-        return math.fsum(share for by in self.shares.values() for how, share in by.items() if how != "fitted")
-
-    @property
-    def shares(self) -> dict[str, dict[str, float]]:
-        """``seconds`` as shares of all working time."""
-        total = self.working_s
-        return {
-            operator: {evidence: ratio(spent, total) for evidence, spent in by_evidence.items()}
-            for operator, by_evidence in self.seconds.items()
-        }
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -114,9 +69,9 @@ class SimulationResult:
 
     ``request_columns``: one row a request (see ``requests``). ``step_columns``: one row a step, or a run of ``repeats``
     decode steps, with ``start_ns`` and ``end_ns``. ``gaps``: distinct times between two tokens of a request in
-    nanoseconds, and how many tokens had each. ``kv_blocks``: size of one replica's KV cache. ``memory``: what a replica
-    holds (``MemoryPlan.figures``). ``block_ns``: for every replica, KV blocks in use, integrated over time.
-    ``timing``: wall-clock figures, the only ones that differ between two equal runs.
+    nanoseconds, and how many tokens had each. ``of_pools``: what each pool had and did, by its name. ``block_ns``: for
+    every replica, KV blocks in use, integrated over time. ``timing``: wall-clock figures, the only ones that differ
+    between two equal runs.
     """
 
     deployment: Deployment
@@ -127,10 +82,8 @@ class SimulationResult:
     request_columns: Columns
     step_columns: Columns
     gaps: Gaps
-    kv_blocks: int
-    memory: dict[str, Any]
+    of_pools: dict[str, PoolRecord]
     block_ns: tuple[int, ...]
-    usage: Usage
     timing: dict[str, float]
     notes: tuple[str, ...]
 
@@ -141,7 +94,15 @@ class SimulationResult:
         ``chunks`` have served their purpose once the accounting is done and are not kept.
         """
         deployment, slo, accounting, workload = run["deployment"], run["slo"], run["accounting"], run["workload"]
-        drawn = {"energy_j": accounting.step_j, "working_s": accounting.step_s} if accounting else {}
+        of_pools = {
+            server.pool: PoolRecord.of(
+                run["memory"][server.pool],
+                server.context_limit,
+                accounting.get(server.pool),
+                run["worked_s"].get(server.pool, math.nan),
+            )
+            for server in deployment.servers()
+        }
         return cls(
             deployment=deployment,
             workload_name=workload.name,
@@ -149,12 +110,10 @@ class SimulationResult:
             concurrency=workload.concurrency,
             slo=slo,
             request_columns=with_latencies(run["requests"], slo),
-            step_columns={**run["steps"], **drawn},
+            step_columns={**run["steps"], **_drawn(run["steps"], deployment, accounting)},
             gaps=run["itl"],
-            kv_blocks=run["memory"].blocks,
-            memory=run["memory"].figures(deployment.colocated_server().context_limit),
+            of_pools=of_pools,
             block_ns=tuple(run["block_ns"]),
-            usage=Usage.of(accounting, run["worked_s"]) if accounting else Usage(),
             timing=run["timing"],
             notes=(*run.get("notes", ()), *_deployment_notes(deployment)),
         )
@@ -190,9 +149,10 @@ class SimulationResult:
         import pandas as pd
 
         rows = [
-            {"pool": pool.name, "replica": replica, "devices": pool.plan.devices, **self._replica_figures(replica)}
+            {"pool": pool.name, "replica": replica, "devices": pool.plan.devices}
+            | self._replica_figures(replica, self.of_pools[pool.name].kv_blocks)
             for pool in self.deployment.pools
-            for replica in range(pool.replicas)
+            for replica in self.deployment.replicas_of(pool.name)
         ]
         return pd.DataFrame(rows)
 
@@ -205,7 +165,7 @@ class SimulationResult:
         end_ns = np.maximum(steps["start_ns"], np.minimum(steps["end_ns"], round(self.end_s * NS_PER_S)))
         return steps, held_ns(steps["start_ns"], end_ns)
 
-    def _replica_figures(self, replica: int) -> dict[str, float]:
+    def _replica_figures(self, replica: int, kv_blocks: int) -> dict[str, float]:
         mine = self.request_columns["replica"] == replica
         done = mine & self.finished
         steps, held = self.steps_of(replica)
@@ -217,11 +177,30 @@ class SimulationResult:
             "preemptions": int(self.request_columns["preemptions"][mine].sum()),
             "steps": int(steps["repeats"].sum()),
             "busy": ratio(float(held.sum()), duration_ns),
-            "kv_cache_mean": ratio(self.block_ns[replica], duration_ns * self.kv_blocks),
-            "kv_cache_peak": ratio(peak, self.kv_blocks),
+            "kv_cache_mean": ratio(self.block_ns[replica], duration_ns * kv_blocks),
+            "kv_cache_peak": ratio(peak, kv_blocks),
         }
 
     # -- figures -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def servers(self) -> tuple[Server, ...]:
+        """What one replica of every pool was, as its engine ran."""
+        return self.deployment.servers()
+
+    @cached_property
+    def usage(self) -> Usage:
+        """What the devices of all pools did together."""
+        return Usage.total([record.usage for record in self.of_pools.values()])
+
+    @property
+    def working_s(self) -> dict[str, float]:
+        """Device seconds of work, by pool."""
+        return {name: record.usage.working_s for name, record in self.of_pools.items()}
+
+    def rows_of(self, pool: str) -> slice | npt.NDArray[np.bool_]:
+        """Which rows of the steps are of a pool's replicas."""
+        return _rows_of(self.step_columns, self.deployment, pool)
 
     @property
     def finished(self) -> npt.NDArray[np.bool_]:
@@ -282,10 +261,8 @@ class SimulationResult:
             "offered": asdict(self.offered),
             "concurrency": self.concurrency,
             "slo": self.slo.model_dump() if self.slo else None,
-            "kv_blocks": self.kv_blocks,
-            "memory": self.memory,
+            "pools": {name: asdict(pool) for name, pool in self.of_pools.items()},
             "block_ns": self.block_ns,
-            "usage": asdict(self.usage),
             "notes": self.notes,
             "summary": summary,
             "deployment": self.deployment.model_dump(mode="json"),
@@ -299,9 +276,6 @@ class SimulationResult:
         source = Path(folder)
         record, timing = open_folder(source)
         gaps = _read_parquet(source / "gaps.parquet")
-        saved = dict(record["usage"])
-        possible = saved.pop("energy_range_j", None)
-        usage: dict[str, Any] = {key: math.nan if value is None else value for key, value in saved.items()}
         return cls(
             deployment=Deployment.model_validate(record["deployment"]),
             workload_name=record["workload_name"],
@@ -311,10 +285,8 @@ class SimulationResult:
             request_columns=_read_parquet(source / "requests.parquet"),
             step_columns=_read_parquet(source / "steps.parquet"),
             gaps=(gaps["gap_ns"], gaps["tokens"]),
-            kv_blocks=record["kv_blocks"],
-            memory=record["memory"],
+            of_pools={name: PoolRecord.read(pool) for name, pool in record["pools"].items()},
             block_ns=tuple(record["block_ns"]),
-            usage=Usage(**usage, energy_range_j=tuple(possible) if possible else None),
             timing=timing,
             notes=tuple(record["notes"]),
         )
@@ -335,6 +307,26 @@ def _read_parquet(path: Path) -> Columns:
 
     table = pq.read_table(path)
     return {name: table[name].to_numpy() for name in table.column_names}
+
+
+def _rows_of(steps: Columns, deployment: Deployment, pool: str) -> slice | npt.NDArray[np.bool_]:
+    """Which rows of steps are of a pool's replicas: all of them where it is the only one."""
+    if len(deployment.pools) == 1:
+        return slice(None)
+    mine = deployment.replicas_of(pool)
+    rows: npt.NDArray[np.bool_] = (steps["replica"] >= mine.start) & (steps["replica"] < mine.stop)
+    return rows
+
+
+def _drawn(steps: Columns, deployment: Deployment, accounting: Mapping[str, Accounting]) -> Columns:
+    """Joules and device seconds of every row of steps; none where the costs of a pool were injected."""
+    if accounting.keys() != {pool.name for pool in deployment.pools}:
+        return {}
+    drawn = {"energy_j": np.zeros(len(steps["repeats"])), "working_s": np.zeros(len(steps["repeats"]))}
+    for pool, done in accounting.items():
+        rows = _rows_of(steps, deployment, pool)
+        drawn["energy_j"][rows], drawn["working_s"][rows] = done.step_j, done.step_s
+    return drawn
 
 
 def _frame(columns: Columns) -> pd.DataFrame:
@@ -369,23 +361,27 @@ def _good(status: npt.NDArray[Any], latencies: Columns, slo: SLO) -> npt.NDArray
 
 def _deployment_notes(deployment: Deployment) -> tuple[str, ...]:
     """What a reader of the figures must know about where they come from."""
-    cluster, notes, billed = deployment.cluster, [], deployment.billed_devices
+    cluster, notes, billed = deployment.cluster, list[str](), deployment.billed_devices
     if idle := billed - deployment.devices_used:
         notes.append(f"{idle} of {billed} devices stand idle; their power and price count (bill: {deployment.bill})")
     if left := cluster.devices - billed:
         notes.append(
             f"{left} of {cluster.devices} devices are not billed, neither price nor power (bill: {deployment.bill})"
         )
-    power, price = cluster.device.power, cluster.device.price
-    assumed = [name for name, evidence in power.evidence.items() if evidence in ("scaled", "prior")]
-    if assumed:
-        notes.append(f"energy is estimated: {', '.join(assumed)} of {cluster.device.name} were not measured on it")
-    if cluster.device.clock_mhz is not None:
-        notes.append(f"times and power at {cluster.device.clock_mhz:g} MHz are extrapolated from the highest clock")
+    devices = {group.device.name: group.device for group in cluster.groups if deployment.billed(group)}
+    for device in devices.values():
+        assumed = [name for name, evidence in device.power.evidence.items() if evidence in ("scaled", "prior")]
+        if assumed:
+            notes.append(f"energy is estimated: {', '.join(assumed)} of {device.name} were not measured on it")
+        if device.clock_mhz is not None:
+            notes.append(f"times and power at {device.clock_mhz:g} MHz are extrapolated from the highest clock")
     if deployment.model.moe:
         rest = "benchmarks with random tokens choose fewer" if deployment.prompts == "text" else "text chooses more"
         notes.append(f"experts are chosen as {deployment.prompts.replace('_', ' ')} chooses them; {rest} (--prompts)")
-    if deployment.sampling == "top_p" and not deployment.engine.sampler.top_p_passes:
-        notes.append(f"top_p costs what greedy does: {deployment.engine.name} has no top_p_passes")
-    notes.append(f"price of {cluster.device.name}: {price.usd_per_hour:g} USD/hour ({price.source}, {price.date})")
-    return tuple(notes)
+    for engine in (pool.engine or deployment.engine for pool in deployment.pools):
+        if deployment.sampling == "top_p" and not engine.sampler.top_p_passes:
+            notes.append(f"top_p costs what greedy does: {engine.name} has no top_p_passes")
+    for name, device in devices.items():
+        price = device.price
+        notes.append(f"price of {name}: {price.usd_per_hour:g} USD/hour ({price.source}, {price.date})")
+    return tuple(dict.fromkeys(notes))

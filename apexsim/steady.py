@@ -213,9 +213,12 @@ def flows_of(result: SimulationResult, edges: Floats) -> Flows:
     if "energy_j" in steps:
         # Asynchronous engines run a step on after the last token left: it counts, at the end.
         start_s, end_s = (np.minimum(steps[key] / NS_PER_S, result.end_s) for key in ("start_ns", "end_ns"))
-        drawn_j, worked_s = (
-            np.diff(spread_until((start_s, end_s), steps[key], edges)) for key in ("energy_j", "working_s")
-        )
+        drawn_j = np.diff(spread_until((start_s, end_s), steps["energy_j"], edges))
+        worked_s = {}
+        for pool in result.of_pools:
+            rows = result.rows_of(pool)
+            mine = spread_until((start_s[rows], end_s[rows]), steps["working_s"][rows], edges)
+            worked_s[pool] = np.diff(mine)
         joules = drawn_j + result.deployment.idle_j(np.diff(edges), worked_s)
     return Flows(edges, np.diff(made), np.diff(worked), np.diff(owed), np.diff(came), joules)
 

@@ -22,7 +22,10 @@ from apexsim.uncertainty import intervals
 from apexsim.units import NS_PER_S
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from apexsim.results import SimulationResult
+    from apexsim.specs.device import Datasheet
 
 
 def summarise(result: SimulationResult) -> dict[str, Any]:
@@ -31,7 +34,8 @@ def summarise(result: SimulationResult) -> dict[str, Any]:
     ``itl_s``: gaps between tokens; every token counts once, whatever its request.
     ``energy`` and ``cost``: of the whole run.
     ``steady``: what a token costs once the system has filled (see ``steady.py``).
-    ``memory``: that of a replica (see ``MemoryPlan.figures``).
+    ``memory``: that of a replica (see ``MemoryPlan.figures``); of several pools by name.
+    ``pools``: of several pools, what the devices that each uses did (see ``_pools``).
     ``preemptions`` and ``prefix_hit_rate``: of the whole run.
     ``provenance``: of each operator, which share of the devices' working time rests on which evidence.
     ``uncertainty``: where mean latencies, the rate of tokens and joules a token may lie (see ``uncertainty.py``).
@@ -53,12 +57,13 @@ def summarise(result: SimulationResult) -> dict[str, Any]:
         "energy": _energy(result, outputs),
         "cost": _cost(result, outputs),
         "steady": asdict(result.steady),
-        "memory": result.memory,
+        "memory": _memory(result),
         "utilization": _utilization(result),
         "preemptions": int(columns["preemptions"].sum()),
         "prefix_hit_rate": None,  # no prefix cache is simulated
         "provenance": result.usage.shares,
     }
+    summary |= {"pools": _pools(result)} if len(result.of_pools) > 1 else {}
     summary["uncertainty"] = intervals(result, summary)
     summary |= {"notes": result.notes, "timing": result.timing}
     plain: dict[str, Any] = without_nan(summary)
@@ -99,7 +104,7 @@ def _energy(result: SimulationResult, output_tokens: int) -> dict[str, Any]:
     deployment, usage = result.deployment, result.usage
     overhead, device_s = deployment.cluster.overhead, deployment.billed_devices * result.duration_s
     known = bool(usage.seconds)
-    idle_j = deployment.idle_j(result.duration_s, usage.working_s) if known else math.nan
+    idle_j = deployment.idle_j(result.duration_s, result.working_s) if known else math.nan
     working_j = math.fsum(usage.energy_j.values()) if known else math.nan
     server_j = overhead.server_j(working_j + idle_j, device_s)
     prompt_tokens = int(result.request_columns["prompt_tokens"][result.finished].sum())
@@ -133,6 +138,49 @@ def _cost(result: SimulationResult, output_tokens: int) -> dict[str, float]:
     }
 
 
+def _memory(result: SimulationResult) -> dict[str, Any]:
+    """What a replica holds, by pool where there are several."""
+    by_pool = {name: record.memory for name, record in result.of_pools.items()}
+    return by_pool if len(by_pool) > 1 else next(iter(by_pool.values()))
+
+
+def _pools(result: SimulationResult) -> dict[str, Any]:
+    """Figures of the devices that each pool uses. Billed devices that no pool uses count in the sums alone."""
+    replicas, figures = result.pools, dict[str, Any]()
+    for pool, server in zip(result.deployment.pools, result.servers, strict=True):
+        usage, sheet = result.of_pools[pool.name].usage, server.device.datasheet
+        device_s, mine = pool.devices * result.duration_s, replicas[replicas["pool"] == pool.name]
+        known = bool(usage.seconds)
+        working_j = math.fsum(usage.energy_j.values()) if known else math.nan
+        idle_j = server.device.power.idle_w * max(0.0, device_s - usage.working_s) if known else math.nan
+        figures[pool.name] = {
+            "phases": list(pool.phases),
+            "devices": pool.devices,
+            "requests": int(mine["requests"].sum()),
+            "energy": {"total_j": working_j + idle_j, "idle_j": idle_j},
+            "cost": {"usd_per_hour": server.device.price.usd_per_hour * pool.devices},
+            "utilization": {
+                "mfu": ratio(usage.flops, device_s * _peak(sheet, server.weights)),
+                "mbu": ratio(usage.bytes_moved, device_s * sheet.memory_bytes_per_s),
+                **_cache_and_busy(mine),
+            },
+        }
+    return figures
+
+
+def _peak(sheet: Datasheet, dtype: str) -> float:
+    """FLOP/s of products in a dtype of weights; in bf16 where weights are only stored in less."""
+    return sheet.flops_per_s.get(dtype, sheet.flops_per_s["bf16"])
+
+
+def _cache_and_busy(replicas: pd.DataFrame) -> dict[str, float]:
+    return {
+        "busy": float(replicas["busy"].mean()),
+        "kv_cache_mean": float(replicas["kv_cache_mean"].mean()),
+        "kv_cache_peak": float(replicas["kv_cache_peak"].max()),
+    }
+
+
 def _utilization(result: SimulationResult) -> dict[str, float]:
     """Shares of what the billed devices could do in the whole duration, pauses between requests included.
 
@@ -140,13 +188,15 @@ def _utilization(result: SimulationResult) -> dict[str, float]:
     ``mbu``: bytes moved over the peak bytes of device memory. ``busy``: share of a replica's time with a step in
     flight. ``kv_cache_mean``: share of blocks held, weighted with time; ``kv_cache_peak``: of the fullest replica.
     """
-    sheet = result.deployment.cluster.device.datasheet
-    device_s = result.duration_s * result.deployment.billed_devices
-    peak = sheet.flops_per_s.get(result.deployment.weights, sheet.flops_per_s["bf16"])
+    deployment, servers = result.deployment, result.servers
+    flops, bytes_moved = 0.0, 0.0
+    for group in deployment.cluster.groups:
+        sheet, device_s = group.device.datasheet, result.duration_s * deployment.billed(group)
+        dtypes = [server.weights for server in servers if server.group is group] or [deployment.weights]
+        flops += device_s * max(_peak(sheet, dtype) for dtype in dtypes)
+        bytes_moved += device_s * sheet.memory_bytes_per_s
     return {
-        "mfu": ratio(result.usage.flops, device_s * peak),
-        "mbu": ratio(result.usage.bytes_moved, device_s * sheet.memory_bytes_per_s),
-        "busy": float(result.pools["busy"].mean()),
-        "kv_cache_mean": float(result.pools["kv_cache_mean"].mean()),
-        "kv_cache_peak": float(result.pools["kv_cache_peak"].max()),
+        "mfu": ratio(result.usage.flops, flops),
+        "mbu": ratio(result.usage.bytes_moved, bytes_moved),
+        **_cache_and_busy(result.pools),
     }

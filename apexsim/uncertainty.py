@@ -39,7 +39,8 @@ from apexsim.specs.base import Spec, parse_spec
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from apexsim.results import SimulationResult, Usage
+    from apexsim.results import SimulationResult
+    from apexsim.usage import Usage
 
 Figure = Literal["ttft_s", "tpot_s", "e2e_s", "output_tokens_per_s", "energy_per_output_token_j"]
 FIGURES: tuple[Figure, ...] = ("ttft_s", "tpot_s", "e2e_s", "output_tokens_per_s", "energy_per_output_token_j")
@@ -166,12 +167,13 @@ def interval(
         return None
     kernels = math.exp(NormalDist().inv_cdf((1 + level) / 2) * sigma)
     low, high, basis = 1 / kernels, kernels, f"kernels, {sigma:.1%} of device time"
-    deployment = result.deployment
-    measured = table.range_of(figure, level, deployment.engine.engine, deployment.model.kind)
+    server, *others = result.servers
+    # No run of several pools was measured.
+    measured = None if others else table.range_of(figure, level, server.engine.engine, server.model.kind)
     if measured is None:
         return Interval(predicted * low, predicted * high, f"{basis}; too few measured runs are like it")
     low, high = min(low, measured[0]), max(high, measured[1])
-    device = deployment.cluster.device.name
+    device = server.device.name
     apart = "" if device in table.devices else f"; none on {device}"
     return Interval(predicted * low, predicted * high, f"{basis}; {measured[2]}{apart}")
 

@@ -78,7 +78,7 @@ def error_of(run: MeasuredRun, exponent: float) -> float:
     server = deployment.colocated_server()
     requests, _ = requests_of(run, longest=server.context_limit, seed=0)
     if run.row.max_num_batched_tokens is None:
-        deployment = deployment.as_run(server.for_load(Load.of(requests)))
+        deployment = deployment.as_run(deployment.servers(Load.of(requests)))
     if run.row.workload == "saturated":
         return float(steady_figures(deployment, requests)["itl_p50_s"]) / run.row.itl_p50_s - 1
     return float(simulate(deployment, requests).summary()["tpot_s"]["mean"]) / run.row.tpot_mean_s - 1

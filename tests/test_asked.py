@@ -16,7 +16,8 @@ from apexsim.costs.lowering import lower
 from apexsim.costs.operators import Experts, Sampling
 from apexsim.costs.steps import BatchStats, build_step_cost
 from apexsim.errors import BadInput
-from apexsim.io.deployments import deployment_from, read_deployment, with_engine_options, write_deployment
+from apexsim.io.deployments import deployment_from, read_deployment, write_deployment
+from apexsim.io.engines import with_engine_options
 from apexsim.io.search_files import SearchFile, resolve_search
 from apexsim.serving.simulator import simulate
 from apexsim.specs.deployment import Deployment

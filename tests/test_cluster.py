@@ -217,7 +217,9 @@ def test_groups_of_a_file_are_those_of_its_cluster(tmp_path: Path) -> None:
     trunk = {"bytes_per_s": 1e11, "latency_s": 5e-6, "source": "four 200G links"}
     path = tmp_path / "deployment.yaml"
     names = [{"name": "prefill", "nodes": 2}, {"device": "a100-sxm", "nics": "node"}]
-    path.write_text(yaml.safe_dump({"model": "llama-3.1-8b", "device": "h100-sxm", "groups": names, "trunk": trunk}))
+    pools = [{"name": "serve", "device": "a100-sxm"}]
+    keys = {"model": "llama-3.1-8b", "device": "h100-sxm", "groups": names, "trunk": trunk, "pools": pools}
+    path.write_text(yaml.safe_dump(keys))
     file = read_deployment(path)
     found = resolve_deployment(file, path).cluster
     assert [(group.name, group.device.name, group.nodes, group.nics) for group in found.groups] == [

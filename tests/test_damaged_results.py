@@ -107,15 +107,15 @@ def sealed_anew(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda record: record.pop("usage"),
-        lambda record: record.update(usage=3),
+        lambda record: record["pools"]["serve"].pop("usage"),
+        lambda record: record["pools"].update(serve=3),
         lambda record: record.update(slo=[1]),
         lambda record: record.update(tables=[]),
         lambda record: record.update(notes=None),
         lambda record: record["deployment"].pop("model"),
         lambda record: record["deployment"]["model"].update(layers="two"),
     ],
-    ids=["no usage", "usage", "slo", "tables", "notes", "no model", "layers"],
+    ids=["no usage", "pool", "slo", "tables", "notes", "no model", "layers"],
 )
 def test_records_of_another_shape(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     sealed_anew(folder, change)

@@ -29,7 +29,7 @@ FLOORS = (
     },  # numbers, files, arithmetic that know nothing of serving
     {"specs"},
     {"costs"},
-    {"results", "result_files", "steady", "batch_means", "summary", "uncertainty"},
+    {"results", "usage", "result_files", "steady", "batch_means", "summary", "uncertainty"},
     {"serving"},
     {"search"},
     {

@@ -18,7 +18,7 @@ from apexsim.costs.lowering import Lowered, lower, split_layers
 from apexsim.costs.operators import Collective, Elementwise, Experts, Gemm
 from apexsim.costs.steps import BatchStats, build_step_cost
 from apexsim.errors import InfeasiblePlan
-from apexsim.io.deployments import with_engine_options
+from apexsim.io.engines import with_engine_options
 from apexsim.specs.base import parse_spec
 from apexsim.specs.cluster import Cluster
 from apexsim.specs.deployment import Deployment

@@ -121,10 +121,10 @@ def result(**changed: Any) -> SimulationResult:
         "itl": (np.array([1 * NS, 2 * NS]), np.array([11, 1])),
         "steps": STEPS,
         "chunks": {},
-        "accounting": ACCOUNTING,
-        "worked_s": 15.0,
+        "accounting": {"serve": ACCOUNTING},
+        "worked_s": {"serve": 15.0},
         "block_ns": [103 * NS, 450 * NS, 0, 0],
-        "memory": made_up_memory(100),
+        "memory": {"serve": made_up_memory(100)},
         "timing": {"wall_s": 0.25},
         "notes": ("column x was left out",),
     }
@@ -273,7 +273,7 @@ def test_provenance_shares_add_up_and_notes_say_what_is_estimated() -> None:
 
 
 def test_an_injected_cost_model_leaves_energy_unknown() -> None:
-    summary = result(accounting=None).summary()
+    summary = result(accounting={}).summary()
     energy = summary["energy"]
     around = [energy.pop("server"), energy.pop("facility")]
     assert {value for part in (energy, *around) for value in part.values()} == {None}
@@ -287,7 +287,7 @@ def test_when_all_are_rejected_every_key_is_there() -> None:
     rejected = {**REQUESTS, **none, "status": np.array(["rejected"] * 5, dtype=object)}
     empty = {key: values[:0] for key, values in STEPS.items()}
     nothing = (np.zeros(0, np.int64), np.zeros(0, np.int64))
-    summary = result(requests=rejected, steps=empty, itl=nothing, accounting=None).summary()
+    summary = result(requests=rejected, steps=empty, itl=nothing, accounting={}).summary()
     assert list(summary) == list(SECTIONS)
     assert summary["requests"]["rejected"] == 5
     assert summary["duration_s"] == 4.0

@@ -66,10 +66,10 @@ def served(requests: Requests, *, seats: int = 1) -> SimulationResult:
         itl=recorder.inter_token_gaps(),
         steps=recorder.steps(),
         chunks=recorder.chunks(),
-        accounting=None,
-        worked_s=0.0,
+        accounting={},
+        worked_s={},
         block_ns=[replica.block_ns for replica in run.replicas],
-        memory=memory,
+        memory={"serve": memory},
         timing={},
         notes=(),
     )

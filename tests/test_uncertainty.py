@@ -17,7 +17,7 @@ from apexsim.cli.main import main
 from apexsim.costs.fitted import NORMAL_P90, UNSCORED_SPREAD, OperatorCosts
 from apexsim.errors import BadInput
 from apexsim.fitting.relatives import Sheet, carried
-from apexsim.results import SimulationResult, Usage
+from apexsim.results import SimulationResult
 from apexsim.specs.device import HoldOut
 from apexsim.uncertainty import (
     ANY,
@@ -29,6 +29,7 @@ from apexsim.uncertainty import (
     read_table,
     shipped_table,
 )
+from apexsim.usage import Usage
 from apexsim.validation.intervals import (
     COLUMNS,
     PROBABILITIES,

@@ -15,7 +15,7 @@ import pytest
 from apexsim import catalog
 from apexsim.cli.main import main
 from apexsim.errors import BadInput, InfeasiblePlan
-from apexsim.io.deployments import with_engine_options
+from apexsim.io.engines import with_engine_options
 from apexsim.specs.server import Load
 from apexsim.validation import decisions, scores
 from apexsim.validation.cases import case_of, kind_of, version_known

@@ -42,7 +42,7 @@ def calibrate(
     from apexsim import catalog
     from apexsim.calibration import calibrate as run_calibration
     from apexsim.calibration import drawn_groups
-    from apexsim.io.deployments import check_engine
+    from apexsim.io.engines import check_engine
     from apexsim.io.yaml_files import write_yaml
     from apexsim.validation.runs import read_runs, selected
 

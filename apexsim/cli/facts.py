@@ -106,7 +106,7 @@ def _workloads() -> Table:
 
 
 def _policies() -> Table:
-    from apexsim.io.deployments import policy_classes
+    from apexsim.io.engines import policy_classes
 
     rows = [
         (name, kind, (cls.__doc__ or "").strip().splitlines()[0].replace("`", ""))

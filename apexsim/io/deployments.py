@@ -18,25 +18,26 @@ from typing import Any
 from pydantic import Field
 
 from apexsim import catalog
-from apexsim.errors import BadInput, Unsupported, nearest
+from apexsim.errors import BadInput, Unsupported
 from apexsim.io.clusters import GroupFile, grouped_cluster
-from apexsim.io.words import CodeName, Dtype, EngineOption, EngineOptions, outweighing
+from apexsim.io.engines import (
+    ALLOW_PLUGINS,
+    DEFAULT_ENGINE,
+    check_allowed,
+    engine_named,
+    engine_plugins,
+)
+from apexsim.io.names import check_catalog, check_known, device_named
+from apexsim.io.pools import PoolFile, resolve_pool
+from apexsim.io.words import CodeName, Dtype, EngineOptions, outweighing
 from apexsim.io.yaml_files import load_spec, write_yaml
 from apexsim.specs.base import Spec, parse_spec
 from apexsim.specs.cluster import DEVICES_PER_NODE, MAX_DEVICES, Cluster, NodeGroup, Overhead, Trunk
 from apexsim.specs.deployment import Bill, Deployment
-from apexsim.specs.device import DeviceProfile
-from apexsim.specs.engine import EngineProfile
 from apexsim.specs.model import ModelSpec
 from apexsim.specs.plan import Plan, Pool
 from apexsim.specs.server import Prompts, Server, TokenChoice
 from apexsim.units import DTYPE_BYTES
-
-DEFAULT_ENGINE = "vllm-v1-async"
-ALLOW_PLUGINS = "--allow-plugins"
-
-# Parts of an engine profile whose fields are engine options; no two of them share a field name.
-_OPTION_SECTIONS = ("scheduler", "memory", "communication", "host", "sampler", "kernels")
 
 
 class DeploymentFile(Spec):
@@ -50,7 +51,7 @@ class DeploymentFile(Spec):
     engine's own default holds.
     ``clock_mhz`` holds the multiprocessors at a lower clock than the highest, ``overhead`` is what servers and building
     draw beside the devices. A cluster of several kinds of nodes has ``groups`` in place of ``nodes``; a ``trunk`` may
-    join them.
+    join them. A deployment of several pools has ``pools`` in place of degrees and replicas.
     """
 
     model: str
@@ -66,6 +67,7 @@ class DeploymentFile(Spec):
     pipeline: int = Field(1, ge=1)
     expert: int = Field(1, ge=1)
     replicas: int = Field(1, ge=1, le=MAX_DEVICES)
+    pools: tuple[PoolFile, ...] = ()
     router: CodeName = "round_robin"
     weights: Dtype = None
     moe_weights: Dtype = None
@@ -90,7 +92,16 @@ def read_deployment(path: Path | str) -> DeploymentFile:
             group.model_copy(update={"device": beside(group.device, path)}) if group.device else group
             for group in file.groups
         )
+    if file.pools:
+        found["pools"] = tuple(_beside(pool, path, file) for pool in file.pools)
     return file.model_copy(update=found)
+
+
+def _beside(pool: PoolFile, path: Path | str, file: DeploymentFile) -> PoolFile:
+    """A pool whose engine, and device unless it names a group, is looked for beside the file."""
+    keys = ("engine",) if file.groups else ("engine", "device")
+    named = {key: getattr(pool, key) for key in keys if getattr(pool, key)}
+    return pool.model_copy(update={key: beside(name, path) for key, name in named.items()})
 
 
 def beside(name: str, path: Path | str) -> str:
@@ -104,9 +115,11 @@ def write_deployment(path: Path | str, file: DeploymentFile) -> None:
 
     A comment at its head says so where it names code of the user's.
     """
-    always = {"model", "device", "engine", "tensor", "pipeline", "replicas"}
+    always = {"model", "device", "engine", *(() if file.pools else ("tensor", "pipeline", "replicas"))}
     given = file.model_dump(exclude_defaults=True).keys() | always
-    named = plugins({"router": file.router, "engine_options": file.engine_options}) | engine_plugins(file.engine)
+    named = plugins(file.model_dump(include={"router", "engine_options", "pools"}))
+    for engine in dict.fromkeys([file.engine, *(pool.engine for pool in file.pools if pool.engine)]):
+        named |= engine_plugins(engine)
     names = ", ".join(f"{key} {name}" for key, name in named.items())
     head = f"It runs code of yours ({names}), which apexsim imports with {ALLOW_PLUGINS} only." if names else None
     write_yaml(Path(path), {key: value for key, value in file.model_dump().items() if key in given}, head=head)
@@ -119,18 +132,14 @@ def load_deployment(path: Path | str, *, allow_plugins: bool = False) -> Deploym
 
 def plugins(data: Mapping[str, Any]) -> dict[str, str]:
     """Names of the user's own code (``module:Name``) in keys of a deployment or search: key -> name."""
-    options = data.get("engine_options")
-    policy = options.get("policy") if isinstance(options, Mapping) else None
-    named = {"router": data.get("router"), "engine_options.policy": policy}
+    named = {"router": data.get("router"), "engine_options.policy": _policy_in(data)}
+    named |= {f"pools.{at}.engine_options.policy": _policy_in(pool) for at, pool in enumerate(data.get("pools", ()))}
     return {key: name for key, name in named.items() if isinstance(name, str) and ":" in name}
 
 
-def engine_plugins(engine: str) -> dict[str, str]:
-    """The same for an engine profile by name or path."""
-    profile: EngineProfile = catalog.load("engine", engine)
-    named = {"scheduler.policy": profile.scheduler.policy}
-    named |= {f"changes.{at}.policy": change.policy or "" for at, change in enumerate(profile.changes)}
-    return {key: name for key, name in named.items() if ":" in name}
+def _policy_in(data: Mapping[str, Any]) -> object:
+    options = data.get("engine_options")
+    return options.get("policy") if isinstance(options, Mapping) else None
 
 
 def check_named_code(written: Mapping[str, Any], choices: Mapping[str, Any], where: object, *, allowed: bool) -> None:
@@ -139,18 +148,8 @@ def check_named_code(written: Mapping[str, Any], choices: Mapping[str, Any], whe
     Keys that the user's own ``choices`` outweigh do not count.
     """
     replaced = {"router": "router" in choices, "engine_options.policy": "policy" in choices.get("engine_options", {})}
-    _check_allowed({key: name for key, name in plugins(written).items() if not replaced[key]}, where, allowed)
-
-
-def check_engine(engine: str, *, allowed: bool) -> None:
-    """The same for the profile of an engine, by name or path."""
-    _check_allowed(engine_plugins(engine), catalog.locate("engine", engine), allowed)
-
-
-def _check_allowed(named: Mapping[str, str], where: object, allowed: bool) -> None:
-    for key, name in ({} if allowed else named).items():
-        would_do = f"the file names code to import; {ALLOW_PLUGINS} lets it (allow_plugins=True in Python)"
-        raise BadInput(would_do, where=where, key=key, got=name)
+    replaced |= {key: "pools" in choices for key in plugins(written) if key.startswith("pools.")}
+    check_allowed({key: name for key, name in plugins(written).items() if not replaced[key]}, where, allowed)
 
 
 def deployment_from(path: Path | str | None, choices: Mapping[str, Any], *, allow_plugins: bool = False) -> Deployment:
@@ -180,30 +179,64 @@ def resolve_deployment(file: DeploymentFile, where: object, *, allow_plugins: bo
     from apexsim.serving.named import router_class
 
     for key in ("weights", "moe_weights", "kv_cache"):
-        _check_known(getattr(file, key), DTYPE_BYTES, where, key)
+        check_known(getattr(file, key), DTYPE_BYTES, where, key)
     router_class(file.router, where=where)
-    _check_catalog("model", file.model, where)
-    device = _device(file, where)
-    _check_catalog("engine", file.engine, where)
-    engine: EngineProfile = catalog.load("engine", file.engine)
-    if "policy" not in file.engine_options:
-        check_engine(file.engine, allowed=allow_plugins)
+    check_catalog("model", file.model, where)
+    device = device_named(file.device, file.clock_mhz, where)
     model: ModelSpec = catalog.load("model", file.model)
-    deployment = Deployment(
-        model=model,
-        cluster=_cluster(file, device, where),
-        engine=with_engine_options(engine, file.engine_options, where),
-        pools=(Pool(plan=file.plan, replicas=file.replicas),),
-        router=file.router,
-        weights=file.weights or model.published_dtype,
-        moe_weights=file.moe_weights,
-        sampling=file.sampling,
-        prompts=file.prompts,
-        bill=file.bill,
-    )
+    engine = engine_named(file.engine, file.engine_options, where, allow_plugins=allow_plugins)
+    pools = _pools(file, where, allow_plugins=allow_plugins)
+    cluster = _cluster(file, pools, where)
+    if len(cluster.groups) > 1 and not file.pools:
+        would_do = "give pools, each with the device that it lies on; or one group"
+        raise BadInput(would_do, where=where, key="groups", got=len(cluster.groups))
+    if not file.groups:
+        pools = tuple(_on_its_device(pool) for pool in pools)
+    known = {
+        "model": model,
+        "cluster": cluster,
+        "engine": engine,
+        "pools": pools,
+        "router": file.router,
+        "weights": file.weights or model.published_dtype,
+        "moe_weights": file.moe_weights,
+        "sampling": file.sampling,
+        "prompts": file.prompts,
+        "bill": file.bill,
+    }
+    deployment = parse_spec(Deployment, known, where)
     weights = (deployment.weights, deployment.expert_dtype)
     kv_cache = file.kv_cache or engine.kv_dtype_for(weights, device.datasheet)
-    return deployment.model_copy(update={"kv_cache": kv_cache})
+    return _with_kv_cache(deployment.model_copy(update={"kv_cache": kv_cache}), own=file.kv_cache is None)
+
+
+def _pools(file: DeploymentFile, where: object, *, allow_plugins: bool) -> tuple[Pool, ...]:
+    if not file.pools:
+        return (Pool(plan=file.plan, replicas=file.replicas),)
+    if given := file.model_fields_set & {*Plan.model_fields, "replicas"}:
+        would_do = "every pool has its own: leave it out, or the pools"
+        raise BadInput(would_do, where=where, key=sorted(given)[0])
+    return tuple(
+        resolve_pool(pool, file.engine, file.engine_options, where, allow_plugins=allow_plugins) for pool in file.pools
+    )
+
+
+def _on_its_device(pool: Pool) -> Pool:
+    """A pool that names a device, on the group that is called as that device is."""
+    return pool.model_copy(update={"device": catalog.load("device", pool.device).name}) if pool.device else pool
+
+
+def _with_kv_cache(deployment: Deployment, *, own: bool) -> Deployment:
+    """The deployment with the KV dtype of every pool that takes another by itself; none does unless ``own``."""
+    pools = []
+    for pool in deployment.pools:
+        engine, device = pool.engine or deployment.engine, deployment.cluster.group(pool.device).device
+        weights = pool.weights or deployment.weights
+        experts = pool.moe_weights or deployment.moe_weights or deployment.model.expert_dtype(weights)
+        taken = engine.kv_dtype_for((weights, experts), device.datasheet) if own else deployment.kv_cache
+        kv_cache = pool.kv_cache or (taken if taken != deployment.kv_cache else None)
+        pools.append(pool.model_copy(update={"kv_cache": kv_cache}))
+    return deployment.model_copy(update={"pools": tuple(pools)})
 
 
 def check_computes(deployment: Deployment, where: object) -> None:
@@ -241,43 +274,15 @@ def check_lawful(deployment: Deployment, where: object) -> None:
             degrees = [t for t in range(1, group.devices_per_node + 1) if _fits(pool.plan, t, model, group)]
             hint = f"; tensor degrees that work: {', '.join(map(str, degrees))}" if degrees else ""
             raise BadInput("; ".join(reasons) + hint, where=where)
-    if deployment.devices_used > cluster.devices:
-        raise BadInput(
-            f"the replicas use {deployment.devices_used} devices, the cluster has {cluster.devices}", where=where
-        )
+    for group in cluster.groups:
+        if (used := deployment.used(group)) > group.devices:
+            has = group.name if len(cluster.groups) > 1 else "the cluster"
+            raise BadInput(f"the replicas use {used} devices, {has} has {group.devices}", where=where)
 
 
-def with_engine_options(engine: EngineProfile, options: Mapping[str, EngineOption], where: object) -> EngineProfile:
-    """The profile with fields of its sections (host, scheduler, memory, communication, ...) replaced by name.
-
-    An option given by hand also holds where the engine would change it by itself.
-    """
-    from apexsim.serving.named import policy_class
-
-    data = engine.model_dump()
-    sections = {key: section for section in _OPTION_SECTIONS for key in data[section]}
-    for key, value in options.items():
-        if key not in sections:
-            raise BadInput(f"unknown engine option; {nearest(key, sections)}", where=where, got=key)
-        data[sections[key]][key] = value
-        for change in data["changes"]:
-            change.pop(key, None)
-    data["given"] = tuple(sorted({*data["given"], *options}))
-    profile = parse_spec(EngineProfile, data, where)
-    policy_class(profile.scheduler.policy, where=where)
-    return profile
-
-
-def policy_classes() -> dict[str, dict[str, type]]:
-    """The batching policies and routers that a deployment can ask for, by kind and name."""
-    from apexsim.serving.batching import POLICIES
-    from apexsim.serving.routing import ROUTERS
-
-    return {"batching": dict(POLICIES), "router": dict(ROUTERS)}
-
-
-def _cluster(file: DeploymentFile, device: DeviceProfile, where: object) -> Cluster:
-    used = file.plan.devices * file.replicas
+def _cluster(file: DeploymentFile, pools: tuple[Pool, ...], where: object) -> Cluster:
+    """The nodes that a file lists; without a list, those of the devices that its pools use."""
+    used = sum(pool.devices for pool in pools)
     if used > MAX_DEVICES:
         degrees = "tensor x attention_data x pipeline x replicas"
         raise BadInput(f"{degrees} may use up to {MAX_DEVICES} devices", where=where, got=used)
@@ -285,6 +290,21 @@ def _cluster(file: DeploymentFile, device: DeviceProfile, where: object) -> Clus
         return _grouped(file, where)
     if file.trunk:
         raise BadInput("a trunk joins groups of nodes: give groups", where=where, key="trunk")
+    names = list(dict.fromkeys(pool.device or file.device for pool in pools))
+    sizes = {key: getattr(file, key) for key in ("nodes", "devices_per_node") if getattr(file, key)}
+    if len(names) > 1 and (sizes or file.bill == "fleet"):
+        key = next(iter(sizes), "bill")
+        raise BadInput(f"the pools use {len(names)} kinds of devices: give groups", where=where, key=key)
+    groups = [
+        _group(file, name, sum(pool.devices for pool in pools if (pool.device or file.device) == name), where)
+        for name in names
+    ]
+    return parse_spec(Cluster, {"groups": groups, "overhead": file.overhead}, where)
+
+
+def _group(file: DeploymentFile, name: str, used: int, where: object) -> NodeGroup:
+    """Nodes of the device called ``name``, ``used`` of them."""
+    device = device_named(name, file.clock_mhz, where)
     if file.bill == "fleet" and not (file.nodes or file.devices_per_node):
         would_do = "give nodes and devices_per_node (a search: devices), or bill used or node"
         raise BadInput(would_do, where=where, key="bill", got=file.bill)
@@ -296,8 +316,7 @@ def _cluster(file: DeploymentFile, device: DeviceProfile, where: object) -> Clus
         raise BadInput(
             f"the replicas use {used} devices, the cluster has {have}", where=where, key="nodes", got=file.nodes
         )
-    group = NodeGroup(name=device.name, device=device, devices_per_node=per_node, nodes=nodes)
-    return Cluster(groups=(group,), overhead=file.overhead)
+    return NodeGroup(name=device.name, device=device, devices_per_node=per_node, nodes=nodes)
 
 
 def _grouped(file: DeploymentFile, where: object) -> Cluster:
@@ -306,43 +325,12 @@ def _grouped(file: DeploymentFile, where: object) -> Cluster:
             raise BadInput("every group has its own: leave it out, or the groups", where=where, key=key)
     return grouped_cluster(
         file.groups,
-        lambda name: _device(file if name is None else file.model_copy(update={"device": name}), f"{where}: groups"),
+        lambda name: device_named(name or file.device, file.clock_mhz, f"{where}: groups"),
         where,
         overhead=file.overhead,
         trunk=file.trunk,
     )
 
 
-def _device(file: DeploymentFile, where: object) -> DeviceProfile:
-    """The device that a file names, at its clock."""
-    _check_catalog("device", file.device, where)
-    return _clocked(catalog.load("device", file.device), file.clock_mhz, where)
-
-
-def _clocked(device: DeviceProfile, clock_mhz: float | None, where: object) -> DeviceProfile:
-    """The device at a clock; as it was measured for None and at its highest clock."""
-    clock = device.power.clock
-    if clock_mhz is None or (clock and clock_mhz == clock.nominal_mhz):
-        return device
-    if clock is None or clock_mhz > clock.nominal_mhz:
-        would_do = f"give at most {clock.nominal_mhz:g}" if clock else f"no clocks of {device.name} are known"
-        raise BadInput(would_do, where=where, key="clock_mhz", got=clock_mhz)
-    return device.at_clock(clock_mhz)
-
-
 def _fits(plan: Plan, tensor: int, model: ModelSpec, group: NodeGroup) -> bool:
     return not plan.model_copy(update={"tensor": tensor}).lawful(model, group)
-
-
-def _check_catalog(kind: catalog.Kind, name: str, where: object) -> None:
-    """Unknown names and absent files are told with the file and key they stand in."""
-    # A publisher's name of a model has a slash, too.
-    if not name.endswith((".yaml", ".yml")) and ("/" not in name or (kind == "model" and not os.path.lexists(name))):
-        catalog.locate(kind, name, where=f"{where}: {kind}")
-    elif not os.path.lexists(name):
-        raise BadInput("no such file; give a name, or the path of a YAML file", where=where, key=kind, got=name)
-
-
-def _check_known(name: str | None, known: Mapping[str, object] | tuple[str, ...], where: object, key: str) -> None:
-    if name is not None and name not in known:
-        raise BadInput(nearest(name, known), where=where, key=key, got=name)

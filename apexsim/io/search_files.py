@@ -13,19 +13,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from apexsim import __version__
 from apexsim.atomic import atomic_path, write_json
 from apexsim.errors import BadInput
-from apexsim.io.deployments import (
-    DEFAULT_ENGINE,
-    DeploymentFile,
-    beside,
-    check_computes,
-    resolve_deployment,
-    write_deployment,
-)
+from apexsim.io.deployments import DeploymentFile, beside, check_computes, resolve_deployment, write_deployment
+from apexsim.io.engines import DEFAULT_ENGINE
 from apexsim.io.requests import resolve_supply
 from apexsim.io.words import CodeName, Dtype, EngineOptions
 from apexsim.io.yaml_files import load_spec
@@ -84,6 +78,13 @@ class SearchFile(Traffic):
     sampling: TokenChoice = "greedy"
     prompts: Prompts = "text"
     bill: Bill = "used"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _chooses_its_pool(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "pools" in data:
+            raise ValueError("a search lays out one pool that serves prefill and decode: leave pools out")
+        return data
 
 
 def read_search(path: Path | str) -> SearchFile:

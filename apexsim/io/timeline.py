@@ -30,7 +30,7 @@ def write_timeline(path: Path | str, result: SimulationResult) -> None:
 def timeline_events(result: SimulationResult) -> Iterator[dict[str, Any]]:
     """The trace events of a run, replica by replica, each in order of time."""
     for pool in result.deployment.pools:
-        for replica in range(pool.replicas):
+        for replica in result.deployment.replicas_of(pool.name):
             yield {"ph": "M", "pid": replica, "name": "process_name", "args": {"name": f"{pool.name} {replica}"}}
             steps, _ = result.steps_of(replica)
             yield from _step_events(replica, steps)

@@ -32,7 +32,7 @@ def probe(deployment: Deployment, requests: Requests, slo: SLO) -> Mapping[str, 
     target that the requests seen so far allow.
     """
     engine, cost = set_up(deployment, requests)
-    run = Run(deployment.as_run(engine.server), requests, cost=cost, memory=engine.memory, how=How(slo=slo))
+    run = Run(deployment.as_run([engine.server]), requests, cost=cost, memory=engine.memory, how=How(slo=slo))
     response_ns = to_ns(engine.server.engine.host.response_s)
     run.watch = Watch(run.asked, slo, response_ns)
     with no_cycle_collection():

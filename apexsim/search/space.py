@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from pydantic import model_validator
+
 from apexsim.costs.steps import unknown_collectives
 from apexsim.errors import InfeasiblePlan, Unsupported
 from apexsim.specs.base import Spec
@@ -39,6 +41,11 @@ class SearchSpace(Spec):
 
     base: Deployment
     allow_idle: bool = False
+
+    @model_validator(mode="after")
+    def _base_is_colocated(self) -> SearchSpace:
+        self.base.check_colocated()
+        return self
 
     def candidates(self) -> tuple[Candidate, ...]:
         """Every tensor x pipeline x replicas that gives the number of devices; of a model with experts every tensor x

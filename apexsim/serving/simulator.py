@@ -53,7 +53,7 @@ def simulate(
     started_s = time.perf_counter()
     requests = workload.sample(seed=seed) if isinstance(workload, Workload) else workload
     engine, cost = set_up(deployment, requests)
-    deployment, built_s = deployment.as_run(engine.server), time.perf_counter()
+    deployment, built_s = deployment.as_run([engine.server]), time.perf_counter()
     with no_cycle_collection():
         run = Run(deployment, requests, cost=cost, memory=engine.memory, how=How(slo, None, exact_steps, progress))
         run.go()
@@ -68,10 +68,10 @@ def simulate(
         itl=run.recorder.inter_token_gaps(),
         steps=steps,
         chunks=chunks,
-        accounting=accounting,
-        worked_s=worked_s(cost, accounting, steps, run.recorder.pipeline_ns),
+        accounting={engine.server.pool: accounting},
+        worked_s={engine.server.pool: worked_s(cost, accounting, steps, run.recorder.pipeline_ns)},
         block_ns=[replica.block_ns for replica in run.replicas],
-        memory=engine.memory,
+        memory={engine.server.pool: engine.memory},
         notes=(*requests.notes, *engine.notes, *run.notes(), *engine.server.assumptions, *cost_notes(cost)),
         timing=_timing(started_s, built_s, simulated_s),
     )

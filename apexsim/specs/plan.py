@@ -6,8 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from apexsim.specs.base import Spec
+from apexsim.specs.base import Name, Spec
 from apexsim.specs.cluster import MAX_DEVICES, NodeGroup
+from apexsim.specs.engine import EngineProfile
 from apexsim.specs.model import ModelSpec
 
 Phase = Literal["encode", "prefill", "decode"]
@@ -98,15 +99,25 @@ class Plan(Spec):
 class Pool(Spec):
     """Replicas of one plan and the phases of a request's life that they serve.
 
-    ``device`` names the group of the cluster's nodes that they lie on; None is the only one.
+    ``device`` names the group of the cluster's nodes that they lie on; None is the only one. ``engine``, ``weights``,
+    ``moe_weights`` and ``kv_cache`` are the pool's own; what is None is the deployment's.
     """
 
-    name: str = "serve"
-    phases: tuple[Phase, ...] = ("prefill", "decode")
+    name: Name = "serve"
+    phases: tuple[Phase, ...] = Field(("prefill", "decode"), min_length=1)
     plan: Plan = Plan()
-    device: str | None = None
     replicas: int = Field(1, ge=1, le=MAX_DEVICES)
+    device: str | None = None
+    engine: EngineProfile | None = None
+    weights: str | None = None
+    moe_weights: str | None = None
+    kv_cache: str | None = None
 
     @property
     def devices(self) -> int:
         return self.plan.devices * self.replicas
+
+    @property
+    def described(self) -> str:
+        """Plan and replicas, such as ``tp4-pp1 x 2``."""
+        return f"{self.plan.name} x {self.replicas}"

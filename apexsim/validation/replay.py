@@ -79,7 +79,7 @@ def replay(
         deployment, server = case.deployment, case.deployment.colocated_server()
         requests, notes = requests_of(run, longest=server.context_limit, seed=seed)
         if run.row.max_num_batched_tokens is None:
-            deployment = deployment.as_run(server.for_load(Load.of(requests)))
+            deployment = deployment.as_run(deployment.servers(Load.of(requests)))
         if run.row.workload == "saturated":
             measured_s = mean_itl_s(run.row) if itl == "measured" else None
             figures = steady_figures(deployment, requests, measured_itl_s=measured_s)

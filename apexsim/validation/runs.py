@@ -17,7 +17,8 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from apexsim.errors import BadInput, nearest
-from apexsim.io.deployments import beside, check_engine
+from apexsim.io.deployments import beside
+from apexsim.io.engines import check_engine
 from apexsim.reading import check_regular
 from apexsim.specs.base import Cells
 from apexsim.specs.server import Prompts, TokenChoice

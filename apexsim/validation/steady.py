@@ -11,11 +11,11 @@ from apexsim.costs.starting import start
 from apexsim.costs.steps import build_step_cost
 from apexsim.errors import Unsupported
 from apexsim.metrics import weighted_distribution
-from apexsim.results import Usage
 from apexsim.serving.simulator import Run
 from apexsim.specs.deployment import Deployment
 from apexsim.specs.workload import Requests
 from apexsim.units import NS_PER_S, to_ns
+from apexsim.usage import Usage
 
 
 def steady_figures(
@@ -27,7 +27,7 @@ def steady_figures(
     Raises ``Unsupported`` where requests are refused or nothing is steady.
     """
     engine = start(deployment.colocated_server())
-    deployment, cost = deployment.as_run(engine.server), build_step_cost(engine.server)
+    deployment, cost = deployment.as_run([engine.server]), build_step_cost(engine.server)
     run = Run(deployment, requests, cost=cost, memory=engine.memory)
     run.go()
     if refused := run.rows.rejected:
@@ -40,7 +40,7 @@ def steady_figures(
     tokens = int((steps["survivors"] * steps["repeats"]).sum())
     window_s = int(steps["end_ns"].max() - steps["start_ns"].min()) / NS_PER_S * scale
     usage = Usage.of(account(cost, steps, chunks, time_scale=scale))
-    energy_j = sum(usage.energy_j.values()) + deployment.idle_j(window_s, usage.working_s)
+    energy_j = sum(usage.energy_j.values()) + deployment.idle_j(window_s, {engine.server.pool: usage.working_s})
     length = steps["end_ns"] - steps["start_ns"]
     return {
         "itl_mean_s": itl["mean"] * scale,
