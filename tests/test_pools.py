@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from apexsim.errors import BadInput, InfeasiblePlan, Unsupported
 from apexsim.io.deployments import load_deployment, read_deployment, write_deployment
 from apexsim.io.yaml_files import write_yaml
 from apexsim.planning import search
+from apexsim.result_files import write_sealed
 from apexsim.results import SimulationResult
 from apexsim.search.space import SearchSpace
 from apexsim.serving.simulator import Run, simulate
@@ -371,3 +373,56 @@ def test_the_commands_refuse_several_pools_in_one_line(tmp_path: Path, capsys: p
         search(model="llama-3.1-8b", devices="2xh100-sxm", workload="chat", pools=TWO)
     with pytest.raises(Unsupported, match="what runs so far is one pool"):
         SearchSpace(base=load_deployment(path))
+
+
+# -- files of earlier versions -----------------------------------------------------------------------------------------
+
+# As a search of version 0.1 wrote it, before pools had names in files.
+BEST = """\
+model: llama-3.1-8b
+device: h100-sxm
+nodes: 1
+devices_per_node: 2
+engine: vllm-v1-async
+tensor: 2
+pipeline: 1
+replicas: 1
+"""
+
+
+def test_a_best_yaml_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "best.yaml"
+    path.write_text(BEST)
+    assert load_deployment(path).pools == (Pool(plan=Plan(tensor=2)),)
+    write_deployment(path, read_deployment(path))
+    assert path.read_text() == BEST
+
+
+def test_the_identity_of_one_pool_on_one_group_holds_nothing_new(tmp_path: Path) -> None:
+    """Journals of searches and sweeps know runs by it: what is new has a default, and defaults are left out."""
+    data = load_deployment(written(tmp_path, tensor=2)).model_dump(mode="json", exclude_defaults=True)
+    assert data["pools"] == [{"plan": {"tensor": 2}}]
+    assert data["cluster"].keys() == {"device", "devices_per_node"}
+    assert data.keys() == {"model", "cluster", "engine", "pools"}
+
+
+def test_a_deployment_with_the_stages_of_an_earlier_version_is_refused_in_one_line() -> None:
+    with pytest.raises(BadInput) as caught:
+        parse_spec(Pool, {"name": "serve", "stages": ["prefill", "decode"]}, "here")
+    assert str(caught.value) == "here: stages: unknown key; did you mean phases?"
+
+
+def test_a_result_of_an_earlier_version_is_refused_in_one_line(tmp_path: Path) -> None:
+    simulate(deployed(Pool(device="cheap")), requests_of()).save(tmp_path / "result")
+    path = tmp_path / "result" / "result.json"
+    record = json.loads(path.read_text())
+    record["format"] = 1
+    record["deployment"]["pools"][0]["stages"] = record["deployment"]["pools"][0].pop("phases")
+    record |= record.pop("pools")["serve"]
+    del record["sha256"]
+    write_sealed(path, record)
+    with pytest.raises(BadInput) as caught:
+        SimulationResult.load(tmp_path / "result")
+    assert str(caught.value).endswith(
+        "format: got 1; another version of apexsim saved this; this one reads format 2: run it again"
+    )

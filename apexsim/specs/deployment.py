@@ -78,6 +78,8 @@ class Deployment(Spec):
         pools = ", ".join(f"{pool.plan.name}-dp{pool.replicas}" for pool in self.pools)
         return f"<Deployment {self.model.name}, {self.devices_named}, {pools}, {self.engine.name}>"
 
+    __str__ = __repr__
+
     @property
     def devices_named(self) -> str:
         """The devices that work, as ``4 x h100-sxm``."""

@@ -58,6 +58,8 @@ class Server(Spec):
         """What it is in a line: ``model_dump`` gives the whole."""
         return f"<Server {self.pool}: {self.described}>"
 
+    __str__ = __repr__
+
     @property
     def device(self) -> DeviceProfile:
         """What it runs on, ``plan.devices`` of them."""
