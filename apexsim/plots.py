@@ -133,9 +133,10 @@ def describe(result: SimulationResult) -> str:
     """One line: model, devices, plan, engine, workload."""
     deployment = result.deployment
     pools = ", ".join(pool.described for pool in deployment.pools)
+    engines = " + ".join(dict.fromkeys(server.engine.name for server in result.servers))
     return (
         f"{deployment.model.name} ({deployment.weights}) on {deployment.devices_named}, {pools}, "
-        f"{deployment.engine.name}, {result.workload_name}"
+        f"{engines}, {result.workload_name}"
     )
 
 

@@ -378,9 +378,9 @@ def _deployment_notes(deployment: Deployment) -> tuple[str, ...]:
     if deployment.model.moe:
         rest = "benchmarks with random tokens choose fewer" if deployment.prompts == "text" else "text chooses more"
         notes.append(f"experts are chosen as {deployment.prompts.replace('_', ' ')} chooses them; {rest} (--prompts)")
-    for engine in (pool.engine or deployment.engine for pool in deployment.pools):
-        if deployment.sampling == "top_p" and not engine.sampler.top_p_passes:
-            notes.append(f"top_p costs what greedy does: {engine.name} has no top_p_passes")
+    for server in deployment.servers():
+        if server.sampling == "top_p" and not server.engine.sampler.top_p_passes:
+            notes.append(f"top_p costs what greedy does: {server.engine.name} has no top_p_passes")
     for name, device in devices.items():
         price = device.price
         notes.append(f"price of {name}: {price.usd_per_hour:g} USD/hour ({price.source}, {price.date})")
