@@ -52,15 +52,16 @@ class RunDurations:
         """Note steps 1, 2 ... ``steps`` - 1 of a run (its step 0 is somebody else's affair)."""
         if not isinstance(run, PlainRun):
             self._others.append((run, steps, weight))
-            if len(self._others) >= SPANS:
-                self._add_up()
             return
         number = self._numbers.get(run.kind)
         if number is None:
             number = self._numbers[run.kind] = len(self._kinds)
             self._kinds.append(run)
         self._spans.extend((number, run.mean + 1, run.mean + steps, weight))
-        if len(self._spans) >= 4 * SPANS:
+
+    def settle(self) -> None:
+        """Add up what was noted if that is much."""
+        if len(self._others) >= SPANS or len(self._spans) >= 4 * SPANS:
             self._add_up()
 
     def collect(self) -> Tally:

@@ -33,6 +33,7 @@ class Recorder:
     def __init__(self, windows: Sequence[int], folder: Path | None = None) -> None:
         self.step_columns = (*STEP_COLUMNS, *(f"window_context_{window}" for window in windows))
         self._rows, self._chunk_rows = Rows(self.step_columns, folder), Rows(CHUNK_COLUMNS, folder)
+        self._stored = 0  # steps in the rows
         self._chunks_before: list[int] = []  # how many chunks the steps before each lot have
         self._steps = array("q")  # the latest lot of steps, not yet in the rows, and its chunks
         self._chunks = array("q")
@@ -78,7 +79,7 @@ class Recorder:
         chunk_tokens = 0
         for tokens, history in chunks:
             chunk_tokens += tokens
-            self._chunks.extend((len(self._rows) + len(steps) // self._width, tokens, history))
+            self._chunks.extend((self._stored + len(steps) // self._width, tokens, history))
         steps.frombytes(self._packed(
             start_ns, end_ns, labels[0], repeats, decodes, context, chunk_tokens, survivors,
             (held[0] + held[1]) // 2, held[1], labels[1], labels[2], *window_contexts,
@@ -109,8 +110,6 @@ class Recorder:
         """So many tokens came ``gap_ns`` after the previous one of their request."""
         if count:
             self._gaps.extend((gap_ns, count))
-            if len(self._gaps) >= _MOST_GAPS:
-                self._add_up()
 
     def ended(self, batch: Batch, cohort: Cohort, held: int) -> None:
         """A batch ended: every request in it has a token more, cohort members all after the same gap."""
@@ -157,6 +156,11 @@ class Recorder:
         self._rows.append(self._steps.tobytes())
         self._chunk_rows.append(self._chunks.tobytes())
         self._steps, self._chunks, self._next = array("q"), array("q"), None
+        self._stored = len(self._rows)
+        # Looked at here alone: a look at every gap and run would cost the clock loop a hundredth of its time.
+        if len(self._gaps) >= _MOST_GAPS:
+            self._add_up()
+        self._runs.settle()
 
     def inter_token_gaps(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Distinct gaps in nanoseconds, ascending, and how many tokens had each."""

@@ -50,7 +50,7 @@ class RequestRows:
         self._add(request, _REJECTED + self._numbers.setdefault(reason, len(self._numbers)))
 
     def _add(self, request: Request, verdict: int) -> None:
-        # Looked at many at a time: one by one, between steps of the clock, they cost three times as much.
+        # Looked at many at a time: one by one, between steps of the clock, they take markedly longer.
         self._lot.append((request, verdict))
         if len(self._lot) >= _LOT_ROWS:
             self._put()
