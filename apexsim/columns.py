@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,15 +23,13 @@ _BYTES = 8
 class Rows:
     """Rows of one 64-bit whole number for each of ``names``, written at the end or at a place.
 
-    Few rows are held in memory, more in a file without a name, in ``folder`` if that is given: a run that fails
-    leaves nothing behind.
+    Few rows are held in memory, more in a temporary file without a name: a run that fails leaves nothing behind.
     """
 
-    def __init__(self, names: Sequence[str], folder: Path | None = None) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
         self._row_bytes = _BYTES * len(self.names)
-        where = None if folder is None else str(folder)
-        self._file = tempfile.SpooledTemporaryFile(max_size=_MEMORY_BYTES, dir=where)  # noqa: SIM115 - kept open
+        self._file = tempfile.SpooledTemporaryFile(max_size=_MEMORY_BYTES)  # noqa: SIM115 - kept open
         weakref.finalize(self, self._file.close)
         self._length = 0
 

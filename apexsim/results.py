@@ -7,7 +7,7 @@ got two tokens, the energy of an injected cost model) is NaN in a table, None in
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from apexsim.atomic import atomic_path
+from apexsim.columns import Columns
 from apexsim.errors import BadInput
-from apexsim.metrics import held_ns, ratio
+from apexsim.metrics import held_ns
+from apexsim.replicas import replica_figures
 from apexsim.result_files import one_fault, open_folder, seal_folder, write_sealed
 from apexsim.specs.deployment import Deployment
 from apexsim.specs.server import Server
@@ -26,6 +27,7 @@ from apexsim.specs.slo import SLO
 from apexsim.specs.workload import Offered, Requests
 from apexsim.steady import Steady, steady_part
 from apexsim.summary import summarise
+from apexsim.tables import Table, blocks, kept, read_table, write_table
 from apexsim.uncertainty import LEVEL, Interval, interval, predictions
 from apexsim.units import NS_PER_S
 from apexsim.usage import PoolRecord, Usage
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
     from apexsim.costs.accounting import Accounting
     from apexsim.costs.memory import MemoryPlan
 
-Columns = dict[str, npt.NDArray[Any]]
 Gaps = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 
@@ -50,10 +51,9 @@ class Run(TypedDict, total=False):
     deployment: Deployment
     workload: Requests
     slo: SLO | None
-    requests: Columns
+    requests: Iterable[Columns]
     itl: Gaps
-    steps: Columns
-    chunks: Columns
+    steps: Table
     accounting: Mapping[str, Accounting]
     worked_s: Mapping[str, float]
     block_ns: Sequence[int]
@@ -79,8 +79,8 @@ class SimulationResult:
     offered: Offered
     concurrency: int | None
     slo: SLO | None
-    request_columns: Columns
-    step_columns: Columns
+    request_columns: Table
+    step_columns: Table
     gaps: Gaps
     of_pools: dict[str, PoolRecord]
     block_ns: tuple[int, ...]
@@ -89,10 +89,7 @@ class SimulationResult:
 
     @classmethod
     def from_run(cls, **run: Unpack[Run]) -> SimulationResult:
-        """Keep of a recorded run what the figures need; derived request columns are added here.
-
-        ``chunks`` have served their purpose once the accounting is done and are not kept.
-        """
+        """Keep of a recorded run what the figures need; derived request columns are added here, block by block."""
         deployment, slo, accounting, workload = run["deployment"], run["slo"], run["accounting"], run["workload"]
         of_pools = {
             server.pool: PoolRecord.of(
@@ -109,8 +106,8 @@ class SimulationResult:
             offered=workload.offered,
             concurrency=workload.concurrency,
             slo=slo,
-            request_columns=with_latencies(run["requests"], slo),
-            step_columns={**run["steps"], **_drawn(run["steps"], deployment, accounting)},
+            request_columns=kept(with_latencies(rows, slo) for rows in run["requests"]),
+            step_columns=run["steps"],
             gaps=run["itl"],
             of_pools=of_pools,
             block_ns=tuple(run["block_ns"]),
@@ -148,9 +145,9 @@ class SimulationResult:
         """One row a replica: what it served, the share of the run it worked, and how full its KV cache was."""
         import pandas as pd
 
+        figures = replica_figures(self)
         rows = [
-            {"pool": pool.name, "replica": replica, "devices": pool.plan.devices}
-            | self._replica_figures(replica, self.of_pools[pool.name].kv_blocks)
+            {"pool": pool.name, "replica": replica, "devices": pool.plan.devices, **figures[replica]}
             for pool in self.deployment.pools
             for replica in self.deployment.replicas_of(pool.name)
         ]
@@ -164,22 +161,6 @@ class SimulationResult:
         # Asynchronous engines run a step on after the last token left; it is outside the duration.
         end_ns = np.maximum(steps["start_ns"], np.minimum(steps["end_ns"], round(self.end_s * NS_PER_S)))
         return steps, held_ns(steps["start_ns"], end_ns)
-
-    def _replica_figures(self, replica: int, kv_blocks: int) -> dict[str, float]:
-        mine = self.request_columns["replica"] == replica
-        done = mine & self.finished
-        steps, held = self.steps_of(replica)
-        duration_ns = self.duration_s * NS_PER_S
-        peak = int(steps["kv_blocks_peak"].max(initial=0))
-        return {
-            "requests": int(mine.sum()),
-            "output_tokens": int(self.request_columns["output_tokens"][done].sum()),
-            "preemptions": int(self.request_columns["preemptions"][mine].sum()),
-            "steps": int(steps["repeats"].sum()),
-            "busy": ratio(float(held.sum()), duration_ns),
-            "kv_cache_mean": ratio(self.block_ns[replica], duration_ns * kv_blocks),
-            "kv_cache_peak": ratio(peak, kv_blocks),
-        }
 
     # -- figures -----------------------------------------------------------------------------------------------------
 
@@ -198,27 +179,27 @@ class SimulationResult:
         """Device seconds of work, by pool."""
         return {name: record.usage.working_s for name, record in self.of_pools.items()}
 
-    def rows_of(self, pool: str) -> slice | npt.NDArray[np.bool_]:
-        """Which rows of the steps are of a pool's replicas."""
-        return _rows_of(self.step_columns, self.deployment, pool)
-
     @property
     def finished(self) -> npt.NDArray[np.bool_]:
         """Which requests got all their tokens."""
-        finished: npt.NDArray[np.bool_] = self.request_columns["status"] == "finished"
-        return finished
+        return np.concatenate([status == "finished" for (status,) in blocks(self.request_columns, "status")])
 
-    @property
+    @cached_property
+    def arrivals_s(self) -> tuple[float, float]:
+        """When the first request came, and the last."""
+        spans = [(float(at.min()), float(at.max())) for (at,) in blocks(self.request_columns, "arrival_s")]
+        return min(first_s for first_s, _ in spans), max(last_s for _, last_s in spans)
+
+    @cached_property
     def end_s(self) -> float:
         """When the last token became visible; the last arrival where nobody got a token."""
-        seen = self.request_columns["last_token_s"]
-        seen = seen[np.isfinite(seen)]
-        return float(seen.max()) if len(seen) else float(self.request_columns["arrival_s"].max())
+        seen = (last_s[np.isfinite(last_s)] for (last_s,) in blocks(self.request_columns, "last_token_s"))
+        return max((float(part.max()) for part in seen if len(part)), default=self.arrivals_s[1])
 
     @property
     def duration_s(self) -> float:
         """From the first arrival to the last visible token, gaps between arrivals included."""
-        return self.end_s - float(self.request_columns["arrival_s"].min())
+        return self.end_s - self.arrivals_s[0]
 
     @cached_property
     def steady(self) -> Steady:
@@ -252,7 +233,7 @@ class SimulationResult:
             raise BadInput(f"cannot be written: {error.strerror}", where=target) from None
         gaps = dict(zip(("gap_ns", "tokens"), self.gaps, strict=True))
         for name, columns in (("requests", self.request_columns), ("steps", self.step_columns), ("gaps", gaps)):
-            write_parquet(target / f"{name}.parquet", columns)
+            write_table(target / f"{name}.parquet", columns)
         write_sealed(target / "timing.json", self.timing)
         summary = self.summary()
         del summary["timing"]
@@ -275,15 +256,15 @@ class SimulationResult:
         """Read a folder that ``save`` wrote. Raises BadInput naming what is missing, damaged or of another version."""
         source = Path(folder)
         record, timing = open_folder(source)
-        gaps = _read_parquet(source / "gaps.parquet")
+        gaps = read_table(source / "gaps.parquet")
         return cls(
             deployment=Deployment.model_validate(record["deployment"]),
             workload_name=record["workload_name"],
             offered=Offered(**record["offered"]),
             concurrency=record["concurrency"],
             slo=SLO.model_validate(record["slo"]) if record["slo"] else None,
-            request_columns=_read_parquet(source / "requests.parquet"),
-            step_columns=_read_parquet(source / "steps.parquet"),
+            request_columns=read_table(source / "requests.parquet"),
+            step_columns=read_table(source / "steps.parquet"),
             gaps=(gaps["gap_ns"], gaps["tokens"]),
             of_pools={name: PoolRecord.read(pool) for name, pool in record["pools"].items()},
             block_ns=tuple(record["block_ns"]),
@@ -292,47 +273,10 @@ class SimulationResult:
         )
 
 
-def write_parquet(path: Path | str, columns: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Write columns as a parquet file, atomically."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.table({name: pa.array(values, from_pandas=False) for name, values in columns.items()})
-    with atomic_path(path) as scratch:
-        pq.write_table(table, scratch, compression="zstd")
-
-
-def _read_parquet(path: Path) -> Columns:
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(path)
-    return {name: table[name].to_numpy() for name in table.column_names}
-
-
-def _rows_of(steps: Columns, deployment: Deployment, pool: str) -> slice | npt.NDArray[np.bool_]:
-    """Which rows of steps are of a pool's replicas: all of them where it is the only one."""
-    if len(deployment.pools) == 1:
-        return slice(None)
-    mine = deployment.replicas_of(pool)
-    rows: npt.NDArray[np.bool_] = (steps["replica"] >= mine.start) & (steps["replica"] < mine.stop)
-    return rows
-
-
-def _drawn(steps: Columns, deployment: Deployment, accounting: Mapping[str, Accounting]) -> Columns:
-    """Joules and device seconds of every row of steps; none where the costs of a pool were injected."""
-    if accounting.keys() != {pool.name for pool in deployment.pools}:
-        return {}
-    drawn = {"energy_j": np.zeros(len(steps["repeats"])), "working_s": np.zeros(len(steps["repeats"]))}
-    for pool, done in accounting.items():
-        rows = _rows_of(steps, deployment, pool)
-        drawn["energy_j"][rows], drawn["working_s"][rows] = done.step_j, done.step_s
-    return drawn
-
-
-def _frame(columns: Columns) -> pd.DataFrame:
+def _frame(columns: Table) -> pd.DataFrame:
     import pandas as pd
 
-    return pd.DataFrame(columns)
+    return pd.DataFrame(dict(columns))
 
 
 def with_latencies(columns: Columns, slo: SLO | None) -> Columns:

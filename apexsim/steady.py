@@ -29,7 +29,7 @@ were not scheduled yet tell growth, where they grow by more than 10 % of what ca
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -37,8 +37,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from apexsim.batch_means import UNKNOWN, Estimate, ratio_of, regressed, risen, student
-from apexsim.metrics import Floats, ratio, spread_until
-from apexsim.units import NS_PER_S
+from apexsim.flows import Flows, flows_of
+from apexsim.metrics import Floats, finite, ratio, spread_until
+from apexsim.tables import blocks, rows_of
 
 if TYPE_CHECKING:
     from apexsim.results import SimulationResult
@@ -97,29 +98,6 @@ class Steady:
     estimator: str = ""
 
 
-@dataclass(frozen=True)
-class Flows:
-    """What happened between the ``edges`` (seconds on the run's clock) of batches of equal length, one value a batch.
-
-    Tokens made, prompt tokens worked off, tokens and number of requests that came, joules of the billed devices.
-    """
-
-    edges: Floats
-    tokens: Floats
-    prompt_tokens: Floats
-    offered_tokens: Floats
-    arrived: Floats
-    joules: Floats
-
-    @property
-    def window_s(self) -> float:
-        return float(self.edges[-1] - self.edges[0])
-
-    @property
-    def batch_s(self) -> float:
-        return self.window_s / len(self.tokens)
-
-
 class Short(NamedTuple):
     """Why a window is too short, and about how many requests would do; empty and None where it is long enough."""
 
@@ -157,10 +135,10 @@ class Window(NamedTuple):
 
 def steady_part(result: SimulationResult) -> Steady:
     """The steady figures of a run, or why there are none."""
-    arrival_s = result.request_columns["arrival_s"]
-    if arrival_s.min() == arrival_s.max():
+    if result.arrivals_s[0] == result.arrivals_s[1]:
         return _all_at_once(result)
-    window, e2e_s = _window(result), _quantile(result.request_columns["e2e_s"], 0.9)
+    window = _window(result)
+    e2e_s = _quantile((e2e_s for (e2e_s,) in blocks(result.request_columns, "e2e_s")), 0.9)
     if not window.length_s > 0 or math.isnan(e2e_s):
         return _no_window(result, e2e_s)
     least = window.length_s / e2e_s if e2e_s else math.inf
@@ -182,45 +160,25 @@ def steady_part(result: SimulationResult) -> Steady:
 
 def _window(result: SimulationResult) -> Window:
     """See the module. Times to leave are counted from when a request was scheduled: a queue that grows is no ramp."""
-    columns = result.request_columns
-    arrival_s, last_s = columns["arrival_s"], columns["last_token_s"]
-    first_s, to_s = float(arrival_s.min()), float(arrival_s.max())
+    first_s, to_s = result.arrivals_s
     if result.concurrency is not None:
-        ends = last_s[: result.concurrency]
-        ends = ends[np.isfinite(ends)]
+        ends = finite(_first_ends(result, result.concurrency))
         from_s = float(ends.max()) if len(ends) else to_s
         return Window(first_s, from_s, to_s, from_s - first_s)
-    ramp_s = _quantile(last_s - columns["scheduled_s"], 0.99)
+    times = blocks(result.request_columns, "scheduled_s", "last_token_s")
+    ramp_s = _quantile((last_s - scheduled_s for scheduled_s, last_s in times), 0.99)
     if math.isnan(ramp_s):
         return Window(first_s, to_s, to_s, ramp_s)
     return Window(first_s, first_s + min(ramp_s, (to_s - first_s) / 2), to_s, ramp_s)
 
 
-def flows_of(result: SimulationResult, edges: Floats) -> Flows:
-    """What happened between ``edges``, ascending, in seconds on the run's clock."""
-    columns, steps = result.request_columns, result.step_columns
-    done = result.finished
-    scheduled, first, last = (columns[key][done] for key in ("scheduled_s", "first_token_s", "last_token_s"))
-    outputs = columns["output_tokens"][done]
-    made = spread_until((first, last), outputs - 1, edges) + spread_until((first, first), np.ones(len(first)), edges)
-    worked = spread_until((scheduled, first), columns["prompt_tokens"][done], edges)
-    # The last arrival ends the window and lies outside: what stands at other moments has no request just come either.
-    inside = columns["arrival_s"] < edges[-1]
-    arrival_s = columns["arrival_s"][inside]
-    came = spread_until((arrival_s, arrival_s), np.ones(len(arrival_s)), edges)
-    owed = spread_until((arrival_s, arrival_s), columns["output_tokens"][inside], edges)
-    joules = np.full(len(edges) - 1, math.nan)
-    if "energy_j" in steps:
-        # Asynchronous engines run a step on after the last token left: it counts, at the end.
-        start_s, end_s = (np.minimum(steps[key] / NS_PER_S, result.end_s) for key in ("start_ns", "end_ns"))
-        drawn_j = np.diff(spread_until((start_s, end_s), steps["energy_j"], edges))
-        worked_s = {}
-        for pool in result.of_pools:
-            rows = result.rows_of(pool)
-            mine = spread_until((start_s[rows], end_s[rows]), steps["working_s"][rows], edges)
-            worked_s[pool] = np.diff(mine)
-        joules = drawn_j + result.deployment.idle_j(np.diff(edges), worked_s)
-    return Flows(edges, np.diff(made), np.diff(worked), np.diff(owed), np.diff(came), joules)
+def _first_ends(result: SimulationResult, count: int) -> Iterator[Floats]:
+    """When the last tokens of the first ``count`` requests became visible."""
+    for (last_s,) in blocks(result.request_columns, "last_token_s"):
+        yield last_s[:count]
+        count -= len(last_s)
+        if count <= 0:
+            return
 
 
 def _by_law_known(result: SimulationResult) -> bool:
@@ -266,19 +224,15 @@ def _growth(result: SimulationResult, window: Window) -> str:
         return ""
     if window.length_s < LEAST_E2ES * window.ramp_s:
         return _growing_queue(result, window)
-    columns = result.request_columns
     at = np.linspace(window.from_s, window.to_s, 2 * MOST_BATCHES + 1)
-    taken, done = columns["status"] != "rejected", result.finished
-    first, last, outputs = columns["first_token_s"][done], columns["last_token_s"][done], columns["output_tokens"]
-    one = np.ones(len(done))
-    in_system, owed = (
-        (spread_until((columns["arrival_s"][taken],) * 2, amount[taken], at), gone)
-        for amount, gone in (
-            (one, spread_until((last, last), one[done], at)),
-            (outputs, spread_until((first, last), outputs[done], at)),
-        )
-    )
-    share = max(risen(came - gone) / float(came[-1] - came[0]) for came, gone in (in_system, owed))
+    came, gone = np.zeros((2, len(at))), np.zeros((2, len(at)))  # of requests, and of their output tokens
+    columns = "arrival_s", "first_token_s", "last_token_s", "output_tokens", "status"
+    for arrival, first, last, outputs, status in blocks(result.request_columns, *columns):
+        taken, done = status != "rejected", status == "finished"
+        one, comes, ends = np.ones(len(status)), (arrival[taken],) * 2, (last[done],) * 2
+        came += spread_until(comes, one[taken], at), spread_until(comes, outputs[taken], at)
+        gone += spread_until(ends, one[done], at), spread_until((first[done], last[done]), outputs[done], at)
+    share = max(risen(level) / float(total[-1] - total[0]) for level, total in zip(came - gone, came, strict=True))
     if share <= LEAST_GROWTH:
         return ""
     return _grown("backlog", share, window)
@@ -286,12 +240,13 @@ def _growth(result: SimulationResult, window: Window) -> str:
 
 def _growing_queue(result: SimulationResult, window: Window) -> str:
     """The same of requests that were never scheduled yet: a server that only fills does not let them wait."""
-    columns = result.request_columns
-    taken = columns["status"] != "rejected"
-    arrival_s, scheduled_s = columns["arrival_s"][taken], columns["scheduled_s"][taken]
-    scheduled_s = scheduled_s[np.isfinite(scheduled_s)]
     at = np.linspace(window.from_s, window.to_s, 2 * MOST_BATCHES + 1)
-    came, went = (spread_until((times, times), np.ones(len(times)), at) for times in (arrival_s, scheduled_s))
+    came, went = np.zeros((2, len(at)))
+    for arrival_s, scheduled_s, status in blocks(result.request_columns, "arrival_s", "scheduled_s", "status"):
+        taken = status != "rejected"
+        comes, goes = arrival_s[taken], scheduled_s[taken & np.isfinite(scheduled_s)]
+        came += spread_until((comes, comes), np.ones(len(comes)), at)
+        went += spread_until((goes, goes), np.ones(len(goes)), at)
     share = ratio(risen(came - went), float(came[-1] - came[0]))
     return _grown("queue", share, window) if share > LEAST_QUEUE_GROWTH else ""
 
@@ -329,13 +284,13 @@ def _shortness(
         powers = {"cost": 1 if _by_law_known(result) else 2, "energy": 2}
         times = ((width / WIDEST) ** powers[what] for what, width in wide.items())
         needed_s = window.length_s * max(times, default=2.0)
-    per_s = len(result.request_columns["arrival_s"]) / (window.to_s - window.first_s)
+    per_s = rows_of(result.request_columns) / (window.to_s - window.first_s)
     wanted = math.ceil(SPARE * per_s * (window.ramp_s + needed_s))
     return Short(f"{why}; about {wanted:,} requests would do", wanted)
 
 
 def _all_at_once(result: SimulationResult) -> Steady:
-    first_s = float(result.request_columns["arrival_s"].min())
+    first_s = result.arrivals_s[0]
     if not result.end_s > first_s:
         return Steady(kind="all_at_once", reason="nothing was served")
     flows = flows_of(result, np.array([first_s, result.end_s]))
@@ -387,6 +342,6 @@ def _known(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _quantile(values: Floats, probability: float) -> float:
-    known = values[np.isfinite(values)]
-    return float(np.quantile(known, probability)) if len(known) else math.nan
+def _quantile(parts: Iterable[Floats], probability: float) -> float:
+    known = finite(parts)
+    return float(np.quantile(known, probability, overwrite_input=True)) if len(known) else math.nan

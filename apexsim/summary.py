@@ -13,11 +13,14 @@ account_s    columns, joules and operators
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from apexsim.atomic import without_nan
-from apexsim.metrics import distribution, ratio, weighted_distribution
+from apexsim.metrics import Floats, distribution, ratio, weighted_distribution
+from apexsim.tables import blocks, rows_of
 from apexsim.uncertainty import intervals
 from apexsim.units import NS_PER_S
 
@@ -41,25 +44,25 @@ def summarise(result: SimulationResult) -> dict[str, Any]:
     ``uncertainty``: where mean latencies, the rate of tokens and joules a token may lie (see ``uncertainty.py``).
     ``timing``: seconds of the wall clock, by part (see the module).
     """
-    columns, finished = result.request_columns, result.finished
-    latencies = {key: distribution(columns[key][finished]) for key in ("ttft_s", "tpot_s", "e2e_s", "queue_s")}
-    outputs = int(columns["output_tokens"][finished].sum())
+    latencies = {key: distribution(_of_finished(result, key)) for key in ("ttft_s", "tpot_s", "e2e_s", "queue_s")}
+    counts = _counts(result)
+    outputs, prompts = counts["output_tokens"], counts["prompt_tokens"]
     summary: dict[str, Any] = {
-        "requests": _verdicts(result),
+        "requests": {verdict: counts[verdict] for verdict in ("total", "finished", "rejected", "unfinished")},
         "duration_s": result.duration_s,
-        "throughput": _throughput(result, outputs),
+        "throughput": _throughput(result, counts),
         "ttft_s": latencies["ttft_s"],
         "tpot_s": latencies["tpot_s"],
         "itl_s": weighted_distribution(*result.gaps, scale=1 / NS_PER_S),
         "e2e_s": latencies["e2e_s"],
         "queue_s": latencies["queue_s"],
-        "slo": _slo(result),
-        "energy": _energy(result, outputs),
+        "slo": _slo(result, counts),
+        "energy": _energy(result, outputs, prompts),
         "cost": _cost(result, outputs),
         "steady": asdict(result.steady),
         "memory": _memory(result),
         "utilization": _utilization(result),
-        "preemptions": int(columns["preemptions"].sum()),
+        "preemptions": counts["preemptions"],
         "prefix_hit_rate": None,  # no prefix cache is simulated
         "provenance": result.usage.shares,
     }
@@ -70,31 +73,47 @@ def summarise(result: SimulationResult) -> dict[str, Any]:
     return plain
 
 
-def _verdicts(result: SimulationResult) -> dict[str, int]:
-    status = result.request_columns["status"]
-    counts = {verdict: int((status == verdict).sum()) for verdict in ("finished", "rejected", "unfinished")}
-    return {"total": len(status), **counts}
+def _of_finished(result: SimulationResult, key: str) -> Iterator[Floats]:
+    """A column of the requests that finished, so many rows at a time."""
+    for values, status in blocks(result.request_columns, key, "status"):
+        yield values[status == "finished"]
 
 
-def _throughput(result: SimulationResult, output_tokens: int) -> dict[str, float]:
+def _counts(result: SimulationResult) -> Counter[str]:
+    """Requests by verdict, and the ``good`` ones; tokens of those that finished; preemptions of all."""
+    counts: Counter[str] = Counter(total=rows_of(result.request_columns), good=0)
+    columns = "status", "prompt_tokens", "output_tokens", "preemptions"
+    for status, prompts, outputs, preemptions in blocks(result.request_columns, *columns):
+        done = status == "finished"
+        counts["finished"] += int(done.sum())
+        counts["rejected"] += int((status == "rejected").sum())
+        counts["unfinished"] += int((status == "unfinished").sum())
+        counts["prompt_tokens"] += int(prompts[done].sum())
+        counts["output_tokens"] += int(outputs[done].sum())
+        counts["preemptions"] += int(preemptions.sum())
+    if result.slo is not None:
+        counts["good"] = sum(int(good.sum()) for (good,) in blocks(result.request_columns, "good"))
+    return counts
+
+
+def _throughput(result: SimulationResult, counts: Counter[str]) -> dict[str, float]:
     """Finished requests and their tokens over the duration; prompt tokens count in the total."""
-    prompt_tokens = int(result.request_columns["prompt_tokens"][result.finished].sum())
     return {
-        "requests_per_s": ratio(int(result.finished.sum()), result.duration_s),
-        "output_tokens_per_s": ratio(output_tokens, result.duration_s),
-        "total_tokens_per_s": ratio(output_tokens + prompt_tokens, result.duration_s),
+        "requests_per_s": ratio(counts["finished"], result.duration_s),
+        "output_tokens_per_s": ratio(counts["output_tokens"], result.duration_s),
+        "total_tokens_per_s": ratio(counts["output_tokens"] + counts["prompt_tokens"], result.duration_s),
     }
 
 
-def _slo(result: SimulationResult) -> dict[str, float]:
+def _slo(result: SimulationResult, counts: Counter[str]) -> dict[str, float]:
     """Share of *all* requests that met every limit: rejected and unfinished ones missed. Unknown without an SLO."""
     if result.slo is None:
         return {"attainment": math.nan, "good_requests_per_s": math.nan}
-    good = result.request_columns["good"]
-    return {"attainment": float(good.mean()), "good_requests_per_s": ratio(int(good.sum()), result.duration_s)}
+    good = counts["good"]
+    return {"attainment": good / counts["total"], "good_requests_per_s": ratio(good, result.duration_s)}
 
 
-def _energy(result: SimulationResult, output_tokens: int) -> dict[str, Any]:
+def _energy(result: SimulationResult, output_tokens: int, prompt_tokens: int) -> dict[str, Any]:
     """Joules of the billed devices: working ones by operator, every other device second at idle power.
 
     Top level: devices alone. ``server`` and ``facility`` add what stands around them (``Overhead`` of the cluster).
@@ -107,7 +126,6 @@ def _energy(result: SimulationResult, output_tokens: int) -> dict[str, Any]:
     idle_j = deployment.idle_j(result.duration_s, result.working_s) if known else math.nan
     working_j = math.fsum(usage.energy_j.values()) if known else math.nan
     server_j = overhead.server_j(working_j + idle_j, device_s)
-    prompt_tokens = int(result.request_columns["prompt_tokens"][result.finished].sum())
 
     def figures(total_j: float) -> dict[str, float]:
         return {

@@ -24,10 +24,11 @@ import pandas as pd
 
 from apexsim import catalog
 from apexsim.atomic import atomic_path, make_folder
+from apexsim.columns import Columns
 from apexsim.errors import BadInput
 from apexsim.io.requests import write_requests
 from apexsim.metrics import distribution, weighted_distribution
-from apexsim.results import Columns, Gaps, with_latencies
+from apexsim.results import Gaps, with_latencies
 from apexsim.specs.workload import Requests
 from apexsim.units import NS_PER_S
 
@@ -163,7 +164,7 @@ def _measured(columns: Columns, served: Served) -> dict[str, Any]:
     """The columns that say what was measured."""
     found: dict[str, Any] = {}
     for latency in ("ttft_s", "tpot_s", "e2e_s"):
-        name, figures = latency.removesuffix("_s"), distribution(columns[latency])
+        name, figures = latency.removesuffix("_s"), distribution([columns[latency]])
         found |= {f"{name}_{key}_s": figures[key] for key in ("mean", "p50", "p90", "p99")}
     gaps = weighted_distribution(*served.gaps, scale=1 / NS_PER_S)
     tokens = int(columns["output_tokens"].sum())

@@ -22,6 +22,7 @@ FLOORS = (
         "units",
         "atomic",
         "columns",
+        "tables",
         "reading",
         "metrics",
         "versions",
@@ -29,7 +30,7 @@ FLOORS = (
     },  # numbers, files, arithmetic that know nothing of serving
     {"specs"},
     {"costs"},
-    {"results", "usage", "result_files", "steady", "batch_means", "summary", "uncertainty"},
+    {"results", "replicas", "usage", "result_files", "flows", "steady", "batch_means", "summary", "uncertainty"},
     {"serving"},
     {"search"},
     {

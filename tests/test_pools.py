@@ -13,8 +13,7 @@ import yaml
 
 from apexsim import catalog
 from apexsim.cli.main import main
-from apexsim.columns import joined
-from apexsim.costs.accounting import account, worked_s
+from apexsim.costs.accounting import RunningAccount, worked_s
 from apexsim.costs.memory import MemoryPlan
 from apexsim.costs.starting import start
 from apexsim.costs.steps import build_step_cost
@@ -183,22 +182,18 @@ def two_pools() -> SimulationResult:
     (_, first, left, cost), (_, second, right, other) = _alone(PREFILL), _alone(DECODE)
     parts = [run.recorder.steps() for run in (left, right)]
     parts[1]["replica"] = parts[1]["replica"] + 1
-    accounting = {
-        name: account(each, steps, run.recorder.chunks())
-        for name, each, steps, run in zip(("prefill", "decode"), (cost, other), parts, (left, right), strict=True)
-    }
-    worked = {
-        name: worked_s(each, accounting[name], steps, 0)
-        for name, each, steps in zip(("prefill", "decode"), (cost, other), parts, strict=True)
-    }
+    accounting, worked = {}, {}
+    for at, (name, each, run) in enumerate(zip(("prefill", "decode"), (cost, other), (left, right), strict=True)):
+        running = RunningAccount(each)
+        parts[at] = running.add(parts[at], run.recorder.chunks())
+        accounting[name], worked[name] = running.total, worked_s(each, parts[at], 0)
     return SimulationResult.from_run(
         deployment=deployed(),
         workload=requests_of(),
         slo=None,
-        requests=joined(right.rows.blocks(0)),
+        requests=right.rows.blocks(0),
         itl=right.recorder.inter_token_gaps(),
         steps={key: np.concatenate([part[key] for part in parts]) for key in parts[0]},
-        chunks={},
         accounting=accounting,
         worked_s=worked,
         block_ns=[replica.block_ns for run in (left, right) for replica in run.replicas],
@@ -235,7 +230,7 @@ def test_figures_are_by_pool_and_together() -> None:
 def test_rows_of_steps_carry_the_joules_of_their_own_pool() -> None:
     result = two_pools()
     for name, record in result.of_pools.items():
-        rows = result.rows_of(name)
+        rows = np.isin(result.step_columns["replica"], result.deployment.replicas_of(name))
         assert result.step_columns["energy_j"][rows].sum() == pytest.approx(sum(record.usage.energy_j.values()))
     assert result.pools["pool"].tolist() == ["prefill", *["decode"] * 3]
     assert result.pools["replica"].tolist() == [0, 1, 2, 3]

@@ -16,6 +16,7 @@ from apexsim import catalog
 from apexsim.atomic import atomic_path, json_text, without_nan, write_json
 from apexsim.errors import BadInput
 from apexsim.metrics import binned_level, distribution, held_ns, weighted_distribution
+from apexsim.replicas import Union
 from apexsim.results import SimulationResult
 from apexsim.specs.base import parse_spec
 from apexsim.specs.cluster import Cluster
@@ -99,6 +100,8 @@ STEPS = {
     "kv_blocks_peak": np.array([12, 20, 30, 60]),
     "running": np.array([1, 1, 1, 1]),
     "waiting": np.array([0, 0, 0, 0]),
+    "energy_j": np.array([200.0, 100.0, 50.0, 150.0]),
+    "working_s": np.array([4.0, 2.0, 1.0, 8.0]),
 }
 ACCOUNTING = SimpleNamespace(
     energy_j={"gemm": 300.0, "attention": 200.0},
@@ -107,8 +110,6 @@ ACCOUNTING = SimpleNamespace(
     seconds={("gemm", "fitted"): 6.0, ("gemm", "extrapolated"): 3.0, ("attention", "estimated"): 6.0},
     energy_range_j=None,
     spread_s={"gemm": 0.4, "attention": 0.3},
-    step_j=np.array([200.0, 100.0, 50.0, 150.0]),
-    step_s=np.array([4.0, 2.0, 1.0, 8.0]),
 )
 
 
@@ -117,10 +118,9 @@ def result(**changed: Any) -> SimulationResult:
         "deployment": deployment(),
         "workload": SimpleNamespace(name="five", offered=Offered(1.0, 300.0, 6.0), concurrency=None),
         "slo": SLO(ttft_s=1.0, tpot_s=1.0),
-        "requests": REQUESTS,
+        "requests": [REQUESTS],
         "itl": (np.array([1 * NS, 2 * NS]), np.array([11, 1])),
         "steps": STEPS,
-        "chunks": {},
         "accounting": {"serve": ACCOUNTING},
         "worked_s": {"serve": 15.0},
         "block_ns": [103 * NS, 450 * NS, 0, 0],
@@ -273,7 +273,8 @@ def test_provenance_shares_add_up_and_notes_say_what_is_estimated() -> None:
 
 
 def test_an_injected_cost_model_leaves_energy_unknown() -> None:
-    summary = result(accounting={}).summary()
+    steps = {key: values for key, values in STEPS.items() if key not in ("energy_j", "working_s")}
+    summary = result(steps=steps, accounting={}).summary()
     energy = summary["energy"]
     around = [energy.pop("server"), energy.pop("facility")]
     assert {value for part in (energy, *around) for value in part.values()} == {None}
@@ -287,7 +288,7 @@ def test_when_all_are_rejected_every_key_is_there() -> None:
     rejected = {**REQUESTS, **none, "status": np.array(["rejected"] * 5, dtype=object)}
     empty = {key: values[:0] for key, values in STEPS.items()}
     nothing = (np.zeros(0, np.int64), np.zeros(0, np.int64))
-    summary = result(requests=rejected, steps=empty, itl=nothing, accounting={}).summary()
+    summary = result(requests=[rejected], steps=empty, itl=nothing, accounting={}).summary()
     assert list(summary) == list(SECTIONS)
     assert summary["requests"]["rejected"] == 5
     assert summary["duration_s"] == 4.0
@@ -335,7 +336,7 @@ def test_loading_something_else_says_what_would_do(tmp_path: Any) -> None:
 def test_weighted_distribution_equals_the_written_out_one(pairs: list[tuple[int, int]]) -> None:
     values, counts = (np.array([pair[i] for pair in pairs], dtype=np.int64) for i in (0, 1))
     mine = weighted_distribution(values, counts, scale=1e-9)
-    whole = distribution(np.repeat(values, counts) * np.float64(1e-9))
+    whole = distribution([np.repeat(values, counts) * np.float64(1e-9)])
     assert list(mine) == list(whole)
     for key, expected in whole.items():
         assert mine[key] == pytest.approx(expected, rel=1e-12, abs=1e-15, nan_ok=True)
@@ -359,7 +360,7 @@ def test_binned_level_is_the_mean_of_what_is_in_force(spans: list[tuple[int, int
 
 
 def test_distribution_of_nothing_is_unknown_and_json_says_null() -> None:
-    empty = distribution(np.array([math.nan]))
+    empty = distribution([np.array([math.nan])])
     assert all(math.isnan(value) for value in empty.values())
     assert set(json.loads(json_text(empty)).values()) == {None}
     assert without_nan({"a": [np.float64(1.5), math.inf, np.int64(3)]}) == {"a": [1.5, None, 3]}
@@ -374,3 +375,16 @@ def test_a_write_that_fails_leaves_nothing_and_keeps_the_old_file(tmp_path: Any)
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
     with pytest.raises(BadInput, match="folder does not exist"):
         write_json(tmp_path / "no" / "out.json", {})
+
+
+def test_the_union_of_steps_is_the_same_in_parts_and_nearly_in_order() -> None:
+    rng = np.random.default_rng(4)
+    for _ in range(5):
+        end = np.cumsum(rng.integers(0, 20, 3_000))
+        start = np.maximum(0, end - rng.integers(0, 60, 3_000))
+        nearly = np.argsort(np.arange(3_000) + rng.uniform(0, 60, 3_000))
+        start, end, by_start = start[nearly], end[nearly], np.argsort(start[nearly], kind="stable")
+        union, cuts = Union(), np.sort(rng.integers(0, 3_000, 9))
+        for part in reversed(np.split(np.stack((start, end)), cuts, axis=1)):
+            union.add(*part)
+        assert union.length() == held_ns(start[by_start], end[by_start]).sum()

@@ -12,7 +12,7 @@ import pytest
 
 import apexsim
 from apexsim.batch_means import ratio_of, regressed, risen
-from apexsim.columns import joined
+from apexsim.flows import flows_of
 from apexsim.io.deployments import deployment_from
 from apexsim.io.requests import resolve_workload
 from apexsim.metrics import spread_until
@@ -33,7 +33,7 @@ from apexsim.specs.laws import (
     UniformLength,
 )
 from apexsim.specs.workload import Requests, Workload
-from apexsim.steady import COST, ENERGY, Steady, flows_of, steady_part
+from apexsim.steady import COST, ENERGY, Steady, steady_part
 from apexsim.testing import LinearCost, made_up_deployment, made_up_memory
 
 # One seat, a millisecond a token: a request of 10 tokens keeps the server for 10 ms.
@@ -62,10 +62,9 @@ def served(requests: Requests, *, seats: int = 1) -> SimulationResult:
         deployment=deployment,
         workload=requests,
         slo=None,
-        requests=joined(run.rows.blocks(0)),
+        requests=run.rows.blocks(0),
         itl=recorder.inter_token_gaps(),
         steps=recorder.steps(),
-        chunks=recorder.chunks(),
         accounting={},
         worked_s={},
         block_ns=[replica.block_ns for replica in run.replicas],

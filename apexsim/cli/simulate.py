@@ -67,9 +67,9 @@ class OutputFlags:
     def write(self, result: SimulationResult) -> None:
         """Write every file that was asked for."""
         if self.requests_out:
-            from apexsim.results import write_parquet
+            from apexsim.tables import write_table
 
-            write_parquet(self.requests_out, result.request_columns)
+            write_table(self.requests_out, result.request_columns)
         if self.timeline:
             from apexsim.io.timeline import write_timeline
 

@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from apexsim.costs.energy import limited
 from apexsim.costs.forms.hardware import Array
 from apexsim.costs.steps import StepCost
 from apexsim.costs.work import Columns, work_of
 from apexsim.specs.power import CLOCK_VARIANTS
+from apexsim.tables import Table, blocks
 from apexsim.units import NS_PER_S
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -72,13 +79,46 @@ def account(cost: StepCost, steps: Columns, chunks: Columns, *, time_scale: floa
     return Accounting(dict(energy_j), flops, bytes_moved, dict(seconds), possible, dict(spread_s), *by_step)
 
 
-def worked_s(cost: StepCost, accounting: Accounting, steps: Columns, pipeline_ns: int) -> float:
+class RunningAccount:
+    """Adds up the work of a run a block of rows at a time; its totals are those of ``account``, without the rows'."""
+
+    def __init__(self, cost: StepCost) -> None:
+        self._cost = cost
+        self.total = Accounting({}, 0.0, 0.0, {})
+
+    def add(self, steps: Columns, chunks: Columns) -> dict[str, NDArray[Any]]:
+        """The rows of steps again, each with its joules and its device seconds of work."""
+        part = account(self._cost, steps, chunks)
+        self.total = _summed(self.total, part)
+        return {**steps, "energy_j": part.step_j, "working_s": part.step_s}
+
+
+def _summed(one: Accounting, other: Accounting) -> Accounting:
+    ranges = [each.energy_range_j for each in (one, other) if each.energy_range_j]
+    return Accounting(
+        _both(one.energy_j, other.energy_j),
+        one.flops + other.flops,
+        one.bytes_moved + other.bytes_moved,
+        _both(one.seconds, other.seconds),
+        (sum(least for least, _ in ranges), sum(most for _, most in ranges)) if ranges else None,
+        _both(one.spread_s, other.spread_s),
+    )
+
+
+def _both(one: Mapping[Key, float], other: Mapping[Key, float]) -> dict[Key, float]:
+    return {key: one.get(key, 0.0) + other.get(key, 0.0) for key in {**one, **other}}
+
+
+def worked_s(cost: StepCost, steps: Table, pipeline_ns: int) -> float:
     """Device seconds of work of a whole run: the same to the last bit however decode steps were put into rows.
 
     Steps with prompts have a row each. Those that only decode add up in whole nanoseconds: on one stage of a replica
     their rows say how long they took, ``pipeline_ns`` is what they took on all stages of a pipeline.
     """
-    prompts = steps["chunk_tokens"] > 0
-    taken_ns = steps["end_ns"] - steps["start_ns"]
-    decode_ns = pipeline_ns if cost.stages > 1 else int(taken_ns[~prompts].sum())
-    return math.fsum(accounting.step_s[prompts].tolist()) + decode_ns * cost.lowered.stage_devices / NS_PER_S
+    decode_ns = pipeline_ns
+    if cost.stages == 1:
+        times = blocks(steps, "start_ns", "end_ns", "chunk_tokens")
+        decode_ns = sum(int((end - start)[prompts == 0].sum()) for start, end, prompts in times)
+    parts = blocks(steps, "working_s", "chunk_tokens")
+    prompts_s = math.fsum(chain.from_iterable(spent_s[prompts > 0].tolist() for spent_s, prompts in parts))
+    return prompts_s + decode_ns * cost.lowered.stage_devices / NS_PER_S

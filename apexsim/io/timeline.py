@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from apexsim.atomic import atomic_path
-from apexsim.results import Columns, SimulationResult
+from apexsim.columns import Columns
+from apexsim.results import SimulationResult
 
 _US_PER_NS = 1e-3
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from apexsim.steady import flows_of
+from apexsim.flows import flows_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

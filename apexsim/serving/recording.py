@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from struct import Struct
 
 import numpy as np
@@ -30,9 +29,9 @@ _MOST_GAPS = 1 << 18  # whole numbers: gaps are counted when there are half as m
 class Recorder:
     """Collects integers while the clock runs; turns them into columns afterwards."""
 
-    def __init__(self, windows: Sequence[int], folder: Path | None = None) -> None:
+    def __init__(self, windows: Sequence[int]) -> None:
         self.step_columns = (*STEP_COLUMNS, *(f"window_context_{window}" for window in windows))
-        self._rows, self._chunk_rows = Rows(self.step_columns, folder), Rows(CHUNK_COLUMNS, folder)
+        self._rows, self._chunk_rows = Rows(self.step_columns), Rows(CHUNK_COLUMNS)
         self._stored = 0  # steps in the rows
         self._chunks_before: list[int] = []  # how many chunks the steps before each lot have
         self._steps = array("q")  # the latest lot of steps, not yet in the rows, and its chunks
@@ -142,7 +141,7 @@ class Recorder:
     def blocks(self) -> Iterator[tuple[Columns, Columns]]:
         """Steps and their chunks, so many steps at a time; ``step`` is then the row in this block."""
         self._store()
-        ends = [*self._chunks_before[:: BLOCK_ROWS // LOT_ROWS], len(self._chunk_rows)]
+        ends = [*(self._chunks_before[:: BLOCK_ROWS // LOT_ROWS] or [0]), len(self._chunk_rows)]
         for number, steps in enumerate(self._rows.blocks()):
             chunks = self._chunk_rows.read(ends[number], ends[number + 1])
             chunks["step"] -= number * BLOCK_ROWS

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +29,8 @@ class RequestRows:
     that of its reason behind those.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._rows = Rows(_NAMES, folder)
+    def __init__(self) -> None:
+        self._rows = Rows(_NAMES)
         self._lot: list[tuple[Request, int]] = []
         self._numbers: dict[str, int] = {}
         self.rejected: Counter[str] = Counter()

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from apexsim.columns import joined
-from apexsim.costs.accounting import account, worked_s
+from apexsim.costs.accounting import RunningAccount, worked_s
 from apexsim.costs.memory import MemoryPlan
 from apexsim.costs.notes import cost_notes
 from apexsim.costs.starting import Started, start
@@ -30,6 +29,7 @@ from apexsim.specs.deployment import Deployment
 from apexsim.specs.server import Load, Server
 from apexsim.specs.slo import SLO
 from apexsim.specs.workload import DEADLINE, Requests, Workload, look_absolute
+from apexsim.tables import kept
 from apexsim.units import to_ns
 
 Progress = Callable[[float], None]
@@ -58,18 +58,17 @@ def simulate(
         run = Run(deployment, requests, cost=cost, memory=engine.memory, how=How(slo, None, exact_steps, progress))
         run.go()
     simulated_s = time.perf_counter()
-    steps, chunks = run.recorder.steps(), run.recorder.chunks()
-    accounting = account(cost, steps, chunks)
+    account = RunningAccount(cost)
+    steps = kept(account.add(*rows) for rows in run.recorder.blocks())
     return SimulationResult.from_run(
         deployment=deployment,
         workload=requests,
         slo=slo,
-        requests=joined(run.rows.blocks(to_ns(engine.server.engine.host.response_s))),
+        requests=run.rows.blocks(to_ns(engine.server.engine.host.response_s)),
         itl=run.recorder.inter_token_gaps(),
         steps=steps,
-        chunks=chunks,
-        accounting={engine.server.pool: accounting},
-        worked_s={engine.server.pool: worked_s(cost, accounting, steps, run.recorder.pipeline_ns)},
+        accounting={engine.server.pool: account.total},
+        worked_s={engine.server.pool: worked_s(cost, steps, run.recorder.pipeline_ns)},
         block_ns=[replica.block_ns for replica in run.replicas],
         memory={engine.server.pool: engine.memory},
         notes=(*requests.notes, *engine.notes, *run.notes(), *engine.server.assumptions, *cost_notes(cost)),
