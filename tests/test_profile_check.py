@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from apexsim import catalog
+from apexsim.costs.forms import gemm, small
+from apexsim.costs.forms.hardware import Coefficient
 from apexsim.errors import BadInput
 from apexsim.io.yaml_files import read_yaml, write_yaml
 
@@ -59,6 +61,21 @@ def test_coefficients_that_make_no_sense(tmp_path: Path, value: Any) -> None:
     for operator, name in ((GEMM, "compute_efficiency"), ("operators.decode_attention.bf16_d128", "memory_efficiency")):
         key = f"{operator}.coefficients.{name}"
         assert f": {key}: " in told(tmp_path, put(key, value))
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"), [("gemm", gemm.COEFFICIENTS), ("elementwise", small.ELEMENTWISE), ("sampling", small.SAMPLING)]
+)
+def test_what_a_fit_of_any_device_may_find_passes(tmp_path: Path, kind: str, form: tuple[Coefficient, ...]) -> None:
+    """A kernel whose bytes all stay in the caches tells nothing of memory: the fit then ends at a bound."""
+    for side in ("low", "high"):
+        data = copy.deepcopy(_shipped())
+        for operator in data["operators"][kind].values():
+            loosest = {c.name: getattr(c.loosened, side) for c in form}
+            given = operator["coefficients"]
+            given |= {name: value for name, value in loosest.items() if name in given}
+        write_yaml(tmp_path / f"{side}.yaml", data)
+        assert catalog.load("device", tmp_path / f"{side}.yaml").operators[kind]
 
 
 @pytest.mark.parametrize("name", ["launch_s", "wave_s"])

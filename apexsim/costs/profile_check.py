@@ -17,7 +17,8 @@ from apexsim.units import DTYPE_BYTES
 
 # No kernel, and no launch, tile or pass of one, takes longer than this.
 MAX_KERNEL_S = 1.0
-# A fit stays within the bounds of a coefficient. Other devices and engines may lie outside, a mistake of unit far so.
+# A fit stays within the bounds of a coefficient, which are looser for some devices. Other devices and engines may lie
+# outside, a mistake of unit far so.
 MARGIN = 10.0
 # Above the peak that a device's datasheet states.
 MAX_EFFICIENCY = 1.5
@@ -138,8 +139,12 @@ def _range(name: str, form: _Form) -> tuple[float, float]:
         return _CONSTANTS[name]
     if name.endswith("_s"):
         return 0.0, MAX_KERNEL_S
-    bounds = next(((c.low / MARGIN, c.high * MARGIN) for c in form.known if c.name == name), (0.0, 1e6))
+    bounds = next((_bounds(c) for c in form.known if c.name == name), (0.0, 1e6))
     return (bounds[0], min(bounds[1], MAX_EFFICIENCY)) if name.endswith("_efficiency") else bounds
+
+
+def _bounds(c: Coefficient) -> tuple[float, float]:
+    return min(c.low / MARGIN, c.loosened.low), max(c.high * MARGIN, c.loosened.high)
 
 
 def _percents(operator: FittedOperator) -> Iterator[int]:

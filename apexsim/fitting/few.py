@@ -16,9 +16,6 @@ from apexsim.fitting.problems import Problem
 ROWS_A_KNOT = 2
 # A median so much (in logarithms) above the 10th percentile was disturbed: its row counts half.
 DISTURBED = 0.1
-# Bounds of forms are those of GPU kernels. Where Python launches several kernels for one, on a CPU or to gather pages,
-# times may be so many times longer and efficiencies lower.
-SLOWER, LESS_EFFICIENT = 200.0, 0.02
 
 
 def fitted_to_rows(problem: Problem, *, loose: bool) -> Problem:
@@ -55,16 +52,4 @@ def few_knots(knots: Knots, coordinates: Sequence[Array], rows: int) -> dict[str
 
 def loosened(coefficients: Sequence[Coefficient]) -> list[Coefficient]:
     """The coefficients with bounds that hold for any device."""
-    return [_loosened(c) for c in coefficients]
-
-
-def _loosened(c: Coefficient) -> Coefficient:
-    if c.name.endswith("_s"):
-        return c._replace(high=c.high * SLOWER)
-    if c.name.endswith("_efficiency") or c.name in ("cached_speed", "sm_bandwidth", "l2_ratio"):
-        return c._replace(low=c.low * LESS_EFFICIENT)
-    if c.name == "sharpness":
-        return c._replace(start=1.1, low=1.0)  # bytes and FLOPs one after the other, as on a core
-    if c.name.endswith("passes"):
-        return c._replace(high=c.high * SLOWER)
-    return c
+    return [c.loosened for c in coefficients]

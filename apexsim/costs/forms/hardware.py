@@ -26,6 +26,11 @@ COMPUTE_DTYPE = {
 }
 
 
+# Bounds of forms are those of GPU kernels. Where Python launches several kernels for one, on a CPU or to gather pages,
+# times may be so many times longer and efficiencies lower.
+SLOWER, LESS_EFFICIENT = 200.0, 0.02
+
+
 class Hardware(NamedTuple):
     """Peaks of one device for one dtype: FLOP/s, HBM bytes/s, streaming multiprocessors, L2 bytes."""
 
@@ -52,6 +57,19 @@ class Coefficient(NamedTuple):
     low: float
     high: float
     meaning: str
+
+    @property
+    def loosened(self) -> Coefficient:
+        """The same with bounds that hold for any device."""
+        if self.name.endswith("_s"):
+            return self._replace(high=self.high * SLOWER)
+        if self.name.endswith("_efficiency") or self.name in ("cached_speed", "sm_bandwidth", "l2_ratio"):
+            return self._replace(low=self.low * LESS_EFFICIENT)
+        if self.name == "sharpness":
+            return self._replace(start=1.1, low=1.0)  # bytes and FLOPs one after the other, as on a core
+        if self.name.endswith("passes"):
+            return self._replace(high=self.high * SLOWER)
+        return self
 
 
 def pnorm(terms: list[Any], sharpness: float) -> Any:
