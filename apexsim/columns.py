@@ -14,9 +14,9 @@ Columns = dict[str, npt.NDArray[Any]]
 Table = npt.NDArray[np.int64]
 
 # Rows that are looked at together: figures over rows are sums over blocks, so that a table need not be held whole.
-BLOCK_ROWS = 1 << 17
-# Bytes of rows that are held in memory; more are kept in a file. 64 MB are 800,000 requests.
-_MEMORY_BYTES = 1 << 26
+BLOCK_ROWS = 1 << 15
+# Bytes of rows that are held in memory; more are kept in a file. 16 MB are 200,000 requests.
+_MEMORY_BYTES = 1 << 24
 _BYTES = 8
 
 

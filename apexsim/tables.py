@@ -21,8 +21,8 @@ from apexsim.columns import BLOCK_ROWS, Columns, joined
 Array = npt.NDArray[Any]
 Table = Mapping[str, Array]
 
-# Rows of a table that are held in memory: about 40 MB of a table of requests.
-FEW_ROWS = 2 * BLOCK_ROWS
+# Rows of a table that are held in memory: about 20 MB of a table of requests.
+FEW_ROWS = 1 << 17
 
 
 class StoredTable(Mapping[str, Array]):
