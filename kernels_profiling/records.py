@@ -26,7 +26,7 @@ from apexsim import catalog
 from apexsim.atomic import atomic_path, make_folder
 from apexsim.columns import Columns
 from apexsim.errors import BadInput
-from apexsim.io.requests import write_requests
+from apexsim.io.request_files import write_requests
 from apexsim.metrics import distribution, weighted_distribution
 from apexsim.results import Gaps, with_latencies
 from apexsim.specs.workload import Requests

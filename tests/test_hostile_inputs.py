@@ -16,7 +16,7 @@ from apexsim.cli.main import main
 from apexsim.errors import BadInput
 from apexsim.io import bounds
 from apexsim.io.deployments import DeploymentFile
-from apexsim.io.requests import read_requests
+from apexsim.io.request_files import read_requests
 from apexsim.io.yaml_files import load_spec, read_yaml
 from apexsim.specs.base import Spec, parse_spec
 from apexsim.specs.laws import GammaArrivals, GammaLength, LognormalLength

@@ -6,18 +6,24 @@ import cProfile
 import json
 import math
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import apexsim
 from apexsim.errors import BadInput
-from apexsim.io.requests import read_requests, resolve_workload, write_requests
+from apexsim.io.request_files import open_requests, read_requests, write_requests
+from apexsim.io.requests import resolve_workload
 from apexsim.specs.laws import PoissonArrivals
+from apexsim.specs.streamed import StreamedRequests
 from apexsim.specs.workload import Requests
 
 FORMATS = ("parquet", "csv", "jsonl")
@@ -380,3 +386,84 @@ def test_drawn_arrivals_of_a_file_are_those_of_the_law(tmp_path: Path) -> None:
     path = lengths_only(tmp_path)
     by_hand = read_requests(path, lengths_will_do=True).arriving(PoissonArrivals(rate_per_s=2.0), seed=4)
     assert np.array_equal(resolve_workload(path, rate_per_s=2.0, seed=4).arrival_s, by_hand.arrival_s)
+
+
+# -- files that are read in parts --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def long_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of 100 rows where 20 are many and 16 are read together."""
+    monkeypatch.setattr("apexsim.io.request_files.MANY_ROWS", 20)
+    monkeypatch.setattr("apexsim.io.request_files.PART_ROWS", 16)
+    rng = np.random.default_rng(5)
+    table = pa.table({
+        "arrival_s": np.cumsum(rng.exponential(0.1, 100)),
+        "prompt_tokens": rng.integers(1, 500, 100),
+        "output_tokens": rng.integers(1, 30, 100),
+        "deadline_s": rng.uniform(1, 2, 100),
+        "colour": ["red"] * 100,
+    })  # fmt: skip
+    pq.write_table(table, tmp_path / "long.parquet")
+    return tmp_path / "long.parquet"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rows: rows,
+        lambda rows: rows.head(50),
+        lambda rows: rows.head(100),
+        lambda rows: rows.head(1_000),
+        lambda rows: rows.head(70).at_rate(3.0),
+        lambda rows: rows.at_rate(2.5).head(33),
+        lambda rows: rows.closed_loop(7, 0.5),
+        lambda rows: rows.closed_loop(4, waves=True),
+        lambda rows: rows.repeated(150),
+        lambda rows: rows.all_at_once(),
+        lambda rows: rows.arriving(PoissonArrivals(rate_per_s=4.0), seed=1),
+    ],
+)
+def test_requests_that_are_read_in_parts_are_those_of_the_whole_file(
+    long_file: Path, change: Callable[[Requests], Requests]
+) -> None:
+    streamed, held = change(open_requests(long_file)), change(read_requests(long_file))
+    for figure in ("name", "notes", "concurrency", "turnaround_s", "waves", "columns"):
+        assert getattr(streamed, figure) == getattr(held, figure), figure
+    assert streamed.span_s == pytest.approx(held.span_s, nan_ok=True)
+    assert astuple(streamed.offered) == pytest.approx(astuple(held.offered))
+    assert len(streamed) == len(held)
+    assert streamed.distinct_prompts.tolist() == held.distinct_prompts.tolist()
+    parts = list(streamed.parts())
+    for key in ("prompt_tokens", "output_tokens", "arrival_s"):
+        wanted = getattr(held, key)
+        assert np.array_equal(getattr(streamed, key), wanted) if wanted is not None else getattr(streamed, key) is None
+        assert wanted is None or np.array_equal(np.concatenate([getattr(part, key) for part in parts]), wanted)
+    assert np.array_equal(streamed.extra["deadline_s"], held.extra["deadline_s"])
+
+
+def test_a_run_reads_its_requests_in_parts(long_file: Path) -> None:
+    deployment = apexsim.deployment(model="llama-3.1-8b", device="h100-sxm", engine_options={"policy": "deadline"})
+    runs = [apexsim.simulate(deployment, rows) for rows in (open_requests(long_file), read_requests(long_file))]
+    assert isinstance(open_requests(long_file), StreamedRequests)
+    assert runs[0].requests.equals(runs[1].requests)
+    assert without_timing(runs[0]) == without_timing(runs[1])
+
+
+@pytest.mark.parametrize(
+    ("column", "row", "value"),
+    [("prompt_tokens", 40, 0), ("arrival_s", 48, 0.0), ("deadline_s", 99, -1.0), ("output_tokens", 0, 1.5)],
+)
+def test_a_row_of_a_part_is_told_by_its_number_in_the_file(
+    long_file: Path, column: str, row: int, value: float
+) -> None:
+    table = pq.read_table(long_file)
+    values = table[column].to_numpy().astype(np.float64)
+    values[row] = value
+    pq.write_table(table.set_column(table.column_names.index(column), column, pa.array(values)), long_file)
+    with pytest.raises(BadInput, match=f"{column}, row {row + 1} "):
+        open_requests(long_file)
+
+
+def without_timing(result: apexsim.SimulationResult) -> dict[str, Any]:
+    return {key: value for key, value in result.summary().items() if key != "timing"}

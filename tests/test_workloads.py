@@ -14,7 +14,7 @@ from scipy.stats import kstest, spearmanr
 
 from apexsim import catalog
 from apexsim.errors import BadInput
-from apexsim.io.requests import read_requests
+from apexsim.io.request_files import read_requests
 from apexsim.specs.base import parse_spec
 from apexsim.specs.laws import (
     ExponentialLength,

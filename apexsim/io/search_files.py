@@ -10,6 +10,7 @@ objective: latency
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,14 @@ class Traffic(Spec):
 
     def read(self) -> Requests:
         """The requests that these keys describe."""
-        return self.supply().requests
+        return self._asked().requests
 
     def supply(self) -> Supply:
-        """The same, and how to have more of them."""
+        """The same, all held, and how to have more of them."""
+        asked = self._asked()
+        return replace(asked, requests=asked.requests.whole())
+
+    def _asked(self) -> Supply:
         return resolve_supply(
             self.workload,
             rate_per_s=self.rate_per_s,

@@ -38,7 +38,7 @@ def router_class(name: str, *, where: object = None) -> type[Router]:
 
 def check_due(policy: BatchPolicy | type[BatchPolicy], requests: Requests, slo: SLO | None) -> None:
     """Raise BadInput where a policy needs times at which first tokens are due, and nothing says them."""
-    if policy.needs_deadline and DEADLINE not in requests.extra and (slo is None or slo.ttft_s is None):
+    if policy.needs_deadline and DEADLINE not in requests.columns and (slo is None or slo.ttft_s is None):
         would_do = f"needs a time at which first tokens are due; give --slo ttft_s=... or a column {DEADLINE}"
         raise BadInput(f"the policy {would_do}", key="policy")
 

@@ -79,7 +79,7 @@ def simulate(
 def set_up(deployment: Deployment, requests: Requests) -> tuple[Started, StepCost]:
     """The engine as it starts for these requests, and what its steps cost."""
     engine = start(deployment.colocated_server(Load.of(requests)))
-    return engine, build_step_cost(engine.server, prompts=requests.prompt_tokens)
+    return engine, build_step_cost(engine.server, prompts=requests.distinct_prompts)
 
 
 def _timing(started_s: float, built_s: float, simulated_s: float) -> dict[str, float]:
@@ -157,7 +157,7 @@ class Run:
 
         Raises BadInput where a policy needs deadlines and there are none.
         """
-        if DEADLINE not in requests.extra and slo is not None and slo.ttft_s is not None:
+        if DEADLINE not in requests.columns and slo is not None and slo.ttft_s is not None:
             return to_ns(slo.ttft_s)
         check_due(self.policy, requests, slo)
         return None
@@ -220,10 +220,10 @@ class Run:
         """What a reader of the figures must know: columns that nobody looked at, and why requests were not served."""
         asked = self._workload
         used = {DEADLINE} if self.policy.needs_deadline else set()
-        unused = sorted(asked.extra.keys() - used)
+        unused = sorted(asked.columns - used)
         told = [f"columns without effect here: {', '.join(unused)}"] if unused else []
-        due_s = asked.extra.get(DEADLINE)
-        if used and due_s is not None and asked.arrival_s is not None and look_absolute(due_s, asked.arrival_s):
+        due_s = asked.extra[DEADLINE] if used & asked.columns else None
+        if due_s is not None and asked.arrival_s is not None and look_absolute(due_s, asked.arrival_s):
             told.append(f"{DEADLINE} counts from arrival; these look like absolute times: they grow with arrival_s")
         why = self.why_unfinished()
         return (*told, *why_rejected(self.rows.rejected.elements()), *([why] if why else []))

@@ -84,6 +84,11 @@ class Source:
 
 def _rows(requests: Requests) -> Iterator[Row]:
     """Prompt, output, arrival and patience of every request; times in nanoseconds, None where there is none."""
+    for part in requests.parts():
+        yield from _rows_of(part)
+
+
+def _rows_of(requests: Requests) -> Iterator[Row]:
     arrival_s, patience_s = requests.arrival_s, requests.extra.get(DEADLINE)
     for first in range(0, len(requests), _LOT):
         part = slice(first, first + _LOT)

@@ -31,7 +31,7 @@ class Load(NamedTuple):
     @classmethod
     def of(cls, requests: Requests) -> Load:
         """The load of these requests."""
-        return cls(int(requests.prompt_tokens.max()), requests.concurrency)
+        return cls(int(requests.distinct_prompts[-1]), requests.concurrency)
 
 
 class Server(Spec):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -102,6 +102,24 @@ class Requests:
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)
+
+    def whole(self) -> Requests:
+        """The same, all held."""
+        return self
+
+    def parts(self) -> Iterator[Requests]:
+        """All requests in order, some at a time."""
+        yield self
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Names of the optional columns."""
+        return frozenset(self.extra)
+
+    @property
+    def distinct_prompts(self) -> Integers:
+        """Distinct prompt lengths, ascending."""
+        return np.unique(self.prompt_tokens)
 
     @property
     def span_s(self) -> float:

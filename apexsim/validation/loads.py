@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from apexsim.io.requests import read_requests
+from apexsim.io.request_files import read_requests
 from apexsim.specs.workload import Requests
 from apexsim.validation.runs import MeasuredRun, RunRow
 
