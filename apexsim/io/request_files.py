@@ -162,6 +162,7 @@ _WRITERS: dict[str, Callable[[pa.Table, Path], None]] = {
 
 
 def formats() -> str:
+    """The endings of request files, for a person."""
     return " or ".join(FORMATS)
 
 
