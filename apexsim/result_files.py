@@ -20,6 +20,7 @@ T = TypeVar("T")
 # Goes up whenever the files come to hold something else.
 FORMAT = 2
 TABLES = ("requests.parquet", "steps.parquet", "gaps.parquet")
+FILES = (*TABLES, "timing.json", "result.json")
 _SEAL = "sha256"
 _WOULD_DO = "give a folder that SimulationResult.save wrote"
 

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+import apexsim
 from apexsim.cli import main as entry
 from apexsim.cli.main import COMMANDS, main
 from apexsim.cli.options import parse_engine_options
@@ -130,6 +131,7 @@ def test_an_unreadable_trace_is_told(tmp_path: Path, fails: Callable[..., str]) 
         (["--timeline", "/"], ["--timeline", "can be written"]),
         (["--requests-out", "rows.csv"], ["--requests-out", ".parquet"]),
         (["--plot", "figure.jpeg2"], ["--plot", ".png"]),
+        (["--out", "/dev/null"], ["--out", "cannot be made a folder"]),
         (["--tensor", "two"], ["simulate", "--tensor", "valid integer"]),
         (["--tenser", "2"], ["simulate", "--tenser", "--tensor"]),
     ],
@@ -570,7 +572,13 @@ def test_simulate_prints_one_json_object_and_the_same_again(trace: str) -> None:
 
 
 def test_simulate_writes_what_it_is_asked_for(tmp_path: Path, trace: str, capsys: pytest.CaptureFixture[str]) -> None:
-    names = {"--json": "s.json", "--requests-out": "r.parquet", "--timeline": "t.json", "--plot": "p.png"}
+    names = {
+        "--json": "s.json",
+        "--requests-out": "r.parquet",
+        "--timeline": "t.json",
+        "--plot": "p.png",
+        "--out": "all",
+    }
     flags = [part for flag, name in names.items() for part in (flag, str(tmp_path / name))]
     assert main([*BASE, trace, "--replicas", "2", "--slo", "ttft_s=0.5", *flags]) == 0
     assert "requests/s" in capsys.readouterr().out
@@ -586,6 +594,9 @@ def test_simulate_writes_what_it_is_asked_for(tmp_path: Path, trace: str, capsys
         >= 623
     )
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+    result = apexsim.load(tmp_path / "all")
+    assert result.requests.equals(rows)
+    assert without_timing(json.dumps(result.summary())) == without_timing((tmp_path / "s.json").read_text())
 
 
 def test_flags_outweigh_the_deployment_file(tmp_path: Path, trace: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,9 @@ class OutputFlags:
     requests_out: Annotated[Path | None, typer.Option(help="One row a request, parquet.", rich_help_panel="Output")] = (
         None
     )
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the whole result; apexsim.load reads it.", rich_help_panel="Output")
+    ] = None
     timeline: Annotated[
         Path | None, typer.Option(help="Steps of every replica, Chrome trace JSON.", rich_help_panel="Output")
     ] = None
@@ -55,10 +58,14 @@ class OutputFlags:
 
     def check(self) -> None:
         """Refuse files that could not be written, before any work."""
+        from apexsim.atomic import make_folder
         from apexsim.plots import check_plot_path
+        from apexsim.result_files import FILES
 
         targets = {"--json": self.json, "--requests-out": self.requests_out, "--timeline": self.timeline}
         check_targets({**targets, "--plot": self.plot})
+        if self.out:
+            make_folder(self.out, files=FILES)
         if self.plot:
             check_plot_path(self.plot, where="--plot")
         if self.requests_out and self.requests_out.suffix != ".parquet":
@@ -70,6 +77,8 @@ class OutputFlags:
             from apexsim.tables import write_table
 
             write_table(self.requests_out, result.request_columns)
+        if self.out:
+            result.save(self.out)
         if self.timeline:
             from apexsim.io.timeline import write_timeline
 
