@@ -20,10 +20,11 @@ from apexsim import catalog
 from apexsim.columns import joined
 from apexsim.costs.memory import MemoryPlan
 from apexsim.costs.steps import BatchStats
+from apexsim.costs.timing import RunTimes
 from apexsim.errors import ApexsimError
 from apexsim.serving.audit import Audited
-from apexsim.serving.batching import BatchPolicy
 from apexsim.serving.named import make_policy
+from apexsim.serving.policies import BatchPolicy
 from apexsim.serving.request import Request
 from apexsim.serving.simulator import How, Run
 from apexsim.specs.cluster import Cluster, NodeGroup
@@ -55,7 +56,7 @@ class LinearCost:
 
 
 @dataclass(frozen=True)
-class LinearRun:
+class LinearRun(RunTimes):
     """Consecutive decode steps under a ``LinearCost``."""
 
     cost: LinearCost
@@ -108,8 +109,8 @@ def made_up_deployment(
 
 
 RECORDED = (
-    "index", "replica", "arrival_ns", "scheduled_ns", "first_token_ns", "last_token_ns", "shown_ns", "prompt_tokens",
-    "total", "known", "computed", "pending", "blocks", "preemptions",
+    "index", "replica", "scheduled_ns", "first_token_ns", "last_token_ns", "shown_ns", "prompt_tokens", "total",
+    "known", "computed", "pending", "blocks", "preemptions",
 )  # fmt: skip
 _load = cache(catalog.load)
 Policy = str | Callable[[SchedulerDefaults], BatchPolicy] | BatchPolicy
@@ -231,7 +232,7 @@ class KeptRun(Run):
     @property
     def requests(self) -> list[Request]:
         """Those that were asked for, in the order of the workload."""
-        return sorted([*self._ended, *self.source.living.values()], key=lambda request: request.index)
+        return sorted([*self._ended, *self.flow.living.values()], key=lambda request: request.index)
 
     @property
     def rejected(self) -> dict[int, str]:
@@ -244,8 +245,9 @@ def check_same(fast: KeptRun, exact: KeptRun) -> None:
     """Demand that two runs noted the same integers about their requests, and the same times between tokens."""
     differs = "fast path differs from single steps"
     for one, other in zip(fast.requests, exact.requests, strict=True):
+        assert one.arrival_ns == other.arrival_ns, f"{differs}: request {one.index}: its arrival"
         for name in RECORDED:
-            got, wanted = getattr(one, name), getattr(other, name)
+            got, wanted = getattr(one.job, name, None), getattr(other.job, name, None)
             assert got == wanted, f"{differs}: request {one.index}: {name} is {got}, not {wanted}"
     assert fast.rejected == exact.rejected, f"{differs}: who is refused"
     for got, wanted in zip(fast.replicas, exact.replicas, strict=True):
@@ -276,7 +278,9 @@ def check_run(run: KeptRun) -> None:
     _, counts = run.recorder.inter_token_gaps()
     assert counts.sum() == sum(request.output_tokens - 1 for request in served), "tokens were lost or counted twice"
     sojourn_ns = sum((request.last_token_ns or 0) - request.arrival_ns for request in served)
-    assert sojourn_ns == run.request_ns, "Little's law: time in system differs from the integral of requests in system"
+    assert sojourn_ns == run.flow.request_ns, (
+        "Little's law: time in system differs from the integral of requests in system"
+    )
 
 
 def check_policy(policy: Policy, *, cases: int = 50, seed: int = 0) -> None:

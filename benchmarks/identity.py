@@ -50,6 +50,7 @@ RECORDED = (
     "index", "replica", "arrival_ns", "scheduled_ns", "first_token_ns", "last_token_ns", "shown_ns", "prompt_tokens",
     "total", "known", "computed", "pending", "blocks", "preemptions",
 )  # fmt: skip
+_COUNTS = "computed", "pending", "blocks", "preemptions"
 TIMES = "timing", "wall_s", "build_s", "simulate_s", "account_s", "jobs"
 
 
@@ -130,10 +131,20 @@ def _run_hashes(run: Any) -> dict[str, str]:
     totals = frame.groupby("replica").sum().to_numpy().tolist()
     gaps = [column.tolist() for column in run.recorder.inter_token_gaps()]
     return {
-        "requests": _digest([[getattr(request, name) for name in RECORDED] for request in run.requests]),
+        "requests": _digest([_record(request) for request in run.requests]),
         "gaps": _digest(gaps),
         "totals": _digest(totals),
     }
+
+
+def _record(request: Any) -> list[Any]:
+    """What is known of a request; of one that was refused, and has no job, what it asked for."""
+    asked = {"index": request.index, "arrival_ns": request.arrival_ns, "prompt_tokens": request.prompt_tokens}
+    refused = {"total": request.total, "known": request.prompt_tokens} | dict.fromkeys(_COUNTS, 0)
+    job = getattr(request, "job", request)
+    return [
+        asked.get(name, refused.get(name)) if job is None else getattr(job, name, asked.get(name)) for name in RECORDED
+    ]
 
 
 def _drawn_cases() -> Iterator[Any]:

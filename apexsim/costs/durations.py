@@ -7,7 +7,7 @@ from array import array
 import numpy as np
 from numpy.typing import NDArray
 
-from apexsim.costs.runs import PlainRun
+from apexsim.costs.steps import PlainRun
 from apexsim.costs.timing import RunTimes
 
 Integers = NDArray[np.int64]
@@ -39,41 +39,41 @@ class RunDurations:
     """
 
     def __init__(self) -> None:
+        # (run, steps, weight): steps 1, 2 ... ``steps`` - 1 of a run; its step 0 is somebody else's affair. Whoever
+        # appends has them added up when there are SPANS.
+        self.noted: list[tuple[RunTimes, int, int]] = []
         self._tally = Tally()
-        self._forget()
-
-    def _forget(self) -> None:
         self._numbers: dict[tuple[int, int, int], int] = {}
         self._kinds: list[PlainRun] = []
         self._spans = array("q")
-        self._others: list[tuple[RunTimes, int, int]] = []
 
-    def add(self, run: RunTimes, steps: int, weight: int) -> None:
-        """Note steps 1, 2 ... ``steps`` - 1 of a run (its step 0 is somebody else's affair)."""
-        if not isinstance(run, PlainRun):
-            self._others.append((run, steps, weight))
-            return
+    def collect(self) -> Tally:
+        """Distinct durations in nanoseconds, and the weight of each."""
+        self.add_up()
+        return self._tally
+
+    def add_up(self) -> None:
+        """Count what was noted, and forget it."""
+        durations, weights = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+        for run, steps, weight in self.noted:
+            if isinstance(run, PlainRun):
+                self._add_plain(run, steps, weight)
+            else:
+                durations.append(run.durations_ns(steps)[1:])
+                weights.append(np.full(steps - 1, weight, dtype=np.int64))
+        self.noted.clear()
+        self._add_up_plain(durations, weights)
+        self._tally.add(np.concatenate(durations), np.concatenate(weights))
+
+    def _add_plain(self, run: PlainRun, steps: int, weight: int) -> None:
         number = self._numbers.get(run.kind)
         if number is None:
             number = self._numbers[run.kind] = len(self._kinds)
             self._kinds.append(run)
         self._spans.extend((number, run.mean + 1, run.mean + steps, weight))
 
-    def settle(self) -> None:
-        """Add up what was noted if that is much."""
-        if len(self._others) >= SPANS or len(self._spans) >= 4 * SPANS:
-            self._add_up()
-
-    def collect(self) -> Tally:
-        """Distinct durations in nanoseconds, and the weight of each."""
-        self._add_up()
-        return self._tally
-
-    def _add_up(self) -> None:
-        durations, weights = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
-        for run, steps, weight in self._others:
-            durations.append(run.durations_ns(steps)[1:])
-            weights.append(np.full(steps - 1, weight, dtype=np.int64))
+    def _add_up_plain(self, durations: list[Integers], weights: list[Integers]) -> None:
+        """Add the durations of plain runs, by how often each mean context was decoded at."""
         number, first, last, times = np.array(self._spans, dtype=np.int64).reshape(-1, 4).T
         low, high, shift = _asked(len(self._kinds), number, first, last)
         change = np.zeros(int((high + 1 - low).sum()), dtype=np.int64)
@@ -84,8 +84,7 @@ class RunDurations:
         for run, begin, end in zip(self._kinds, low.tolist(), high.tolist(), strict=True):
             # Behind the last of each kind nothing was decoded.
             durations.extend((run.durations_between(begin, end), nothing))
-        self._tally.add(np.concatenate(durations), np.concatenate(weights))
-        self._forget()
+        self._numbers, self._kinds, self._spans = {}, [], array("q")
 
 
 class WeightedTimes:
@@ -95,32 +94,40 @@ class WeightedTimes:
     """
 
     def __init__(self) -> None:
+        # (step, steps, left_ns, run): a span of ``steps`` from ``step`` on, whose first starts ``left_ns`` before the
+        # span ends. Whoever appends has them packed when there are many.
+        self.noted: list[tuple[int, int, int, RunTimes]] = []
         self.count = 0
         self._numbers: dict[tuple[int, int, int], int] = {}
         self._kinds: list[PlainRun] = []
         self._plain = array("q")
         self._others: list[tuple[int, int, int, RunTimes]] = []
 
-    def add(self, step: int, steps: int, left_ns: int, run: RunTimes) -> None:
-        """A span of ``steps`` from ``step`` on, whose first starts ``left_ns`` before the span ends."""
-        self.count += 1
-        if not isinstance(run, PlainRun):
-            self._others.append((step, steps, left_ns, run))
-            return
-        number = self._numbers.get(run.kind)
-        if number is None:
-            number = self._numbers[run.kind] = len(self._kinds)
-            self._kinds.append(run)
-        self._plain.extend((step, steps, left_ns, number, run.mean))
+    def pack(self) -> None:
+        """Keep what was noted in little room."""
+        self.count += len(self.noted)
+        for span in self.noted:
+            step, steps, left_ns, run = span
+            if not isinstance(run, PlainRun):
+                self._others.append(span)
+                continue
+            number = self._numbers.get(run.kind)
+            if number is None:
+                number = self._numbers[run.kind] = len(self._kinds)
+                self._kinds.append(run)
+            self._plain.extend((step, steps, left_ns, number, run.mean))
+        self.noted.clear()
 
     @property
     def steps(self) -> int:
         """Where the last span ends."""
+        self.pack()
         ends = [step + steps for step, steps, *_ in self._others[-1:]]
         return max([*ends, *([self._plain[-5] + self._plain[-4]] if self._plain else [])], default=0)
 
     def sum(self, weights: Integers, origin: int) -> int:
         """Over all spans; ``weights[n]`` is that of common step ``origin`` + n."""
+        self.pack()
         total = 0
         for step, steps, left_ns, run in self._others:
             elapsed_ns = np.zeros(steps, dtype=np.int64)

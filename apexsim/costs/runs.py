@@ -53,52 +53,90 @@ def add_stages(fixed: Nanoseconds, floors: Nanoseconds, layers: Layers, spent: S
 class DecodeRun:
     """Consecutive steps of one decode batch: every context grows by one token a step.
 
-    ``limit`` (>= 1) is the number of steps for which that growth is regular. On one stage ``elapsed_ns`` is the exact
-    sum of ``stage_ns`` of the steps, in closed form: integer prefix sums, and, where the host overlaps with the device,
-    the device time (which never falls with context) crosses the host time at most once: steps before that take the host
-    time, later ones the device time.
+    ``limit`` (>= 1) is the number of steps for which that growth is regular: in a window of the model as many sequences
+    grow at each of them. On one stage ``elapsed_ns`` is the exact sum of ``stage_ns`` of the steps. Where every
+    sequence grows, or none does, it is had in closed form: integer prefix sums, and, where the host overlaps with the
+    device, the device time (which never falls with context) crosses the host time at most once: steps before that take
+    the host time, later ones the device time. Where only some grow, the mean context moves by 0 or 1 a step: those
+    steps are added up one by one.
     """
 
-    __slots__ = ("_below", "_constant", "_floor", "_growing", "_means", "_moving", "_row", "limit")
+    __slots__ = (
+        "_attended",
+        "_below",
+        "_constant",
+        "_decodes",
+        "_floor",
+        "_growing",
+        "_grows",
+        "_partly",
+        "_parts",
+        "_row",
+        "_sums",
+        "first_ns", "limit",
+    )  # fmt: skip
 
-    def __init__(self, row: DecodeRow, means: tuple[int, ...], moving: tuple[bool, ...], limit: int) -> None:
-        """Per kind of attention: its mean context now, and whether that grows from step to step."""
+    def __init__(
+        self, row: DecodeRow, decodes: int, attended: tuple[int, ...], grows: tuple[int, ...], limit: int
+    ) -> None:
+        """Per kind of attention: the tokens that ``decodes`` sequences attend to in sum, and how many of them grow."""
         self.limit = limit
         self._row = row
-        self._means = means
-        self._moving = moving
+        self._decodes = decodes
+        self._attended = attended
+        self._grows = grows
         # Stage 0: nanoseconds of every step, and (layers, table, mean context) of the attention that grows.
         self._constant = row.fixed[0]
         self._growing: list[tuple[int, PrefixTable, int]] = []
-        for table, layers, mean, moves in zip(row.tables, row.layers, means, moving):  # noqa: B905 - a hot path
-            if moves:
-                self._growing.append((layers[0], table, mean))
+        self._parts: list[tuple[PrefixTable, int, int, int]] = []  # the same with its tokens in sum, and who grows
+        self._partly = False
+        for table, layers, tokens, count in zip(row.tables, row.layers, attended, grows):  # noqa: B905 - a hot path
+            if not count:
+                self._constant += layers[0] * table.at(tokens // decodes)
+                continue
+            self._parts.append((table, layers[0], tokens, count))
+            if count == decodes:
+                self._growing.append((layers[0], table, tokens // decodes))
             else:
-                self._constant += layers[0] * table.at(mean)
-        self._floor = row.floor if row.floor and self._device_ns(0, 1) < row.floor else 0
+                self._partly = True
+        self._sums = [0]
+        self._floor = 0
+        if not self._partly:
+            self._floor = row.floor if row.floor and self._device_ns(0, 1) < row.floor else 0
         self._below = 1  # with a floor: steps known to take less device than host time
+        self.first_ns = self.elapsed_ns(1)
 
     def stage_ns(self, step: int) -> tuple[int, ...]:
         """Nanoseconds of step 0, 1, ... of the run on each stage."""
-        return self._row.stage_ns([mean + step * moves for mean, moves in zip(self._means, self._moving, strict=True)])
+        return self._row.stage_ns([
+            (tokens + step * count) // self._decodes
+            for tokens, count in zip(self._attended, self._grows, strict=True)
+        ])  # fmt: skip
 
     def stages_ns(self, first: int, count: int) -> list[list[int]]:
-        """``stage_ns`` of ``count`` steps from step ``first`` on, computed together."""
-        total = np.tile(np.array(self._row.fixed, dtype=np.int64), (count, 1))
-        row = self._row
-        for table, layers, mean, moves in zip(row.tables, row.layers, self._means, self._moving, strict=True):
-            if moves:
-                table.between(mean + first, mean + first + count)
-                prefix = np.frombuffer(table.prefix[mean + first : mean + first + count + 1], dtype=np.int64)
-                total += np.multiply.outer(prefix[1:] - prefix[:-1], np.array(layers, dtype=np.int64))
-            else:
-                total += table.at(mean) * np.array(layers, dtype=np.int64)
-        np.maximum(total, np.array(row.floors, dtype=np.int64), out=total)
-        rows: list[list[int]] = total.tolist()
+        """``stage_ns`` of ``count`` steps from step ``first`` on."""
+        row, decodes, rows = self._row, self._decodes, []
+        moving = list(zip(row.tables, row.layers, self._attended, self._grows, strict=True))
+        for table, _, tokens, grows in moving:
+            mean = (tokens + grows * (first + count)) // decodes
+            if mean + 1 >= len(table.prefix):
+                table.grow(mean)
+        for step in range(first, first + count):
+            stages = list(row.fixed)
+            for table, layers, tokens, grows in moving:
+                mean = (tokens + grows * step) // decodes
+                spent = table.prefix[mean + 1] - table.prefix[mean]
+                for stage, kinds in enumerate(layers):
+                    stages[stage] += kinds * spent
+            rows.append([ns if ns > floor else floor for ns, floor in zip(stages, row.floors, strict=True)])
         return rows
 
     def elapsed_ns(self, steps: int) -> int:
         """Nanoseconds of the first ``steps`` steps one after another, on one stage."""
+        if self._partly:
+            if steps >= len(self._sums):
+                self._add_up(steps)
+            return self._sums[steps]
         if not self._floor:
             total = steps * self._constant
             for layers, table, mean in self._growing:
@@ -107,8 +145,43 @@ class DecodeRun:
         below = self._steps_below_floor(steps)
         return below * self._floor + self._device_ns(below, steps)
 
+    def _add_up(self, steps: int) -> None:
+        """Have sums of that many steps."""
+        sums, floor, decodes = self._sums, self._row.floor, self._decodes
+        for table, _, tokens, grows in self._parts:
+            mean = (tokens + grows * steps) // decodes
+            if mean + 1 >= len(table.prefix):
+                table.grow(mean)
+        total = sums[-1]
+        for step in range(len(sums) - 1, steps):
+            ns = self._constant
+            for table, layers, tokens, grows in self._parts:
+                mean = (tokens + grows * step) // decodes
+                ns += layers * (table.prefix[mean + 1] - table.prefix[mean])
+            total += ns if ns > floor else floor
+            sums.append(total)
+
+    def ended_before(self, time_ns: int, most: int) -> tuple[int, int]:
+        """Of the first ``most`` steps on one stage, how many end less than ``time_ns`` after the first begins.
+
+        And how long it takes until the next one ends. Steps differ little, so that a straight line through both ends of
+        the run guesses within a few steps.
+        """
+        count = min(most, time_ns * most // max(1, self.elapsed_ns(most)))
+        next_ns = self.elapsed_ns(count + 1)
+        while count < most and next_ns < time_ns:
+            count += 1
+            next_ns = self.elapsed_ns(count + 1)
+        while count and (end_ns := self.elapsed_ns(count)) >= time_ns:
+            count, next_ns = count - 1, end_ns
+        return count, next_ns
+
     def durations_ns(self, steps: int) -> NDArray[np.int64]:
         """Nanoseconds of each of the first ``steps`` steps, on one stage."""
+        if self._partly:
+            self.elapsed_ns(steps)
+            sums = np.array(self._sums[: steps + 1], dtype=np.int64)
+            return sums[1:] - sums[:-1]
         spent = np.full(steps, self._constant) if not self._growing else np.int64(self._constant)
         for layers, table, mean in self._growing:
             table.between(mean, mean + steps)
@@ -132,53 +205,3 @@ class DecodeRun:
         if self._below < steps and device_ns(self._below) < self._floor:
             self._below = bisect_left(range(steps), self._floor, lo=self._below + 1, key=device_ns)
         return min(self._below, steps)
-
-
-class PlainRun(DecodeRun):
-    """The common case, quickly: one stage, one kind of attention that grows, no step faster than the host.
-
-    Step k takes ``constant`` + ``layers`` x T(mean + k), so n steps n x ``constant`` + ``layers`` x (prefix[mean + n] -
-    prefix[mean]). Runs of one ``kind`` (table, ``constant``, ``layers``) take the same time at the same mean context.
-    """
-
-    __slots__ = ("_base", "_layers", "_prefix", "_table", "kind", "mean")
-
-    def __init__(self, row: DecodeRow, layers: int, mean: int, limit: int) -> None:
-        self.limit = limit
-        self._constant = row.fixed[0]
-        self._layers = layers
-        self.mean = mean
-        self._table = row.tables[0]
-        self._prefix = row.prefix
-        self.kind = row.kind
-        if mean >= len(self._prefix):
-            self._table.grow(mean)
-        self._base = self._prefix[mean]
-
-    def stage_ns(self, step: int) -> tuple[int, ...]:
-        return (self._constant + self._layers * self._table.at(self.mean + step),)
-
-    def elapsed_ns(self, steps: int) -> int:
-        try:
-            return steps * self._constant + self._layers * (self._prefix[self.mean + steps] - self._base)
-        except IndexError:
-            self._table.grow(self.mean + steps)
-            return self.elapsed_ns(steps)
-
-    def stages_ns(self, first: int, count: int) -> list[list[int]]:
-        return [[ns] for ns in self.durations_between(self.mean + first, self.mean + first + count).tolist()]
-
-    def durations_ns(self, steps: int) -> NDArray[np.int64]:
-        return self.durations_between(self.mean, self.mean + steps)
-
-    def durations_between(self, first: int, last: int) -> NDArray[np.int64]:
-        """Nanoseconds of the steps at mean contexts ``first`` ... ``last`` - 1."""
-        self._table.between(first, last)
-        prefix = np.frombuffer(self._prefix[first : last + 1], dtype=np.int64)
-        return self._constant + self._layers * (prefix[1:] - prefix[:-1])
-
-    def elapsed_at(self, first: int, last: int) -> NDArray[np.int64]:
-        """Nanoseconds from mean context 0 to every one from ``first`` to ``last``."""
-        self._table.between(first, last)
-        prefix = np.frombuffer(self._prefix[first : last + 1], dtype=np.int64)
-        return np.arange(first, last + 1) * self._constant + self._layers * prefix

@@ -80,10 +80,15 @@ def steady_columns(cost: StepCost, load: SteadyLoad) -> tuple[Columns, Columns]:
 def _windowed(
     cost: StepCost, load: SteadyLoad, decodes: NDArray[np.int64], contexts: NDArray[np.int64]
 ) -> dict[str, NDArray[np.int64]]:
-    """Sum of min(context, window) for every window, over contexts spread evenly along the outputs."""
+    """Sum of min(context, window) for every window, over contexts spread evenly along the outputs, and who still grows.
+
+    A batch whose mean context fills a window no longer grows; before, all of it does.
+    """
     windows = dict.fromkeys(attention.window for attention in cost.attentions)
     ages = load.prompt_tokens + np.arange(1, round(load.output_tokens) + 1)
     seen = {window: float(np.minimum(ages, window).mean()) for window in windows if window}
-    return {
-        f"window_context_{window}": decodes * np.minimum(max(1, round(mean)), contexts) for window, mean in seen.items()
-    }
+    columns = {}
+    for window, mean in seen.items():
+        attended = columns[f"window_context_{window}"] = decodes * np.minimum(max(1, round(mean)), contexts)
+        columns[f"window_growing_{window}"] = np.where(attended != decodes * window, decodes, 0)
+    return columns

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from apexsim.costs.lowering import Lowered, lower
 from apexsim.costs.operators import Collective
 from apexsim.costs.ranks import fullest, share
-from apexsim.costs.runs import DecodeRow, DecodeRun, PlainRun, add_stages
+from apexsim.costs.runs import DecodeRow, DecodeRun, add_stages
 from apexsim.costs.tables import OperatorTables, RowTable, tables_for
 from apexsim.specs.engine import EngineProfile
 from apexsim.specs.server import Server
@@ -29,6 +29,9 @@ class BatchStats(NamedTuple):
     ``decodes`` sequences compute exactly one token each and attend to ``context`` tokens in sum, the new ones included;
     ``window_contexts`` sums min(context, window) over them for every window of the model, ascending. ``chunks`` are
     (tokens, history) of every other sequence. ``survivors`` sequences need logits.
+
+    Of decode steps to come, ``growing`` says how many sequences attend to a token more in every window at each, and
+    ``regular`` for how many steps, this one included, that stays so. Neither matters to this step.
     """
 
     decodes: int
@@ -37,13 +40,16 @@ class BatchStats(NamedTuple):
     chunks: tuple[tuple[int, int], ...] = ()
     survivors: int = 0
 
+    growing: tuple[int, ...] = ()
+    regular: int = 1
+
     def grown(self, steps: int) -> BatchStats:
-        """The same decode batch some steps of a ``DecodeRun`` later: inside a run windows are all open or all full."""
-        decodes, context, windows, chunks, survivors = self
-        more = steps * decodes
+        """The same decode batch some steps later, fewer than are ``regular`` where the model has windows."""
+        decodes, context, windows, chunks, survivors, growing, regular = self
         if windows:
-            windows = tuple([attended + more if attended == context else attended for attended in windows])
-        return BatchStats(decodes, context + more, windows, chunks, survivors)
+            windows = tuple([attended + steps * count for attended, count in zip(windows, growing, strict=True)])
+            regular -= steps
+        return BatchStats(decodes, context + steps * decodes, windows, chunks, survivors, growing, regular)
 
 
 class StepCost:
@@ -90,6 +96,7 @@ class StepCost:
         self._launched = [to_ns(host.launching_s(stage.launches, stage.expert_layers)) for stage in lowered.stages]
         self._nothing = [0] * len(lowered.stages)
         self._replays = host.replays
+        self._graphs, self._graph_tokens = host.cuda_graphs, host.graph_tokens if host.cuda_graphs else 0
 
     def expect(self, prompts: Iterable[int]) -> None:
         """Work out beforehand what prompts of these lengths cost, each computed in one step behind no history."""
@@ -103,7 +110,7 @@ class StepCost:
 
         Host time belongs to the first stage, a hand-over to its sender, LM head and sampling to the last.
         """
-        decodes, context, _, chunks, survivors = stats
+        decodes, context, _, chunks, survivors, _, _ = stats
         if chunks or survivors != decodes:
             return self._plain_mixed_ns(stats) if self._added else self._mixed_ns(stats)
         row = self._rows.get(decodes) or self._new_row(decodes)
@@ -124,10 +131,11 @@ class StepCost:
             mean = stats.context // stats.decodes
             left = self.max_context - mean + 1
             plain = PlainRun(row, self._plain_layers, mean, left if left > 1 else 1)
-            if row.fixed[0] >= row.floor or plain.elapsed_ns(1) >= row.floor:
+            if row.fixed[0] >= row.floor or plain.first_ns >= row.floor:
                 return plain
-        moving, limit = self._regime(stats)
-        return DecodeRun(row, self._attended(stats), moving, limit)
+        left = max(1, self.max_context - stats.context // stats.decodes + 1)
+        attended, growing = self._sums(stats)
+        return DecodeRun(row, stats.decodes, attended, growing, min(left, stats.regular) if self._windows else left)
 
     # -- parts ------------------------------------------------------------------------------------------------
 
@@ -139,27 +147,17 @@ class StepCost:
         windowed = [attended // decodes for attended in stats.window_contexts]
         return (stats.context // decodes, *windowed) if self._full else tuple(windowed)
 
-    def _regime(self, stats: BatchStats) -> tuple[tuple[bool, ...], int]:
-        """Which kinds of attention grow as a decode batch goes on, and for how many steps that stays so.
+    def _sums(self, stats: BatchStats) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Under each kind of attention: tokens attended to in sum, and how many decodes attend to one more each step.
 
-        A window is full (every context at or beyond it) or open (none beyond it, known from equal sums). An open one
-        fills no sooner than a sequence that holds all of the batch's context but 1 token of every other would. In
-        between, or where all contexts just reach the window, the next step is a matter of its own: limit 1.
+        Nobody is known to grow where ``stats`` does not say.
         """
-        decodes, context = stats.decodes, stats.context
-        limit = max(1, self.max_context - context // decodes + 1)
         if not self._windows:
-            return (True,), limit
-        moving = [True] if self._full else []
-        longest = context - decodes + 1
-        for window, attended in zip(self._windows, stats.window_contexts, strict=True):
-            full, is_open = attended == decodes * window, attended == context
-            moving.append(is_open and not full)
-            if full == is_open:
-                limit = 1
-            elif is_open:
-                limit = max(1, min(limit, window - longest + 1))
-        return tuple(moving), limit
+            return (stats.context,), (stats.decodes,)
+        growing = stats.growing or (0,) * len(self._windows)
+        if not self._full:
+            return stats.window_contexts, growing
+        return (stats.context, *stats.window_contexts), (stats.decodes, *growing)
 
     def _mixed_ns(self, stats: BatchStats) -> tuple[int, ...]:
         """A step with chunks, or with sequences that need no logits."""
@@ -187,7 +185,7 @@ class StepCost:
 
     def _plain_mixed_ns(self, stats: BatchStats) -> tuple[int]:
         """The same where one stage runs one kind of attention: plain sums, for speed."""
-        decodes, context, _, chunks, survivors = stats
+        decodes, context, _, chunks, survivors, _, _ = stats
         known = self._chunks[0]
         tokens = decodes
         attention = 0 if decodes else known.launch_ns
@@ -196,9 +194,12 @@ class StepCost:
             attention += known[chunk]
         if decodes:
             row = self._rows.get(decodes) or self._new_row(decodes)
-            attention += row.tables[0].at(context // decodes)
+            mean, prefix = context // decodes, row.prefix
+            if mean + 1 >= len(prefix):
+                row.tables[0].grow(mean)
+            attention += prefix[mean + 1] - prefix[mean]
         device = self._dense[tokens][0] + self._heads[survivors][0] + self._plain_layers * attention
-        if device < self._launched[0] and not self._replays(tokens, prompts=bool(chunks)):
+        if device < self._launched[0] and (tokens > self._graph_tokens if chunks else not self._graphs):
             device = self._launched[0]
         host = self._host_step + self._host_sequence * (decodes + len(chunks))
         if not self._overlapped:
@@ -237,6 +238,57 @@ class StepCost:
         tables = tuple(self.tables.decode(attention, own) for attention in self.attentions)
         row = self._rows[decodes] = DecodeRow(tuple(fixed), tuple(floors), self._layers, tables)
         return row
+
+
+class PlainRun(DecodeRun):
+    """The common case, quickly: one stage, one kind of attention that grows, no step faster than the host.
+
+    Step k takes ``constant`` + ``layers`` x T(mean + k), so n steps n x ``constant`` + ``layers`` x (prefix[mean + n] -
+    prefix[mean]). Runs of one ``kind`` (table, ``constant``, ``layers``) take the same time at the same mean context.
+    """
+
+    __slots__ = ("_base", "_layers", "_prefix", "_table", "kind", "mean")
+
+    def __init__(self, row: DecodeRow, layers: int, mean: int, limit: int) -> None:
+        self.limit = limit
+        self._constant = row.fixed[0]
+        self._layers = layers
+        self.mean = mean
+        self._table = row.tables[0]
+        self._prefix = row.prefix
+        self.kind = row.kind
+        if mean >= len(self._prefix):
+            self._table.grow(mean)
+        self._base = self._prefix[mean]
+        self.first_ns = self.elapsed_ns(1)
+
+    def stage_ns(self, step: int) -> tuple[int, ...]:
+        return (self._constant + self._layers * self._table.at(self.mean + step),)
+
+    def elapsed_ns(self, steps: int) -> int:
+        try:
+            return steps * self._constant + self._layers * (self._prefix[self.mean + steps] - self._base)
+        except IndexError:
+            self._table.grow(self.mean + steps)
+            return self.elapsed_ns(steps)
+
+    def stages_ns(self, first: int, count: int) -> list[list[int]]:
+        return [[ns] for ns in self.durations_between(self.mean + first, self.mean + first + count).tolist()]
+
+    def durations_ns(self, steps: int) -> NDArray[np.int64]:
+        return self.durations_between(self.mean, self.mean + steps)
+
+    def durations_between(self, first: int, last: int) -> NDArray[np.int64]:
+        """Nanoseconds of the steps at mean contexts ``first`` ... ``last`` - 1."""
+        self._table.between(first, last)
+        prefix = np.frombuffer(self._prefix[first : last + 1], dtype=np.int64)
+        return self._constant + self._layers * (prefix[1:] - prefix[:-1])
+
+    def elapsed_at(self, first: int, last: int) -> NDArray[np.int64]:
+        """Nanoseconds from mean context 0 to every one from ``first`` to ``last``."""
+        self._table.between(first, last)
+        prefix = np.frombuffer(self._prefix[first : last + 1], dtype=np.int64)
+        return np.arange(first, last + 1) * self._constant + self._layers * prefix
 
 
 def build_step_cost(server: Server, *, prompts: Sequence[int] | NDArray[np.int64] = ()) -> StepCost:

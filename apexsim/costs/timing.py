@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -17,8 +18,22 @@ class RunTimes(Protocol):
     @property
     def limit(self) -> int: ...
 
+    @property
+    def first_ns(self) -> int:
+        """Nanoseconds of the first step on one stage."""
+        return self.elapsed_ns(1)
+
     def elapsed_ns(self, steps: int) -> int:
         """Nanoseconds of the first ``steps`` steps on one stage: exactly the sum of theirs."""
+        ...
+
+    def ended_before(self, time_ns: int, most: int) -> tuple[int, int]:
+        """Of the first ``most`` steps on one stage, how many end less than ``time_ns`` after the first begins.
+
+        And how long it takes until the next one ends.
+        """
+        count = bisect_left(range(1, most + 1), time_ns, key=self.elapsed_ns)
+        return count, self.elapsed_ns(count + 1)
 
     def durations_ns(self, steps: int) -> NDArray[np.int64]:
         """Nanoseconds of each of them."""

@@ -22,6 +22,7 @@ from apexsim.costs.mixing import Mixing
 from apexsim.costs.operators import Collective, Experts, Gemm, RowOperator, Sampling
 from apexsim.costs.ranks import OwnPart, share
 from apexsim.costs.steps import BatchStats, StepCost
+from apexsim.costs.tables import PrefixTable
 from apexsim.costs.waiting import busy_share
 from apexsim.units import NS_PER_S
 
@@ -73,8 +74,8 @@ def work_of(cost: StepCost, steps: Columns, chunks: Columns) -> Iterator[Work]:
     """Work through a run's rows.
 
     ``steps``: one row a step, or ``repeats`` decode steps of one batch, with ``decodes``, ``context`` and
-    ``window_context_<window>`` of the first one, ``chunk_tokens``, ``survivors``. ``chunks``: ``step`` (row in
-    ``steps``), ``tokens``, ``history``.
+    ``window_context_<window>`` of the first one, ``window_growing_<window>`` decodes for which that grows by one from
+    step to step, ``chunk_tokens``, ``survivors``. ``chunks``: ``step`` (row in ``steps``), ``tokens``, ``history``.
     """
     lowered = cost.lowered
     own = OwnPart.of(steps, chunks, lowered.attention_data)
@@ -210,26 +211,45 @@ def _dtype_of(operator: RowOperator) -> str | None:
 
 def _decode_s(cost: StepCost, attention: Mixing, steps: Columns) -> Array:
     """Seconds of decode attention of one layer in every row, all its repeats together."""
-    batch, repeats = steps["decodes"], steps["repeats"]
-    mean, growing = _contexts(attention, steps)
+    batch = steps["decodes"]
     seconds = np.zeros(len(batch))
     order = np.argsort(batch, kind="stable")
     sizes, starts, counts = np.unique(batch[order], return_index=True, return_counts=True)
     for size, start, count in zip(sizes.tolist(), starts, counts, strict=True):
         if size:
             at = order[start : start + count]
-            ends = mean[at] + np.where(growing[at], repeats[at], 1)
             table = cost.tables.decode(attention, share(size, cost.lowered.attention_data))
-            table.between(0, int(ends.max()))
-            prefix = np.array(table.prefix, dtype=np.int64)
-            seconds[at] = (prefix[ends] - prefix[mean[at]]) * np.where(growing[at], 1, repeats[at]) / NS_PER_S
+            seconds[at] = _summed_ns(table, attention, {key: column[at] for key, column in steps.items()}) / NS_PER_S
     return seconds
 
 
-def _contexts(attention: Mixing, steps: Columns) -> tuple[Sizes, Mask]:
-    """Mean context of the first step of every row, and whether it grows from step to step."""
-    attended, batch = _attended(attention, steps), steps["decodes"]
-    return attended // np.maximum(batch, 1), attended != batch * (attention.window or 0)
+def _summed_ns(table: PrefixTable, attention: Mixing, steps: Columns) -> Sizes:
+    """Nanoseconds of decode attention in rows of one batch size, over all repeats of each."""
+    batch, repeats, growing = steps["decodes"], steps["repeats"], _growing(attention, steps)
+    mean = _mean(attention, steps)
+    ends = mean + np.where(growing > 0, repeats, 1)
+    table.between(0, int(ends.max()))
+    prefix = np.array(table.prefix, dtype=np.int64)
+    summed = (prefix[ends] - prefix[mean]) * np.where(growing > 0, 1, repeats)
+    partly = np.flatnonzero((growing > 0) & (growing < batch) & (repeats > 1))
+    if len(partly):  # the mean context moves by 0 or 1 a step: step by step
+        lasts = np.cumsum(repeats[partly])
+        firsts = lasts - repeats[partly]
+        row = np.repeat(partly, repeats[partly])
+        step = np.arange(lasts[-1]) - np.repeat(firsts, repeats[partly])
+        means = (_attended(attention, steps)[row] + step * growing[row]) // batch[row]
+        summed[partly] = np.add.reduceat(prefix[means + 1] - prefix[means], firsts)
+    return np.asarray(summed)
+
+
+def _mean(attention: Mixing, steps: Columns) -> Sizes:
+    """Mean context of the first step of every row."""
+    return np.asarray(_attended(attention, steps) // np.maximum(steps["decodes"], 1))
+
+
+def _growing(attention: Mixing, steps: Columns) -> Sizes:
+    """How many decodes of every row attend to a token more from step to step."""
+    return steps["decodes" if attention.window is None else f"window_growing_{attention.window}"]
 
 
 def _attended(attention: Mixing, steps: Columns) -> Sizes:
@@ -260,7 +280,7 @@ def _together(
     launch, factors = cost.tables.shared_launch(attention), np.ones(len(decode_s))
     if launch is None or not len(chunk_s):
         return factors
-    mean, apart = _contexts(attention, steps)[0], decode_s + _waited_s(chunk_s, chunks, own)
+    mean, apart = _mean(attention, steps), decode_s + _waited_s(chunk_s, chunks, own)
     fullest: dict[int, list[tuple[int, int]]] = {}
     for at in np.flatnonzero((own.rank == 0) & (steps["decodes"][chunks["step"]] > 0)).tolist():
         chunk = int(chunks["tokens"][at]), int(chunks["history"][at])
@@ -274,8 +294,8 @@ def _decodes(cost: StepCost, attention: Mixing, steps: Columns, counted: tuple[A
     """Decode attention; ``counted`` are the seconds of one layer in every row, and how often each runs."""
     (seconds, runs), batch, repeats = counted, steps["decodes"], steps["repeats"]
     ranks, attended = cost.lowered.attention_data, _attended(attention, steps)
-    mean, growing = _contexts(attention, steps)
-    pairs = repeats * (attended + growing * batch * (repeats - 1) / 2)
+    mean, growing = _mean(attention, steps), _growing(attention, steps)
+    pairs = repeats * (attended + growing * (repeats - 1) / 2)
     done = attention.decode_work(_floats(batch * repeats) / ranks, _floats(pairs) / ranks)
     sizes = {"keys": mean, "batch": share(batch, ranks)}
     yield from _attention(cost, (attention.kinds[0], attention), (None, seconds, *done, runs), sizes)
@@ -353,8 +373,11 @@ def _stats(cost: StepCost, steps: Columns, row: int) -> BatchStats:
     """The first step of a row of decode steps."""
     windows = sorted({mixing.window for mixing in cost.attentions if mixing.window is not None})
     decodes = int(steps["decodes"][row])
-    attended = tuple(int(steps[f"window_context_{window}"][row]) for window in windows)
-    return BatchStats(decodes, int(steps["context"][row]), attended, (), decodes)
+    attended, growing = (
+        tuple(int(steps[f"window_{what}_{window}"][row]) for window in windows) for what in ("context", "growing")
+    )
+    repeats = int(steps["repeats"][row])
+    return BatchStats(decodes, int(steps["context"][row]), attended, (), decodes, growing, repeats)
 
 
 def _host(cost: StepCost, host_s: Array, repeats: NDArray[np.int64]) -> Work:

@@ -72,7 +72,7 @@ def with_engine_options(engine: EngineProfile, options: Mapping[str, EngineOptio
 
 def policy_classes() -> dict[str, dict[str, type]]:
     """The batching policies and routers that a deployment can ask for, by kind and name."""
-    from apexsim.serving.batching import POLICIES
+    from apexsim.serving.policies import POLICIES
     from apexsim.serving.routing import ROUTERS
 
     return {"batching": dict(POLICIES), "router": dict(ROUTERS)}

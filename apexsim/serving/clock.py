@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from heapq import heappush
+from operator import attrgetter
+from typing import TYPE_CHECKING
 
 import simpy
 from simpy.core import StopSimulation
 
 Action = Callable[[simpy.Event], None]
 """What happens at a time; it is given the event, as SimPy's callbacks are."""
+
+FOREVER = 1 << 62
+"""A time that no run reaches, in nanoseconds."""
 
 ARRIVAL = 0
 """Rank of arrivals. The step ends of replica ``i`` have rank ``1 + i``: at equal times a request arrives before any
@@ -36,12 +41,16 @@ class Clock(simpy.Environment):
 
     def __init__(self) -> None:
         super().__init__(initial_time=0)
+        self.rank = ARRIVAL  # of what happens now: a replica that steps has its own
 
-    @property
-    def now_ns(self) -> int:
-        """The time, in nanoseconds."""
-        now_ns: int = self._now  # type: ignore[assignment]  # every time asked for is a whole number
-        return now_ns
+    if TYPE_CHECKING:
+
+        @property
+        def now_ns(self) -> int:
+            """The time, in nanoseconds: every time asked for is a whole number."""
+
+    else:
+        now_ns = property(attrgetter("_now"), doc="The time, in nanoseconds.")  # quicker than a function of ours
 
     def reaches(self, time_ns: int, rank: int) -> bool:
         """Move on to ``time_ns`` unless something else happens before (or then, at a lower rank). True if it does not.

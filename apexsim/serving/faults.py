@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from apexsim.errors import BadInput
-from apexsim.serving.request import Request
+from apexsim.serving.job import Job
 
 
 class PolicyFault(BadInput):
     """A policy decided what cannot be carried out; the message says which promise it broke, and with whom."""
 
-    def __init__(self, broke: str, request: Request | None = None) -> None:
-        who = "" if request is None else f" (request {request.index})"
+    def __init__(self, broke: str, job: Job | None = None) -> None:
+        who = "" if job is None else f" (request {job.index})"
         super().__init__(f"the policy {broke}{who}", key="policy")

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
-from apexsim.serving.request import Request
+from apexsim.serving.job import Job
+
+
+class Timed(Protocol):
+    """What tells the time."""
+
+    @property
+    def now_ns(self) -> int: ...
+
+
+class _Standing:
+    """A clock for whoever does not ask for ``block_ns``."""
+
+    now_ns = 0
 
 
 class BlockManager:
-    """Hands out a fixed number of KV blocks; a request holds as many as its computed tokens need.
+    """Hands out a fixed number of KV blocks; a job holds as many as its computed tokens need.
 
     ``blocks_for(tokens)`` says how many blocks that many cached tokens take (sliding-window layers hold less); it may
     only rise at multiples of ``block_size``, by the same number each time if ``steady``. Invariant after every call:
-    ``free`` + those of all requests + those a cohort has taken == ``total``. ``block_ns`` is the number of blocks in
-    use, integrated over time: it is kept by ``pass_time``, and by whoever takes blocks for times that have passed.
+    ``free`` + those of all jobs + those a group has taken == ``total``. ``block_ns`` is the number of blocks in use,
+    integrated over the time of ``clock``: what is taken counts from then on, and what is given back no more.
 
-    With ``remembers`` a preempted request finds again what nobody has taken of its blocks meanwhile. Free blocks form a
-    queue as in vLLM: taken at the head, given back at the tail, those of a request last block first. Positions in it
+    With ``remembers`` a preempted job finds again what nobody has taken of its blocks meanwhile. Free blocks form a
+    queue as in vLLM: taken at the head, given back at the tail, those of a job last block first. Positions in it
     count from the start of time, so that a block is there as long as the head has not passed it; blocks found again
     leave gaps::
 
@@ -25,96 +39,108 @@ class BlockManager:
 
     def __init__(
         self, total: int, block_size: int, blocks_for: Callable[[int], int], *, steady: bool = True,
-        remembers: bool = False,
+        remembers: bool = False, clock: Timed | None = None,
     ) -> None:  # fmt: skip
         self.total = total
         self.free = total
         self.block_size = block_size
         self.blocks_for = blocks_for
         self.steady = steady
+        self._each = blocks_for(1)
         self._needed = [0]  # blocks for 0, 1, 2 ... block sizes of tokens
-        self.block_ns = 0
-        self._until_ns = 0
+        self._clock: Timed = clock or _Standing()
+        self._given_ns = 0  # of every block given back when that was, less when each was taken
         self._remembers = remembers and steady
         self._tail = total
         self._gaps: list[tuple[int, int]] = []  # position and length, ascending
-        self._left: dict[Request, tuple[int, int, int]] = {}  # position and number of blocks given back, tokens in them
+        self._left: dict[Job, tuple[int, int, int]] = {}  # position and number of blocks given back, tokens in them
 
     @property
     def held(self) -> int:
         """Blocks in use."""
         return self.total - self.free
 
-    def pass_time(self, now_ns: int) -> None:
-        """Until now as many blocks were in use as are."""
-        self.block_ns += (self.total - self.free) * (now_ns - self._until_ns)
-        self._until_ns = now_ns
+    def block_ns(self, until_ns: int) -> int:
+        """Blocks in use, integrated over the time up to then, since when nothing has changed."""
+        return self._given_ns + self.held * until_ns
 
     def needed(self, tokens: int) -> int:
         """Blocks that ``tokens`` cached tokens take, remembered."""
         needed, index = self._needed, -(-tokens // self.block_size)
+        if self.steady:
+            return index * self._each
         while index >= len(needed):
             needed.append(self.blocks_for(len(needed) * self.block_size))
         return needed[index]
 
-    def missing(self, request: Request, tokens: int) -> int:
-        """Blocks that ``request`` lacks to hold ``tokens`` cached tokens."""
-        return self.needed(tokens) - request.blocks if tokens > request.capacity else 0
+    def missing(self, job: Job, tokens: int) -> int:
+        """Blocks that ``job`` lacks to hold ``tokens`` cached tokens."""
+        return self.needed(tokens) - job.blocks if tokens > job.capacity else 0
 
-    def grow(self, request: Request, tokens: int) -> None:
-        """Give ``request`` the blocks it lacks to hold ``tokens`` cached tokens."""
-        if tokens <= request.capacity:
+    def grow(self, job: Job, tokens: int) -> None:
+        """Give ``job`` the blocks it lacks to hold ``tokens`` cached tokens."""
+        if tokens <= job.capacity:
             return
         needed = self.needed(tokens)
-        missing = needed - request.blocks
+        missing = needed - job.blocks
         if missing > self.free:
-            raise RuntimeError(f"{request} needs {missing} blocks, {self.free} are free")
+            raise RuntimeError(f"{job} needs {missing} blocks, {self.free} are free")
         self.free -= missing
-        request.blocks = needed
-        request.capacity = -(-tokens // self.block_size) * self.block_size
+        self._given_ns -= missing * self._clock.now_ns
+        job.blocks = needed
+        job.capacity = -(-tokens // self.block_size) * self.block_size
 
-    def take(self, count: int) -> None:
-        """Take blocks for members of a cohort, to be accounted for when each is handed over or released."""
+    def take(self, count: int, block_ns: int = 0) -> None:
+        """Take blocks for members of a group, to be accounted for when each is handed over, or is released.
+
+        ``block_ns`` are those that they were in use before now, where they were taken at times that have passed.
+        """
         if count > self.free:
-            raise RuntimeError(f"a cohort needs {count} blocks, {self.free} are free")
+            raise RuntimeError(f"a group needs {count} blocks, {self.free} are free")
         self.free -= count
+        self._given_ns += block_ns - count * self._clock.now_ns
 
-    def hand_over(self, request: Request) -> None:
+    def used(self, block_ns: int) -> None:
+        """Blocks were in use for so long that nobody was told of when they were taken."""
+        self._given_ns += block_ns
+
+    def hand_over(self, job: Job) -> None:
         """Put on a member's own account what it holds: the blocks of its computed tokens."""
-        request.blocks = self.needed(request.computed)
-        request.capacity = -(-request.computed // self.block_size) * self.block_size
+        job.blocks = self.needed(job.computed)
+        job.capacity = -(-job.computed // self.block_size) * self.block_size
 
-    def release(self, request: Request) -> None:
-        """Take back every block of ``request``."""
-        self.free += request.blocks
-        self._tail += request.blocks
-        request.blocks = 0
-        request.capacity = 0
+    def release(self, job: Job) -> None:
+        """Take back every block of ``job``; where a group took them for it, those of its computed tokens."""
+        blocks = job.blocks if job.computed <= job.capacity else self.needed(job.computed)
+        self.free += blocks
+        self._given_ns += blocks * self._clock.now_ns
+        self._tail += blocks
+        job.blocks = 0
+        job.capacity = 0
 
-    def preempt(self, request: Request) -> None:
-        """Take back every block of ``request``, which may come for them again."""
+    def preempt(self, job: Job) -> None:
+        """Take back every block of ``job``, which may come for them again."""
         if self._remembers:
-            self._left[request] = (self._tail, request.blocks, request.computed)
-        self.release(request)
+            self._left[job] = (self._tail, job.blocks, job.computed)
+        self.release(job)
 
-    def cached(self, request: Request, free: int) -> int:
-        """Tokens of a waiting request that it finds computed in its old blocks once only ``free`` blocks are left.
+    def cached(self, job: Job, free: int) -> int:
+        """Tokens of a waiting job that it finds computed in its old blocks once only ``free`` blocks are left.
 
         Full blocks count, from the first on, and it must compute its last known token anew.
         """
-        if request not in self._left:
+        if job not in self._left:
             return 0
-        position, blocks, tokens = self._left[request]
+        position, blocks, tokens = self._left[job]
         there = blocks - max(0, self._head(free) - position)
         each = self.needed(1)
         return (
-            max(0, min(there // each, tokens // self.block_size, (request.known - 1) // self.block_size))
-            * self.block_size
+            max(0, min(there // each, tokens // self.block_size, (job.known - 1) // self.block_size)) * self.block_size
         )
 
-    def recover(self, request: Request, tokens: int) -> None:
-        """Give ``request`` its old blocks of its first ``tokens`` tokens; the others are forgotten."""
-        position, blocks, _ = self._left.pop(request, (0, 0, 0))
+    def recover(self, job: Job, tokens: int) -> None:
+        """Give ``job`` its old blocks of its first ``tokens`` tokens; the others are forgotten."""
+        position, blocks, _ = self._left.pop(job, (0, 0, 0))
         found = self.needed(tokens)
         if found:
             head = self._head(self.free)
@@ -122,7 +148,8 @@ class BlockManager:
                 [*((at, size) for at, size in self._gaps if at >= head), (position + blocks - found, found)]
             )
             self.free -= found
-            request.blocks, request.capacity = found, tokens
+            self._given_ns -= found * self._clock.now_ns
+            job.blocks, job.capacity = found, tokens
 
     def _head(self, free: int) -> int:
         """Position of the next block to be taken if ``free`` are left."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from apexsim.errors import BadInput, InfeasiblePlan, nearest
 from apexsim.serving.audit import Audited
-from apexsim.serving.batching import POLICIES, BatchPolicy
+from apexsim.serving.policies import POLICIES, BatchPolicy
 from apexsim.serving.routing import ROUTERS, Router
 from apexsim.specs.deployment import Deployment
 from apexsim.specs.engine import SchedulerDefaults

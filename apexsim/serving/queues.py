@@ -1,4 +1,4 @@
-"""Queues of waiting requests: in the order of their arrival, or of a key."""
+"""Queues of waiting jobs: in the order of their arrival, or of a key."""
 
 from __future__ import annotations
 
@@ -8,67 +8,63 @@ from typing import Any, Protocol
 
 from sortedcontainers import SortedKeyList
 
-from apexsim.serving.request import Request
+from apexsim.serving.job import Job
 
 
 class Queue(Protocol):
-    """Requests that wait, in the order in which a policy is shown them; the first is at position 0."""
+    """Jobs that wait, in the order in which a policy is shown them; the first is at position 0."""
 
-    def append(self, request: Request, /) -> None:
-        """A request arrives."""
+    def append(self, job: Job, /) -> None:
+        """A job arrives."""
 
-    def extend(self, requests: Iterable[Request], /) -> None:
-        """Requests arrive, in this order."""
+    def extend(self, jobs: Iterable[Job], /) -> None:
+        """Jobs arrive, in this order."""
 
-    def appendleft(self, request: Request, /) -> None:
-        """A preempted request comes back, before all that have the same claim."""
+    def appendleft(self, job: Job, /) -> None:
+        """A preempted job comes back, before all that have the same claim."""
 
-    def take(self, request: Request, /) -> None:
-        """Let a request go; ValueError if it does not wait."""
+    def take(self, job: Job, /) -> None:
+        """Let a job go; ValueError if it does not wait."""
 
-    def __getitem__(self, position: int, /) -> Request: ...
+    def __getitem__(self, position: int, /) -> Job: ...
 
     def __len__(self) -> int: ...
 
-    def __iter__(self) -> Iterator[Request]: ...
+    def __iter__(self) -> Iterator[Job]: ...
 
 
-class Fifo(deque[Request]):
+class Fifo(deque[Job]):
     """First come, first served; who was preempted is served before."""
 
-    def take(self, request: Request) -> None:
-        if self and self[0] is request:
-            self.popleft()
-        else:
-            self.remove(request)
+    take = deque.remove  # quick where the first goes, as is usual
 
 
 class Ordered:
-    """By a key that never changes while a request waits; equal keys in the order of ``Request.index``.
+    """By a key that never changes while a job waits; equal keys in the order of ``Job.index``.
 
     Every operation takes time in the logarithm of the length.
     """
 
-    def __init__(self, key: Callable[[Request], Any]) -> None:
-        self._requests = SortedKeyList(key=lambda request: (key(request), request.index))
+    def __init__(self, key: Callable[[Job], Any]) -> None:
+        self._requests = SortedKeyList(key=lambda job: (key(job), job.index))
 
-    def append(self, request: Request) -> None:
-        self._requests.add(request)
+    def append(self, job: Job) -> None:
+        self._requests.add(job)
 
     appendleft = append
 
-    def extend(self, requests: Iterable[Request]) -> None:
-        self._requests.update(requests)
+    def extend(self, jobs: Iterable[Job]) -> None:
+        self._requests.update(jobs)
 
-    def take(self, request: Request) -> None:
-        self._requests.remove(request)
+    def take(self, job: Job) -> None:
+        self._requests.remove(job)
 
-    def __getitem__(self, position: int) -> Request:
-        found: Request = self._requests[position]
+    def __getitem__(self, position: int) -> Job:
+        found: Job = self._requests[position]
         return found
 
     def __len__(self) -> int:
         return len(self._requests)
 
-    def __iter__(self) -> Iterator[Request]:
+    def __iter__(self) -> Iterator[Job]:
         return iter(self._requests)

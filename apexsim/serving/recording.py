@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from struct import Struct
 
 import numpy as np
 from numpy.typing import NDArray
 
 from apexsim.columns import BLOCK_ROWS, Columns, Rows, joined
-from apexsim.costs.durations import RunDurations, Tally
+from apexsim.costs.durations import SPANS, RunDurations, Tally
 from apexsim.costs.steps import BatchStats
 from apexsim.costs.timing import RunTimes
-from apexsim.serving.batch import Batch
-from apexsim.serving.cohort import Cohort
-from apexsim.serving.request import Request
 
 STEP_COLUMNS = (
     "start_ns", "end_ns", "replica", "repeats", "decodes", "context", "chunk_tokens", "survivors",
@@ -30,7 +27,9 @@ class Recorder:
     """Collects integers while the clock runs; turns them into columns afterwards."""
 
     def __init__(self, windows: Sequence[int]) -> None:
-        self.step_columns = (*STEP_COLUMNS, *(f"window_context_{window}" for window in windows))
+        seen = (f"window_{what}_{window}" for what in ("context", "growing") for window in windows)
+        self.step_columns = (*STEP_COLUMNS, *seen)
+        self._nobody_grows = (0,) * len(windows)
         self._rows, self._chunk_rows = Rows(self.step_columns), Rows(CHUNK_COLUMNS)
         self._stored = 0  # steps in the rows
         self._chunks_before: list[int] = []  # how many chunks the steps before each lot have
@@ -52,14 +51,17 @@ class Recorder:
         times_ns: tuple[int, int],
         repeats: int,
         held: tuple[int, int],
+        gap: tuple[int, int] = (0, 0),
     ) -> None:
-        """Add a step, or ``repeats`` decode steps that follow one another.
+        """Add a step, or ``repeats`` decode steps that follow one another. ``gap``: see ``gap``, of the first.
 
         ``labels`` are the replica and its counts of running and waiting requests, ``times_ns`` start and end, ``held``
         the KV blocks in use in the first and the last (a row keeps their mean and the last). Decode steps that go on
         where a row ended are added to that row.
         """
-        decodes, context, window_contexts, chunks, survivors = stats
+        if gap[1]:
+            self._gaps.extend(gap)
+        decodes, context, window_contexts, chunks, survivors, growing, _ = stats
         start_ns, end_ns = times_ns
         steps = self._steps
         going_on = None if chunks else (labels[0], decodes, context + repeats * decodes, end_ns)
@@ -82,6 +84,7 @@ class Recorder:
         steps.frombytes(self._packed(
             start_ns, end_ns, labels[0], repeats, decodes, context, chunk_tokens, survivors,
             (held[0] + held[1]) // 2, held[1], labels[1], labels[2], *window_contexts,
+            *(growing or self._nobody_grows),
         ))  # fmt: skip
 
     def peak(self, held: int) -> None:
@@ -89,44 +92,37 @@ class Recorder:
         steps, at = self._steps, self._row + 9
         steps[at] = held if held > steps[at] else steps[at]
 
-    def tokens(self, requests: Sequence[Request], end_ns: int) -> None:
-        """One sampled token of each request comes to exist; the gap to its previous one is an inter-token latency."""
-        latest = count = 0
-        for request in requests:
-            request.pending -= 1
-            last = request.last_token_ns
-            request.last_token_ns = end_ns
-            if last is None:
-                request.first_token_ns = end_ns
-            elif last == latest:
-                count += 1
-            else:
-                self.gap(end_ns - latest, count)
-                latest, count = last, 1
-        self.gap(end_ns - latest, count)
-
     def gap(self, gap_ns: int, count: int) -> None:
         """So many tokens came ``gap_ns`` after the previous one of their request."""
-        if count:
-            self._gaps.extend((gap_ns, count))
+        self._gaps.extend((gap_ns, count))
 
-    def ended(self, batch: Batch, cohort: Cohort, held: int) -> None:
-        """A batch ended: every request in it has a token more, cohort members all after the same gap."""
-        end_ns = batch.end_ns
-        if batch.showing:
-            batch.show()
-        if batch.samples:
-            self.tokens(batch.samples, end_ns)
-        if batch.whole:
-            if batch.marching:
-                self.gap(end_ns - cohort.last_end_ns, batch.marching)
-            cohort.last_step, cohort.last_end_ns = batch.step, end_ns
-        self.step(batch.stats, batch.labels, (batch.start_ns, end_ns), 1, (held, held))
+    def gaps(self, gaps: Iterable[tuple[int, int]]) -> None:
+        """Many of them."""
+        for gap in gaps:
+            self._gaps.extend(gap)
 
-    def run(self, run: RunTimes, steps: int, sequences: int) -> None:
-        """Steps 2 ... ``steps`` of a run gave ``sequences`` requests a token each; the first has its ``gap``."""
+    def stretch(
+        self,
+        labels: tuple[int, int, int],
+        stats: BatchStats,
+        times_ns: tuple[int, int],
+        ran: tuple[RunTimes, int],
+        held: tuple[int, int],
+        first_gap: tuple[int, int],
+    ) -> None:
+        """So many steps of a run ``ran``, one after another without a gap, on one stage (see ``step``).
+
+        ``first_gap``: what its first step took since the token before, and for how many sequences; those of later steps
+        are their durations.
+        """
+        run, steps = ran
         if steps > 1:
-            self._runs.add(run, steps, sequences)
+            self._runs.noted.append((run, steps, stats.decodes))
+        self.step(stats, labels, times_ns, steps, held, first_gap)
+
+    def pipeline(self, spent_ns: int) -> None:
+        """Steps that only decode took so long on all stages of a pipeline."""
+        self.pipeline_ns += spent_ns
 
     def steps(self) -> Columns:
         """Columns of ``step_columns``, in the order in which steps ended."""
@@ -153,13 +149,14 @@ class Recorder:
             return
         self._chunks_before.append(len(self._chunk_rows))
         self._rows.append(self._steps.tobytes())
-        self._chunk_rows.append(self._chunks.tobytes())
-        self._steps, self._chunks, self._next = array("q"), array("q"), None
         self._stored = len(self._rows)
         # Looked at here alone: a look at every gap and run would cost the clock loop a hundredth of its time.
         if len(self._gaps) >= _MOST_GAPS:
             self._add_up()
-        self._runs.settle()
+        if len(self._runs.noted) >= SPANS:
+            self._runs.add_up()
+        self._chunk_rows.append(self._chunks.tobytes())
+        self._steps, self._chunks, self._next = array("q"), array("q"), None
 
     def inter_token_gaps(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Distinct gaps in nanoseconds, ascending, and how many tokens had each."""

@@ -35,9 +35,10 @@ class RequestRows:
         self._numbers: dict[str, int] = {}
         self.rejected: Counter[str] = Counter()
 
-    def finish(self, request: Request) -> None:
-        """The last token of a request exists."""
-        self._add(request, _FINISHED)
+    def finish(self, requests: Iterable[Request]) -> None:
+        """The last tokens of these requests exist."""
+        for request in requests:
+            self._add(request, _FINISHED)
 
     def leave(self, request: Request) -> None:
         """The run is over, and a request has not ended."""
@@ -72,7 +73,7 @@ class RequestRows:
 
 def _row(request: Request, verdict: int) -> tuple[int, ...]:
     replica, scheduled_ns, last_ns = request.replica, request.scheduled_ns, request.last_token_ns
-    first_ns = request.shown_ns if request.shown else request.first_token_ns
+    first_ns = request.first_token_ns
     return (
         request.index,
         _NEVER if replica is None else replica,
@@ -91,7 +92,10 @@ def columns_of(requests: Iterable[Request], response_ns: int) -> Columns:
     """The rows of these requests as ``RequestRows.blocks`` gives them, in their order; none was refused."""
     rows = RequestRows()
     for request in requests:
-        (rows.finish if request.finished else rows.leave)(request)
+        if request.finished:
+            rows.finish((request,))
+        else:
+            rows.leave(request)
     return joined(rows.blocks(response_ns))
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from apexsim.serving.job import Job
+from apexsim.serving.messages import View
+
 
 class Router(Protocol):
-    """Chooses a replica from the unfinished requests that each of them holds."""
+    """Chooses the replica of a job, by its position among those that are to be seen."""
 
-    def choose(self, loads: Sequence[int]) -> int: ...
+    def choose(self, job: Job, views: Sequence[View]) -> int: ...
 
 
 class RoundRobin:
@@ -18,8 +21,8 @@ class RoundRobin:
     def __init__(self) -> None:
         self._next = 0
 
-    def choose(self, loads: Sequence[int]) -> int:
-        chosen = self._next % len(loads)
+    def choose(self, job: Job, views: Sequence[View]) -> int:
+        chosen = self._next % len(views)
         self._next = chosen + 1
         return chosen
 
@@ -27,8 +30,9 @@ class RoundRobin:
 class LeastLoaded:
     """The replica with the fewest unfinished requests; the first of equals."""
 
-    def choose(self, loads: Sequence[int]) -> int:
-        return min(range(len(loads)), key=loads.__getitem__)
+    def choose(self, job: Job, views: Sequence[View]) -> int:
+        loads = [view.unfinished for view in views]
+        return loads.index(min(loads))
 
 
 ROUTERS: dict[str, type[RoundRobin] | type[LeastLoaded]] = {"round_robin": RoundRobin, "least_loaded": LeastLoaded}

@@ -15,10 +15,11 @@ from apexsim.costs.starting import Started, start
 from apexsim.costs.steps import StepCost, build_step_cost
 from apexsim.costs.timing import StepTimes
 from apexsim.results import SimulationResult
-from apexsim.serving.batching import BatchPolicy
 from apexsim.serving.clock import Clock
+from apexsim.serving.flow import Flow, see
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.named import check_due, make_policy, make_router
+from apexsim.serving.policies import BatchPolicy
 from apexsim.serving.recording import Recorder
 from apexsim.serving.replica import Replica, ReplicaSettings
 from apexsim.serving.request import Request
@@ -113,9 +114,7 @@ _PLAINLY = How()
 class Run:
     """The clock, the replicas and the requests of one simulation.
 
-    ``request_ns`` is the number of requests in the system integrated over time (L x T of Little's law), kept as each
-    leaves by the clock. ``watch``, where given, sees every request that leaves or is refused, and ends the run by
-    returning True.
+    ``watch``, where given, sees every request that leaves or is refused, and ends the run by returning True.
     """
 
     def __init__(
@@ -133,18 +132,23 @@ class Run:
         self.rows = RequestRows()
         self.policy = how.policy or make_policy(server.scheduler)
         count = sum(pool.replicas for pool in deployment.pools)
+        self.flow = Flow(
+            self.clock,
+            make_router(deployment.router),
+            self.rows,
+            stream_interval=server.scheduler.stream_interval,
+        )
         self.replicas = self._replicas(count, server, cost, memory, how.exact_steps)
-        self._router = make_router(deployment.router)
+        host = server.engine.host
+        self.flow.serve_with(self.replicas, frontend_ns=to_ns(host.frontend_per_request_s))
         self._workload = requests
         self.source = Source(
             requests,
             Door(server.scheduler, server.context_limit, memory),
             self._refused,
             patience_ns=self._patience_ns(requests, how.slo),
-            stream_interval=server.scheduler.stream_interval,
         )
-        self._traffic = self._traffic_of(requests, to_ns(server.engine.host.response_s))
-        self.request_ns = 0
+        self._traffic = self._traffic_of(requests, to_ns(host.response_s))
         self._left = [0, 0]  # requests that have not ended when the run is over: never sent, and sent
         self._done = 0
         self.watch: Callable[[Request], bool] | None = None
@@ -171,7 +175,6 @@ class Run:
             scheduler=scheduler,
             policy=self.policy,
             windows=server.model.windows,
-            frontend_ns=to_ns(server.engine.host.frontend_per_request_s),
             exact_steps=exact_steps,
         )
         return [
@@ -185,9 +188,10 @@ class Run:
                     memory.blocks_for,
                     steady=memory.steady,
                     remembers=scheduler.prefix_caching,
+                    clock=self.clock,
                 ),
                 recorder=self.recorder,
-                on_finish=self._finished,
+                on_done=self.flow.done,
             )
             for index in range(count)
         ]
@@ -195,12 +199,11 @@ class Run:
     def _traffic_of(self, requests: Requests, response_ns: int) -> Traffic:
         """The way in which the requests come."""
         if requests.concurrency is None:
-            alone = self.replicas[0] if len(self.replicas) == 1 else None
-            return OpenLoop(self.source, self.clock, self._route, alone=alone)
+            return OpenLoop(self.source, self.clock, self.flow)
         return ClosedLoop(
             self.source,
             self.clock,
-            self._route,
+            self.flow,
             clients=requests.concurrency,
             pause_ns=response_ns + max(1, to_ns(requests.turnaround_s)),
             waves=requests.waves,
@@ -208,9 +211,14 @@ class Run:
 
     def go(self) -> None:
         """Run until every request is done."""
+        if self._traffic.waits or self.watch or self._progress:
+            self.flow.on_end = self._finished
         self._traffic.begin()
         self.clock.run()
-        for request in self.source.left():
+        self.flow.close_rows()
+        for request in (*self.flow.living.values(), *self.source.rest()):
+            if request.job is not None:
+                see(request, request.job)
             self.rows.leave(request)
             self._left[request.replica is not None] += 1
         if self._progress:
@@ -232,19 +240,12 @@ class Run:
         """What the requests that neither finished nor were refused waited for; None where there are none."""
         return why_unfinished(self.replicas, asked=self.asked, unsent=self._left[0], stuck=self._left[1])
 
-    def _route(self, request: Request) -> None:
-        chosen = self._router.choose([replica.unfinished for replica in self.replicas])
-        self.replicas[chosen].submit(request)
-
     def _refused(self, request: Request, reason: str) -> None:
         """The request is turned away at the door."""
         self.rows.reject(request, reason)
         self._count(request)
 
     def _finished(self, request: Request) -> None:
-        self.request_ns += self.clock.now_ns - request.arrival_ns
-        del self.source.living[request.index]
-        self.rows.finish(request)
         self._count(request)
         self._traffic.ended()
 

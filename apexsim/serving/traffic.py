@@ -15,7 +15,7 @@ from simpy import Event
 
 from apexsim.costs.memory import MemoryPlan
 from apexsim.serving.clock import ARRIVAL, Clock
-from apexsim.serving.replica import Replica
+from apexsim.serving.flow import Flow
 from apexsim.serving.request import Request
 from apexsim.specs.engine import SchedulerDefaults
 from apexsim.specs.workload import DEADLINE, Requests
@@ -24,14 +24,13 @@ from apexsim.units import NS_PER_S, to_ns
 # Rows of a workload that are turned into Python's numbers at a time.
 _LOT = 1 << 12
 Row = tuple[int, int, int | None, int | None]
-Send = Callable[[Request], None]
 
 
 class Source:
     """The requests of a workload, made one by one; those refused at the door are passed over.
 
     ``patience_ns`` is the time from arrival to deadline of requests without a deadline of their own; None where they
-    have none. ``refuse`` is told of each request that is turned away, and why. ``living`` requests have not ended yet.
+    have none. ``refuse`` is told of each request that is turned away, and why.
     """
 
     def __init__(
@@ -41,15 +40,12 @@ class Source:
         refuse: Callable[[Request, str], None],
         *,
         patience_ns: int | None,
-        stream_interval: int,
     ) -> None:
         self.count = len(requests)
         self.made = 0
-        self.living: dict[int, Request] = {}
         self._door = door
         self._refuse = refuse
         self._patience_ns = patience_ns
-        self._stream_interval = stream_interval
         self._rows = _rows(requests)
 
     def next(self, now_ns: int | None = None) -> Request | None:
@@ -57,14 +53,12 @@ class Source:
         while (request := self._make(now_ns)) is not None:
             reason = self._door.refuses(request)
             if not reason:
-                self.living[request.index] = request
                 return request
             self._refuse(request, reason)
         return None
 
-    def left(self) -> Iterator[Request]:
-        """The requests that have not ended. Those that were never sent come at their own time, else at 0."""
-        yield from self.living.values()
+    def rest(self) -> Iterator[Request]:
+        """The requests that were never sent, whoever may be let in; without an own time they come at 0."""
         while (request := self._make(None)) is not None:
             yield request
 
@@ -73,7 +67,7 @@ class Source:
         if row is None:
             return None
         prompt, output, arrival_ns, patience_ns = row
-        request = Request(self.made, prompt, output, stream_interval=self._stream_interval)
+        request = Request(self.made, prompt, output)
         self.made += 1
         request.arrival_ns = (arrival_ns or 0) if now_ns is None else now_ns
         patience_ns = self._patience_ns if patience_ns is None else patience_ns
@@ -100,7 +94,10 @@ def _rows_of(requests: Requests) -> Iterator[Row]:
 
 
 class Traffic(Protocol):
-    """Sends the requests of a source to the replicas."""
+    """Sends the requests of a source on their way."""
+
+    waits: bool
+    """Whether somebody waits for a request to end."""
 
     def begin(self) -> None:
         """Ask for the first arrival."""
@@ -112,15 +109,17 @@ class Traffic(Protocol):
 class OpenLoop:
     """Every request comes at its own time; only the next one is known.
 
-    ``alone``: the only replica, where there is nothing to route. It takes a request when its frontend has handled it.
+    Behind a single frontend there is nothing to route: one event says that it has come and has been taken in.
     """
 
-    def __init__(self, source: Source, clock: Clock, send: Send, *, alone: Replica | None) -> None:
+    waits = False
+
+    def __init__(self, source: Source, clock: Clock, flow: Flow) -> None:
         self._source = source
         self._clock = clock
-        self._send = send
-        self._alone = alone
-        self._frontend_ns = alone.frontend_ns if alone else 0
+        self._flow = flow
+        self._alone = flow.alone
+        self._each_ns = self._alone.each_ns if self._alone else 0
         self._coming: Request | None = None
         self._comes_ns = 0
 
@@ -134,7 +133,7 @@ class OpenLoop:
     def _look_ahead(self) -> None:
         self._coming = self._source.next()
         if self._coming is not None:
-            self._comes_ns = max(self._comes_ns, self._coming.arrival_ns) + self._frontend_ns
+            self._comes_ns = max(self._comes_ns, self._coming.arrival_ns) + self._each_ns
 
     def _await(self) -> None:
         if self._coming is not None:
@@ -142,24 +141,26 @@ class OpenLoop:
 
     def _arrive(self, _: Event) -> None:
         """All requests of this instant arrive, then the next arrival is awaited."""
-        now_ns, alone = self._clock.now_ns, self._alone
+        now_ns, alone = self._comes_ns, self._alone
         while (request := self._coming) is not None and self._comes_ns == now_ns:
             self._look_ahead()
             if alone is None:
-                self._send(request)
+                self._flow.begin(request)
             else:
-                alone.next_arrival_ns = None if self._coming is None else self._comes_ns
-                alone.take(request)
+                alone.replica.next_arrival_ns = None if self._coming is None else self._comes_ns
+                self._flow.taken_in(request)
         self._await()
 
 
 class ClosedLoop:
     """``clients`` send their next request ``pause_ns`` after their answer ended; in ``waves``, after all answers."""
 
-    def __init__(self, source: Source, clock: Clock, send: Send, *, clients: int, pause_ns: int, waves: bool) -> None:
+    waits = True
+
+    def __init__(self, source: Source, clock: Clock, flow: Flow, *, clients: int, pause_ns: int, waves: bool) -> None:
         self._source = source
         self._clock = clock
-        self._send = send
+        self._flow = flow
         self._clients = clients
         self._pause_ns = pause_ns
         self._waves = waves
@@ -184,7 +185,7 @@ class ClosedLoop:
         request = self._source.next(self._clock.now_ns)
         if request is not None:
             self._out += 1
-            self._send(request)
+            self._flow.begin(request)
 
 
 class Door:
@@ -201,7 +202,8 @@ class Door:
 
     def refuses(self, request: Request) -> str:
         """Why the request cannot be served; empty when it can."""
-        total, prompt = request.total, request.prompt_tokens
+        prompt = request.prompt_tokens
+        total = prompt + request.output_tokens
         if total > self._context_limit:
             return f"{total} tokens of prompt and output exceed the context limit of {self._context_limit}"
         if self._prompt_limit is not None and prompt > self._prompt_limit:
