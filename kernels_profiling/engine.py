@@ -13,10 +13,11 @@ import torch
 
 from apexsim.costs.memory import MemoryPlan
 from apexsim.errors import BadInput
-from apexsim.serving.batch import Batch, compose
-from apexsim.serving.batching import Ledger
-from apexsim.serving.cohort import Cohort
+from apexsim.serving.batch import Batch
+from apexsim.serving.decodes import advance, who_leave
+from apexsim.serving.job import Job
 from apexsim.serving.kv_cache import BlockManager
+from apexsim.serving.ledger import Ledger
 from apexsim.serving.named import make_policy
 from apexsim.serving.recording import Recorder
 from apexsim.serving.request import Request
@@ -85,7 +86,6 @@ class LiveEngine:
         """An empty replica: nothing queued, cached or recorded."""
         blocks = BlockManager(self._memory.blocks, self._memory.block_size, self._memory.blocks_for)
         self._scheduler = Scheduler(self._limits, blocks, self._policy.queue())
-        self._cohort = Cohort(blocks)  # stays empty: every request is advanced by itself
         self._tables = BlockTables(blocks, seats=self._limits.max_num_seqs, width=self._width)
         self._recorder = Recorder(())
         self.outputs: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []
@@ -116,11 +116,11 @@ class LiveEngine:
         """Compose and compute until no request is left."""
         waiting, running, now_ns = self._scheduler.waiting, self._scheduler.running, self._now_ns()
         while True:
-            waiting.extend(traffic.arrived(now_ns))
+            waiting.extend([_job_of(request) for request in traffic.arrived(now_ns)])
             if waiting or running:
-                leaving = self._step()
+                answered = self._step()
                 now_ns = self._now_ns()
-                traffic.answered(leaving, now_ns)
+                traffic.answered(answered, now_ns)
             elif traffic.next_ns is None:
                 return
             else:
@@ -128,17 +128,18 @@ class LiveEngine:
                 now_ns = self._now_ns()
 
     def _step(self) -> list[Request]:
-        """One decision of the policy and the step it makes; returns who has his last token."""
+        """One decision of the policy and the step it makes; returns the requests that have their last token."""
         start_ns, scheduler = self._now_ns(), self._scheduler
         ledger = scheduler.open(self._limits.max_num_seqs)
         self._policy.fill(ledger, scheduler.running, scheduler.waiting)
         scheduler.apply(ledger, start_ns)
-        for request in ledger.preempted:
-            self._tables.release(request)
+        for job in ledger.preempted:
+            self._tables.release(job)
         if not (ledger.decodes or ledger.chunks):
             assert ledger.preempted, "requests are there and the policy schedules none"
             return []
-        batch = compose(ledger, scheduler.running, scheduler.blocks, (), self._cohort)
+        stats, samples = advance(ledger, scheduler.blocks, ())
+        batch = Batch(stats, samples, who_leave(samples))
         batch.start_ns, batch.labels = start_ns, (0, len(scheduler.running), len(scheduler.waiting))
         self._compute(ledger)
         batch.end_ns = self._now_ns()
@@ -146,24 +147,32 @@ class LiveEngine:
 
     def _compute(self, ledger: Ledger) -> None:
         """Run the step and note the tokens of those that sampled."""
-        requests = [*ledger.decodes, *[request for request, _ in ledger.chunks]]
-        for request in requests:
-            self._tables.grow(request)
+        jobs = [*ledger.decodes, *[job for job, _ in ledger.chunks]]
+        for job in jobs:
+            self._tables.grow(job)
         known = self.runner.known
-        for request, token in zip(requests, self.runner.run(ledger.decodes, ledger.chunks), strict=True):
-            if request.decoding:
-                known[request.index][request.known - 1] = token
+        for job, token in zip(jobs, self.runner.run(ledger.decodes, ledger.chunks), strict=True):
+            if job.decoding:
+                known[job.index][job.known - 1] = token
 
     def _end(self, batch: Batch) -> list[Request]:
         """Stamp the tokens of a batch; those whose last it was leave."""
-        leaving, scheduler = list(batch.leaving), self._scheduler
-        scheduler.see_off(leaving)
-        self._recorder.ended(batch, self._cohort, scheduler.blocks.held)
-        for request in leaving:
-            scheduler.leave(request, batch.end_ns)
-            self._tables.release(request)
+        scheduler, held = self._scheduler, self._scheduler.blocks.held
+        scheduler.see_off(batch.leaving)
+        batch.emit(self._recorder)
+        self._recorder.step(batch.stats, batch.labels, (batch.start_ns, batch.end_ns), 1, (held, held))
+        for job in batch.leaving:
+            scheduler.leave(job, batch.end_ns)
+            self._tables.release(job)
+            job.request.saw(job)
         self._tables.check()
-        return leaving
+        return [job.request for job in batch.leaving]
+
+
+def _job_of(request: Request) -> Job:
+    """All of a request as one job."""
+    job = request.job = Job(request)
+    return job
 
 
 def check_servable(settings: EngineSettings, workload: Requests) -> None:

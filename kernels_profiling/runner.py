@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from apexsim.serving.request import Request
+from apexsim.serving.job import Job
 from kernels_profiling import attention
 from kernels_profiling.paged_cache import BlockTables
 from kernels_profiling.transformer import Packed, Transformer
@@ -52,7 +52,7 @@ def _pair(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Pai
 class Runner:
     """The model, its step buffers and, on a GPU, its decode graphs.
 
-    ``known`` holds the tokens of every request by index: its prompt and what it has sampled so far.
+    ``known`` holds the tokens of every job by index: its prompt and what it has sampled so far.
     """
 
     def __init__(self, model: Transformer, tables: BlockTables, *, token_budget: int, graphs: bool = True) -> None:
@@ -72,48 +72,48 @@ class Runner:
         self._batches = graph_sizes(seats) if graphs and device.type == "cuda" else []
         self._pool = torch.cuda.graph_pool_handle() if self._batches else None
 
-    def run(self, decodes: Sequence[Request], chunks: Sequence[tuple[Request, int]]) -> list[int]:
-        """Compute a step whose requests have been advanced already; the next token of each, decodes first."""
+    def run(self, decodes: Sequence[Job], chunks: Sequence[tuple[Job, int]]) -> list[int]:
+        """Compute a step whose jobs have been advanced already; the next token of each, decodes first."""
         if not chunks and self._batches:
             return self._replay(decodes)
         self._fill_decodes(decodes)
         tokens = self._fill_chunks(len(decodes), chunks)
-        longest = max([request.computed for request in (*decodes, *[request for request, _ in chunks])])
-        histories = [(count, request.computed - count) for request, count in chunks]
+        longest = max([job.computed for job in (*decodes, *[job for job, _ in chunks])])
+        histories = [(count, job.computed - count) for job, count in chunks]
         packed = self._packed(tokens, len(decodes) + len(chunks), -(-longest // self._size), histories)
         found: list[int] = self.model.forward(packed).tolist()
         return found
 
     # -- packing ----------------------------------------------------------------------------------------------
 
-    def _fill_decodes(self, decodes: Sequence[Request]) -> None:
-        """Write one token of each decoding request: the one it sampled last."""
+    def _fill_decodes(self, decodes: Sequence[Job]) -> None:
+        """Write one token of each decoding job: the one it sampled last."""
         count = len(decodes)
         if not count:
             return
         known = self.known
-        lengths = np.array([request.computed for request in decodes])
+        lengths = np.array([job.computed for job in decodes])
         positions = lengths - 1
-        tables = self.tables.rows[[self.tables.row(request) for request in decodes]]
+        tables = self.tables.rows[[self.tables.row(job) for job in decodes]]
         blocks = tables[np.arange(count), positions // self._size].astype(np.int64)
-        self._ids.array[:count] = [known[request.index][request.computed - 1] for request in decodes]
+        self._ids.array[:count] = [known[job.index][job.computed - 1] for job in decodes]
         self._positions.array[:count] = positions
         self._slots.array[:count] = blocks * self._size + positions % self._size
         self._tables.array[:count] = tables
         self._lengths.array[:count] = lengths
         self._last.array[:count] = np.arange(count)
 
-    def _fill_chunks(self, decodes: int, chunks: Sequence[tuple[Request, int]]) -> int:
+    def _fill_chunks(self, decodes: int, chunks: Sequence[tuple[Job, int]]) -> int:
         """Write the tokens of chunks behind those that decode; returns how many tokens there are in all."""
         begin, size = decodes, self._size
-        for at, (request, count) in enumerate(chunks, start=decodes):
-            positions, end = np.arange(request.computed - count, request.computed), begin + count
-            row = self.tables.rows[self.tables.row(request)]
-            self._ids.array[begin:end] = self.known[request.index][positions]
+        for at, (job, count) in enumerate(chunks, start=decodes):
+            positions, end = np.arange(job.computed - count, job.computed), begin + count
+            row = self.tables.rows[self.tables.row(job)]
+            self._ids.array[begin:end] = self.known[job.index][positions]
             self._positions.array[begin:end] = positions
             self._slots.array[begin:end] = row[positions // size].astype(np.int64) * size + positions % size
             self._tables.array[at] = row
-            self._lengths.array[at] = request.computed
+            self._lengths.array[at] = job.computed
             self._last.array[at] = end - 1
             begin = end
         return begin
@@ -139,10 +139,10 @@ class Runner:
             for batch in reversed(self._batches):
                 self._graph(batch, width)
 
-    def _replay(self, decodes: Sequence[Request]) -> list[int]:
+    def _replay(self, decodes: Sequence[Job]) -> list[int]:
         """The step as the smallest graph that holds it, padded with sequences of nobody."""
         count = len(decodes)
-        blocks = -(-max([request.computed for request in decodes]) // self._size)
+        blocks = -(-max([job.computed for job in decodes]) // self._size)
         batch, width = self._batches[bisect_left(self._batches, count)], self._widths[bisect_left(self._widths, blocks)]
         graph, out = self._graph(batch, width)
         self._fill_decodes(decodes)

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from apexsim import catalog
+from apexsim.serving.job import Job
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.request import Request
 from apexsim.specs.workload import Requests
@@ -261,15 +262,15 @@ def test_padding_a_decode_batch_changes_no_token() -> None:
         update={"layers": 2, "hidden": 32, "heads": 2, "kv_heads": 1, "head_dim": 16, "ffn": 32, "vocab": 67}
     )
     engine = LiveEngine(EngineSettings(model=model, scheduler=limits, kv_blocks=30, longest=32))
-    runner, requests = engine.runner, [Request(index, 6 + index, 4) for index in range(3)]
-    runner.known = [np.arange(request.total) + request.index for request in requests]
-    for request in requests:
-        engine._scheduler.blocks.grow(request, request.prompt_tokens)
-        engine._tables.grow(request)
-        request.computed = request.prompt_tokens
-    runner.run([], [(request, request.prompt_tokens) for request in requests])
-    plain = runner.run(requests, [])
-    runner._fill_decodes(requests)
+    runner, jobs = engine.runner, [Job(Request(index, 6 + index, 4)) for index in range(3)]
+    runner.known = [np.arange(job.total) + job.index for job in jobs]
+    for job in jobs:
+        engine._scheduler.blocks.grow(job, job.prompt_tokens)
+        engine._tables.grow(job)
+        job.compute(job.prompt_tokens)
+    runner.run([], [(job, job.prompt_tokens) for job in jobs])
+    plain = runner.run(jobs, [])
+    runner._fill_decodes(jobs)
     runner._pad(3, 8)
     padded = engine.model.forward(runner._packed(8, 8, 6, ())).tolist()
     assert padded[:3] == plain
@@ -285,12 +286,12 @@ def test_graphs_cover_all_batches_and_widths() -> None:
 def test_block_ids_follow_the_block_managers_count() -> None:
     manager = BlockManager(6, 4, lambda tokens: -(-tokens // 4))
     tables = BlockTables(manager, seats=2, width=4)
-    one, two = Request(0, 8, 2), Request(1, 9, 2)
-    for request, tokens in ((one, 8), (two, 9), (one, 9)):
-        manager.grow(request, tokens)
-        tables.grow(request)
+    one, two = Job(Request(0, 8, 2)), Job(Request(1, 9, 2))
+    for job, tokens in ((one, 8), (two, 9), (one, 9)):
+        manager.grow(job, tokens)
+        tables.grow(job)
         tables.check()
-    held = [set(tables.rows[tables.row(request), : request.blocks].tolist()) for request in (one, two)]
+    held = [set(tables.rows[tables.row(job), : job.blocks].tolist()) for job in (one, two)]
     assert held[0].isdisjoint(held[1])
     assert held[0] | held[1] == set(range(6))
     manager.release(one)
