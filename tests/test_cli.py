@@ -269,7 +269,7 @@ def test_a_reader_that_leaves_early_is_no_fault() -> None:
 
 
 def test_classes_of_the_user_are_found_in_the_working_directory(tmp_path: Path, trace: str) -> None:
-    (tmp_path / "mine.py").write_text("class Last:\n    def choose(self, loads):\n        return len(loads) - 1\n")
+    (tmp_path / "mine.py").write_text("class Last:\n    def choose(self, job, views):\n        return len(views) - 1\n")
     run = "from apexsim.cli.main import run; run()"
     command = [*BASE, trace, "--router", "mine:Last", "--replicas", "3", "--requests-out", "rows.parquet"]
     # As the console script: what is not on the path unasked is the working directory.

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from apexsim.cli.main import COMMANDS, main
-from apexsim.serving.batching import POLICIES, BatchPolicy, Ledger
-from apexsim.serving.request import Request
+from apexsim.serving.job import Job
+from apexsim.serving.ledger import Ledger
+from apexsim.serving.messages import View
+from apexsim.serving.policies import POLICIES, BatchPolicy
 from apexsim.testing import Case
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,7 +96,7 @@ def test_every_shipped_policy_is_described() -> None:
     assert set(named) == set(POLICIES)
 
 
-@pytest.mark.parametrize("cls", [BatchPolicy, Ledger, Request])
+@pytest.mark.parametrize("cls", [BatchPolicy, Ledger, Job, View])
 def test_what_policies_are_given_is_there(cls: type) -> None:
     """Names in the tables of docs/engines.md exist, and those of a policy are all there."""
     said = set(
@@ -115,7 +117,8 @@ def test_what_policies_are_given_is_there(cls: type) -> None:
             "admit",
             "preempt",
         },
-        Request: {"prompt_tokens", "output_tokens", "arrival_ns", "deadline_ns", "preemptions"},
+        Job: {"prompt_tokens", "output_tokens", "deadline_ns", "preemptions", "request"},
+        View: has,
     }[cls]
     assert wanted <= has
     assert wanted <= said

@@ -19,8 +19,10 @@ from apexsim.columns import joined
 from apexsim.costs.steps import BatchStats, build_step_cost
 from apexsim.errors import BadInput
 from apexsim.io.deployments import deployment_from
-from apexsim.serving.batching import ChunkedPrefill
+from apexsim.serving.job import Job
 from apexsim.serving.kv_cache import BlockManager
+from apexsim.serving.messages import View
+from apexsim.serving.policies import ChunkedPrefill
 from apexsim.serving.request import Request
 from apexsim.serving.simulator import simulate
 from apexsim.specs.engine import SchedulerDefaults, token_budget
@@ -162,7 +164,7 @@ def test_token_budgets_of_benchmark_recipes() -> None:
 
 
 class RememberedBlocks(RuleBasedStateMachine):
-    """What a preempted request finds again, against a queue of blocks that is really kept."""
+    """What a preempted job finds again, against a queue of blocks that is really kept."""
 
     SIZE = 4
 
@@ -171,26 +173,26 @@ class RememberedBlocks(RuleBasedStateMachine):
         self.manager = BlockManager(total * each, self.SIZE, lambda n: each * -(-n // self.SIZE), remembers=True)
         self.each = each
         self.queue = deque(range(total * each))
-        self.requests = [Request(index, 30, 60) for index in range(4)]
-        self.held: list[list[int]] = [[] for _ in self.requests]
-        self.old: list[list[int]] = [[] for _ in self.requests]
+        self.jobs = [Job(Request(index, 30, 60)) for index in range(4)]
+        self.held: list[list[int]] = [[] for _ in self.jobs]
+        self.old: list[list[int]] = [[] for _ in self.jobs]
 
     @rule(who=st.integers(0, 3), tokens=st.integers(1, 12))
     def go_on(self, who: int, tokens: int) -> None:
-        """Seat or grow a request; one that was preempted recovers what it finds first."""
-        request, held = self.requests[who], self.held[who]
-        found = self.manager.cached(request, self.manager.free) if not request.computed else 0
-        after = request.computed + found + tokens
-        if after >= request.known or self.manager.missing(request, after) > self.manager.free:
+        """Seat or grow a job; one that was preempted recovers what it finds first."""
+        job, held = self.jobs[who], self.held[who]
+        found = self.manager.cached(job, self.manager.free) if not job.computed else 0
+        after = job.computed + found + tokens
+        if after >= job.known or self.manager.missing(job, after) > self.manager.free:
             return
-        if not request.computed:
-            assert found == min(len(self.old[who]) // self.each, (request.known - 1) // self.SIZE) * self.SIZE
+        if not job.computed:
+            assert found == min(len(self.old[who]) // self.each, (job.known - 1) // self.SIZE) * self.SIZE
             held += self.old[who][: found // self.SIZE * self.each]
             self.queue = deque(block for block in self.queue if block not in held)
-            self.manager.recover(request, found)
-        self.manager.grow(request, after)
-        request.computed = after
-        while len(held) < request.blocks:
+            self.manager.recover(job, found)
+        self.manager.grow(job, after)
+        job.resume(after)
+        while len(held) < job.blocks:
             held.append(self.queue.popleft())
             for old in self.old:  # whoever had it before finds it and what came after it no more
                 if held[-1] in old:
@@ -198,14 +200,14 @@ class RememberedBlocks(RuleBasedStateMachine):
 
     @rule(who=st.integers(0, 3), preempted=st.booleans())
     def give_back(self, who: int, preempted: bool) -> None:
-        request, held = self.requests[who], self.held[who]
-        if not request.computed:
+        job, held = self.jobs[who], self.held[who]
+        if not job.computed:
             return
-        self.old[who] = held[: request.computed // self.SIZE * self.each] if preempted else []
-        (self.manager.preempt if preempted else self.manager.release)(request)
+        self.old[who] = held[: job.computed // self.SIZE * self.each] if preempted else []
+        (self.manager.preempt if preempted else self.manager.release)(job)
         self.queue.extend(reversed(held))
         held.clear()
-        request.computed = 0
+        job.resume(0)
 
     @invariant()
     def free_blocks_are_those_in_the_queue(self) -> None:
@@ -223,6 +225,10 @@ def served(**case: Any) -> KeptRun:
     return made.run(exact_steps=False)
 
 
+def jobs_of(run: KeptRun) -> list[Job]:
+    return [request.job for request in run.requests if request.job is not None]
+
+
 def test_a_preempted_request_computes_less_where_its_blocks_are_remembered() -> None:
     tight = {"arrivals_ns": [0] * 6, "lengths": [(100, 120)] * 6, "blocks": 60, "token_budget": 256}
     computed = {}
@@ -237,14 +243,14 @@ def test_a_preempted_request_computes_less_where_its_blocks_are_remembered() -> 
 def test_a_client_is_handed_its_first_tokens_together(stages: int) -> None:
     case = {"arrivals_ns": [0, 0, 0], "lengths": [(64, 40), (64, 3), (64, 1)], "stages": stages, "context_ns": 0}
     plain, slow = served(**case), served(**case, stream_interval=20)
-    for one, other in zip(plain.requests, slow.requests, strict=True):
+    for one, other in zip(jobs_of(plain), jobs_of(slow), strict=True):
         assert (one.first_token_ns, one.last_token_ns) == (other.first_token_ns, other.last_token_ns)
-    long, short, single = slow.requests
+    long, short, single = jobs_of(slow)
     assert (short.shown_ns, single.shown_ns) == (short.last_token_ns, single.last_token_ns)
     gaps = (long.last_token_ns or 0) - (long.first_token_ns or 0)
     assert (long.shown_ns or 0) - (long.first_token_ns or 0) == pytest.approx(gaps * 19 / 39, rel=0.01)
     shown_s = joined(slow.rows.blocks(0))["first_token_s"]
-    assert shown_s.tolist() == [(request.shown_ns or 0) / 1e9 for request in slow.requests]
+    assert shown_s.tolist() == [(job.shown_ns or 0) / 1e9 for job in jobs_of(slow)]
 
 
 def test_a_scheduler_looks_for_requests_every_so_many_decode_steps() -> None:
@@ -283,8 +289,8 @@ class Demanding(ChunkedPrefill):
         super().__init__(scheduler)
         self.more = more
 
-    def choose(self, loads: Sequence[int]) -> int:
-        return self.more % len(loads)
+    def choose(self, job: Job, views: Sequence[View]) -> int:
+        return self.more % len(views)
 
 
 def stage_s(options: dict[str, object], stats: BatchStats, **choices: object) -> list[float]:

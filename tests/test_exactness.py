@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from apexsim.io.deployments import DeploymentFile, resolve_deployment
-from apexsim.serving.batching import POLICIES
+from apexsim.serving.policies import POLICIES
 from apexsim.serving.simulator import simulate
 from apexsim.specs.workload import Requests
 from apexsim.testing import Case, check_case, check_policy

@@ -13,9 +13,12 @@ import pytest
 from conftest import find_data
 
 from apexsim.costs.steps import BatchStats
-from apexsim.serving.batching import BatchPolicy, ChunkedPrefill, Ledger
 from apexsim.serving.clock import ARRIVAL, Clock
+from apexsim.serving.job import Job
 from apexsim.serving.kv_cache import BlockManager
+from apexsim.serving.ledger import Ledger
+from apexsim.serving.messages import Arrive
+from apexsim.serving.policies import BatchPolicy, ChunkedPrefill
 from apexsim.serving.queues import Queue
 from apexsim.serving.recording import Recorder
 from apexsim.serving.replica import Replica, ReplicaSettings
@@ -81,29 +84,29 @@ class Spy(BatchPolicy):
     manager: BlockManager
     clock: Clock
     steps: list[dict[str, Any]] = field(default_factory=list)
-    marches: bool = True
+    decodes_first: bool = True
 
-    def fill(self, ledger: Ledger, running: Sequence[Request], waiting: Iterable[Request]) -> None:
+    def fill(self, ledger: Ledger, running: Sequence[Job], waiting: Iterable[Job]) -> None:
         if self.steps:
             self.steps[-1] |= {"free_blocks": self.manager.free, "running": len(running)}
         self.policy.fill(ledger, running, waiting)
-        entries = [*((request, 1) for request in ledger.decodes), *ledger.chunks]
+        entries = [*((job, 1) for job in ledger.decodes), *ledger.chunks]
         if entries:
             self.steps.append({
                 "start_us": self.clock.now_ns // 1000,
-                "request_ids": [request.index for request, _ in entries],
+                "request_ids": [job.index for job, _ in entries],
                 "scheduled_tokens": [tokens for _, tokens in entries],
-                "computed_before": [request.computed for request, _ in entries],
-                "preempted_ids": [request.index for request in ledger.preempted],
+                "computed_before": [job.computed for job, _ in entries],
+                "preempted_ids": [job.index for job in ledger.preempted],
             })  # fmt: skip
 
-    def repeats(self, ledger: Ledger, waiting: Queue) -> bool:
-        return self.policy.repeats(ledger, waiting)
+    def steady_until(self, ledger: Ledger, waiting: Queue, now_ns: int) -> int:
+        return self.policy.steady_until(ledger, waiting, now_ns)
 
 
 def serve(
     case: pd.Series, rows: pd.DataFrame, *, exact_steps: bool
-) -> tuple[list[Request], list[dict[str, Any]], Recorder]:
+) -> tuple[list[Job], list[dict[str, Any]], Recorder]:
     """Run one case through a replica with the logged engine's settings."""
     clock = Clock()
     caches = bool(case.prefix_caching)
@@ -119,16 +122,17 @@ def serve(
     manager = BlockManager(int(case.num_blocks) - 1, size, lambda tokens: -(-tokens // size), remembers=caches)
     spy = Spy(ChunkedPrefill(scheduler), manager, clock)
     settings = ReplicaSettings(
-        cost=GoldenCost(), scheduler=scheduler, policy=spy, windows=(), frontend_ns=0, exact_steps=exact_steps
+        cost=GoldenCost(), scheduler=scheduler, policy=spy, windows=(), exact_steps=exact_steps
     )
     recorder = Recorder(())
-    replica = Replica(0, clock=clock, settings=settings, blocks=manager, recorder=recorder, on_finish=lambda _: None)
-    requests = [Request(i, int(row.prompt_tokens), int(row.output_tokens)) for i, row in enumerate(rows.itertuples())]
-    for request, arrival_us in zip(requests, rows.arrival_us, strict=True):
-        clock.at(int(arrival_us) * 1000, ARRIVAL, lambda _, request=request: replica.submit(request))
+    replica = Replica(0, clock=clock, settings=settings, blocks=manager, recorder=recorder, on_done=lambda _: None)
+    lengths = zip(rows.prompt_tokens.tolist(), rows.output_tokens.tolist(), strict=True)
+    jobs = [Job(Request(index, prompt, output)) for index, (prompt, output) in enumerate(lengths)]
+    for job, arrival_us in zip(jobs, rows.arrival_us, strict=True):
+        clock.at(int(arrival_us) * 1000, ARRIVAL, lambda _, job=job: replica.deliver(Arrive(job)))
     clock.run()
     spy.steps[-1] |= {"free_blocks": manager.free, "running": len(replica.running)}
-    return requests, spy.steps, recorder
+    return jobs, spy.steps, recorder
 
 
 def golden(data: Path, case: int) -> tuple[pd.Series, pd.DataFrame, pd.DataFrame]:
@@ -156,15 +160,15 @@ def test_steps_equal_the_engines(data: Path, case: int) -> None:
 def test_stamps_preemptions_and_totals_equal_the_engines(data: Path, case: int, exact_steps: bool) -> None:
     """Whichever way steps are simulated."""
     settings, rows, expected = golden(data, case)
-    requests, _, recorder = serve(settings, rows, exact_steps=exact_steps)
-    assert [r.first_token_ns // 1000 for r in requests] == rows.first_token_us.tolist()
-    assert [r.last_token_ns // 1000 for r in requests] == rows.last_token_us.tolist()
-    assert [r.preemptions for r in requests] == rows.preemptions.tolist()
+    jobs, _, recorder = serve(settings, rows, exact_steps=exact_steps)
+    assert [job.first_token_ns // 1000 for job in jobs] == rows.first_token_us.tolist()
+    assert [job.last_token_ns // 1000 for job in jobs] == rows.last_token_us.tolist()
+    assert [job.preemptions for job in jobs] == rows.preemptions.tolist()
     made = recorder.steps()
     assert int(made["repeats"].sum()) == settings.steps == len(expected)
     tokens = made["decodes"] * made["repeats"] + made["chunk_tokens"]
     assert tokens.sum() == sum(map(sum, expected.scheduled_tokens))
-    assert sum(request.preemptions for request in requests) == settings.preemptions
+    assert sum(job.preemptions for job in jobs) == settings.preemptions
 
 
 def test_most_logs_are_reached_by_macro_steps(data: Path) -> None:

@@ -12,7 +12,7 @@ from apexsim.errors import BadInput
 from apexsim.io.saved import load
 from apexsim.io.yaml_files import read_yaml, write_yaml
 from apexsim.planning import deployment, search
-from apexsim.serving.batching import ChunkedPrefill
+from apexsim.serving.policies import ChunkedPrefill
 from apexsim.serving.routing import LeastLoaded
 from apexsim.specs.engine import SchedulerDefaults
 from apexsim.sweep import sweep
@@ -28,7 +28,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A module with a router and a policy that leaves a file behind when it is imported."""
     code = f"""
 from pathlib import Path
-from apexsim.serving.batching import POLICIES
+from apexsim.serving.policies import POLICIES
 from apexsim.serving.routing import LeastLoaded
 Path({str(tmp_path / "imported")!r}).touch()
 class Mine(LeastLoaded): pass

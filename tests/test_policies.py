@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 
 from apexsim.errors import BadInput
 from apexsim.io.deployments import DeploymentFile, resolve_deployment
-from apexsim.serving.batching import BatchPolicy, ChunkedPrefill, Ledger
+from apexsim.serving.clock import FOREVER
+from apexsim.serving.job import Job
+from apexsim.serving.ledger import Ledger
+from apexsim.serving.policies import BatchPolicy, ChunkedPrefill
 from apexsim.serving.queues import Fifo, Ordered
 from apexsim.serving.request import Request
 from apexsim.serving.simulator import How, simulate
@@ -42,39 +45,39 @@ class ShortestOfAll(BatchPolicy):
     def __init__(self, scheduler: SchedulerDefaults) -> None:
         self.chunked = scheduler.chunked_prefill
 
-    def fill(self, ledger: Ledger, running: Sequence[Request], waiting: Iterable[Request]) -> None:
-        self._grow(ledger, sorted(running, key=lambda request: (request.total, request.index)))
+    def fill(self, ledger: Ledger, running: Sequence[Job], waiting: Iterable[Job]) -> None:
+        self._grow(ledger, sorted(running, key=lambda job: (job.total, job.index)))
         if not ledger.preempted:
-            self._admit(ledger, sorted(waiting, key=lambda request: (request.prompt_tokens, -request.index)))
+            self._admit(ledger, sorted(waiting, key=lambda job: (job.prompt_tokens, -job.index)))
 
-    def _grow(self, ledger: Ledger, order: list[Request]) -> None:
+    def _grow(self, ledger: Ledger, order: list[Job]) -> None:
         while order:
-            request = order.pop(0)
-            tokens = min(ledger.wants(request), ledger.tokens)
+            job = order.pop(0)
+            tokens = min(ledger.wants(job), ledger.tokens)
             if not tokens or not ledger.sequences:
                 continue
-            while not ledger.can_give(request, tokens):
-                victim = order.pop() if order else request
+            while not ledger.can_give(job, tokens):
+                victim = order.pop() if order else job
                 ledger.preempt(victim)
-                if victim is request:
+                if victim is job:
                     return
-            ledger.give(request, tokens)
+            ledger.give(job, tokens)
 
-    def _admit(self, ledger: Ledger, order: list[Request]) -> None:
-        for request in order:
-            tokens = min(ledger.wants(request), ledger.tokens)
-            if tokens and ledger.sequences and ledger.can_admit(request):
-                ledger.admit(request, tokens)
+    def _admit(self, ledger: Ledger, order: list[Job]) -> None:
+        for job in order:
+            tokens = min(ledger.wants(job), ledger.tokens)
+            if tokens and ledger.sequences and ledger.can_admit(job):
+                ledger.admit(job, tokens)
 
 
 class LastFirst(ChunkedPrefill):
-    """Marches, and admits from the tail of the queue."""
+    """Gives decodes first, and admits from the tail of the queue."""
 
-    def _admit(self, ledger: Ledger, waiting: Iterable[Request]) -> None:
+    def _admit(self, ledger: Ledger, waiting: Iterable[Job]) -> None:
         super()._admit(ledger, reversed(list(waiting)))
 
-    def repeats(self, ledger: Ledger, waiting: object) -> bool:
-        return not waiting and not ledger.preempted
+    def steady_until(self, ledger: Ledger, waiting: object, now_ns: int) -> int:
+        return now_ns if waiting or ledger.preempted else FOREVER
 
 
 @pytest.mark.parametrize("policy", [ShortestOfAll, LastFirst, "shortest_first", "deadline", "test_policies:LastFirst"])
@@ -100,81 +103,81 @@ def test_an_object_is_checked_as_it_is() -> None:
 class Broken(ChunkedPrefill):
     """Chunked prefill but for one fault."""
 
-    def admit(self, ledger: Ledger, request: Request) -> None:
-        ledger.admit(request, min(ledger.wants(request), ledger.tokens))
+    def admit(self, ledger: Ledger, job: Job) -> None:
+        ledger.admit(job, min(ledger.wants(job), ledger.tokens))
 
-    def _admit(self, ledger: Ledger, waiting: Iterable[Request]) -> None:
-        for request in list(waiting):
-            if min(ledger.wants(request), ledger.tokens) and ledger.sequences and ledger.can_admit(request):
-                self.admit(ledger, request)
+    def _admit(self, ledger: Ledger, waiting: Iterable[Job]) -> None:
+        for job in list(waiting):
+            if min(ledger.wants(job), ledger.tokens) and ledger.sequences and ledger.can_admit(job):
+                self.admit(ledger, job)
 
 
 class SeatsTwice(Broken):
-    def admit(self, ledger: Ledger, request: Request) -> None:
-        super().admit(ledger, request)
+    def admit(self, ledger: Ledger, job: Job) -> None:
+        super().admit(ledger, job)
         if ledger.tokens:
-            ledger.admit(request, 1)
+            ledger.admit(job, 1)
 
 
 class Overspends(Broken):
-    def admit(self, ledger: Ledger, request: Request) -> None:
-        ledger.admit(request, ledger.wants(request))
+    def admit(self, ledger: Ledger, job: Job) -> None:
+        ledger.admit(job, ledger.wants(job))
 
 
 class SeatsTooMany(ChunkedPrefill):
-    def _admit(self, ledger: Ledger, waiting: Iterable[Request]) -> None:
-        for request in waiting:
+    def _admit(self, ledger: Ledger, waiting: Iterable[Job]) -> None:
+        for job in waiting:
             if ledger.tokens and ledger.sequences and ledger.blocks > 9:
-                ledger.admit(request, 1)
+                ledger.admit(job, 1)
 
 
 class Invents(Broken):
-    def admit(self, ledger: Ledger, request: Request) -> None:
-        ledger.admit(Request(7, 1, 1), 1)
+    def admit(self, ledger: Ledger, job: Job) -> None:
+        ledger.admit(Job(Request(7, 1, 1)), 1)
 
 
 class TakesOffTheQueue(Broken):
-    def admit(self, ledger: Ledger, request: Request) -> None:
-        ledger.preempt(request)
+    def admit(self, ledger: Ledger, job: Job) -> None:
+        ledger.preempt(job)
 
 
 class GivesTooMuch(Broken):
-    def admit(self, ledger: Ledger, request: Request) -> None:
-        ledger.admit(request, min(ledger.tokens, request.prompt_tokens + 1))
+    def admit(self, ledger: Ledger, job: Job) -> None:
+        ledger.admit(job, min(ledger.tokens, job.prompt_tokens + 1))
 
 
 class Starves(ChunkedPrefill):
-    def _admit(self, ledger: Ledger, waiting: Iterable[Request]) -> None:
+    def _admit(self, ledger: Ledger, waiting: Iterable[Job]) -> None:
         pass
 
 
 class Thrashes(ChunkedPrefill):
-    marches = False
+    decodes_first = False
 
-    def fill(self, ledger: Ledger, running: Sequence[Request], waiting: Iterable[Request]) -> None:
+    def fill(self, ledger: Ledger, running: Sequence[Job], waiting: Iterable[Job]) -> None:
         if running:
             ledger.preempt(running[-1])
         else:
             self._admit(ledger, waiting)
 
 
-class SaysItRepeats(Broken):
+class SaysItIsSteady(Broken):
     """A queue that it would admit from, and yet it promises to go on as it is."""
 
-    def repeats(self, ledger: Ledger, waiting: object) -> bool:
-        return True
+    def steady_until(self, ledger: Ledger, waiting: object, now_ns: int) -> int:
+        return FOREVER
 
 
-class MarchesSingly(ChunkedPrefill):
-    def _grow(self, ledger: Ledger, running: Sequence[Request]) -> None:
-        for request in running:
-            tokens = min(ledger.wants(request), ledger.tokens)
-            if tokens and ledger.can_give(request, tokens):
-                ledger.give(request, tokens)
+class DecodesSingly(ChunkedPrefill):
+    def _grow(self, ledger: Ledger, running: Sequence[Job]) -> None:
+        for job in running:
+            tokens = min(ledger.wants(job), ledger.tokens)
+            if tokens and ledger.can_give(job, tokens):
+                ledger.give(job, tokens)
 
 
 class Fails(ChunkedPrefill):
-    def fill(self, ledger: Ledger, running: Sequence[Request], waiting: Iterable[Request]) -> None:
+    def fill(self, ledger: Ledger, running: Sequence[Job], waiting: Iterable[Job]) -> None:
         raise KeyError("no such thing")
 
 
@@ -187,8 +190,8 @@ BROKEN = [
     (GivesTooMuch, "where it lacks"),
     (Starves, "waited in replica 0, the first"),
     (Thrashes, "goes on deciding and requests do not finish"),
-    (SaysItRepeats, "fast path differs from single steps: request"),
-    (MarchesSingly, "promises to march, and gave decodes before, or without, give_decodes"),
+    (SaysItIsSteady, "fast path differs from single steps: request"),
+    (DecodesSingly, "promises decodes first, and gave some before, or without, give_decodes"),
     (Fails, "the policy raised KeyError"),
 ]
 
@@ -223,25 +226,25 @@ def test_a_policy_is_a_batch_policy() -> None:
 @settings(max_examples=200)
 @given(st.lists(st.tuples(st.integers(1, 5), st.sampled_from(["come", "take", "back"])), max_size=40))
 def test_ordered_queues_are_sorted_lists(moves: list[tuple[int, str]]) -> None:
-    queue, model, out = Ordered(lambda request: request.prompt_tokens), list[Request](), list[Request]()
+    queue, model, out = Ordered(lambda job: job.prompt_tokens), list[Job](), list[Job]()
     for index, (number, move) in enumerate(moves):
         if move == "come":
-            request = Request(index, number, 1)
-            queue.append(request)
-            model.append(request)
+            job = Job(Request(index, number, 1))
+            queue.append(job)
+            model.append(job)
         elif move == "take" and model:
-            request = model.pop(number % len(model))
-            queue.take(request)
-            out.append(request)
+            job = model.pop(number % len(model))
+            queue.take(job)
+            out.append(job)
         elif move == "back" and out:
             queue.appendleft(out[-1])
             model.append(out.pop())
-        model.sort(key=lambda request: (request.prompt_tokens, request.index))
+        model.sort(key=lambda job: (job.prompt_tokens, job.index))
         assert list(queue) == model
         assert len(queue) == len(model)
     for queue_of_one in (queue, Fifo()):
         with pytest.raises(ValueError, match=r"."):
-            queue_of_one.take(Request(99, 3, 1))
+            queue_of_one.take(Job(Request(99, 3, 1)))
 
 
 # -- the shipped ones --------------------------------------------------------------------------------------------------

@@ -14,8 +14,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from apexsim.errors import BadInput
 from apexsim.io.deployments import DeploymentFile, resolve_deployment
 from apexsim.results import SimulationResult
-from apexsim.serving.batching import POLICIES, BatchPolicy, ChunkedPrefill, Ledger
+from apexsim.serving.job import Job
 from apexsim.serving.kv_cache import BlockManager
+from apexsim.serving.ledger import Ledger
+from apexsim.serving.messages import View
+from apexsim.serving.policies import POLICIES, BatchPolicy, ChunkedPrefill
 from apexsim.serving.request import Request
 from apexsim.serving.routing import LeastLoaded, RoundRobin
 from apexsim.serving.simulator import Run, simulate
@@ -171,8 +174,8 @@ def test_a_prompt_that_no_step_can_hold_is_refused() -> None:
 class Idler(ChunkedPrefill):
     """Serves nobody whose prompt is longer than 100 tokens."""
 
-    def _admit(self, ledger: Ledger, waiting: Iterable[Request]) -> None:
-        super()._admit(ledger, [request for request in waiting if request.prompt_tokens <= 100])
+    def _admit(self, ledger: Ledger, waiting: Iterable[Job]) -> None:
+        super()._admit(ledger, [job for job in waiting if job.prompt_tokens <= 100])
 
 
 def test_a_run_that_leaves_requests_says_why() -> None:
@@ -200,9 +203,12 @@ def test_closed_loops_keep_their_concurrency() -> None:
 
 
 def test_routers() -> None:
-    turns = RoundRobin()
-    assert [turns.choose([9, 0, 0]) for _ in range(4)] == [0, 1, 2, 0]
-    assert LeastLoaded().choose([3, 1, 1]) == 1
+    run = Case(arrivals_ns=[0], lengths=[(1, 1)], replicas=3).run(exact_steps=True)
+    views, job, turns = [View(replica) for replica in run.replicas], Job(Request(0, 1, 1)), RoundRobin()
+    for view, unfinished in zip(views, (3, 1, 1), strict=True):
+        view.unfinished = unfinished
+    assert [turns.choose(job, views) for _ in range(4)] == [0, 1, 2, 0]
+    assert LeastLoaded().choose(job, views) == 1
 
 
 class CautiousPolicy(BatchPolicy):
@@ -211,7 +217,7 @@ class CautiousPolicy(BatchPolicy):
     def __init__(self, scheduler: SchedulerDefaults) -> None:
         self.inner = ChunkedPrefill(scheduler)
 
-    def fill(self, ledger: Ledger, running: Sequence[Request], waiting: Iterable[Request]) -> None:
+    def fill(self, ledger: Ledger, running: Sequence[Job], waiting: Iterable[Job]) -> None:
         self.inner.fill(ledger, running, waiting)
         assert ledger.tokens >= 0
         assert ledger.blocks >= 0
@@ -246,29 +252,29 @@ class BlockBooks(RuleBasedStateMachine):
     @initialize(total=st.integers(1, 60), size=st.sampled_from([1, 4, 16]))
     def open(self, total: int, size: int) -> None:
         self.manager = BlockManager(total, size, lambda tokens: -(-tokens // size))
-        self.requests = [Request(index, 10, 10) for index in range(4)]
+        self.jobs = [Job(Request(index, 10, 10)) for index in range(4)]
         self.tokens = dict.fromkeys(range(4), 0)
 
     @rule(who=st.integers(0, 3), more=st.integers(1, 40))
     def grow(self, who: int, more: int) -> None:
-        request, tokens = self.requests[who], self.tokens[who] + more
-        if self.manager.missing(request, tokens) <= self.manager.free:
-            self.manager.grow(request, tokens)
+        job, tokens = self.jobs[who], self.tokens[who] + more
+        if self.manager.missing(job, tokens) <= self.manager.free:
+            self.manager.grow(job, tokens)
             self.tokens[who] = tokens
         else:
             with pytest.raises(RuntimeError, match="blocks"):
-                self.manager.grow(request, tokens)
+                self.manager.grow(job, tokens)
 
     @precondition(lambda self: any(self.tokens.values()))
     @rule(who=st.integers(0, 3))
     def release(self, who: int) -> None:
-        self.manager.release(self.requests[who])
+        self.manager.release(self.jobs[who])
         self.tokens[who] = 0
 
     @invariant()
     def books_balance(self) -> None:
         if hasattr(self, "manager"):
-            held = [request.blocks for request in self.requests]
+            held = [job.blocks for job in self.jobs]
             assert self.manager.free + sum(held) == self.manager.total
             assert held == [self.manager.blocks_for(tokens) for tokens in self.tokens.values()]
 
