@@ -20,6 +20,7 @@ from apexsim.specs.plan import Plan, Pool
 spec: Any = cache(catalog.load)
 ONE = Plan()
 SYNC = HostTerms(step_s=1e-3, per_sequence_s=17e-6, exposed_step_s=1e-4)
+HIDING = HostTerms(step_s=2e-3, exposed_step_s=1e-4, overlapped=True)
 
 
 def cost_of(model: str, plan: Plan = ONE, host: HostTerms = SYNC, device: str = "h100-sxm", **fields: Any) -> StepCost:
@@ -42,6 +43,8 @@ def columns(
     table = dict(zip(names, np.array(rows, dtype=np.int64).reshape(-1, 5).T, strict=True))
     for position, window in enumerate(windows):
         table[f"window_context_{window}"] = np.array([stats.window_contexts[position] for stats, _ in steps])
+        growing = [stats.growing[position] if stats.growing else 0 for stats, _ in steps]
+        table[f"window_growing_{window}"] = np.array(growing)
     chunks = [(row, *chunk) for row, (stats, _) in enumerate(steps) for chunk in stats.chunks]
     named = zip(("step", "tokens", "history"), np.array(chunks, dtype=np.int64).reshape(-1, 3).T, strict=True)
     return table, dict(named)
@@ -114,11 +117,35 @@ def test_chunks_and_decodes_of_one_launch_take_what_it_takes(device: str, plan: 
 
 def test_windowed_models_too() -> None:
     cost = cost_of("gpt-oss-20b")
-    full, open_ = BatchStats(4, 4 * 900, (4 * 128,), (), 4), BatchStats(2, 2 * 50, (2 * 50,), (), 2)
     mixed = BatchStats(2, 700 + 60, (128 + 60,), ((300, 200),), 3)
-    steps = [(full, 40), (open_, 20), (mixed, 1), (MANY._replace(window_contexts=(0,)), 1)]
+    none = {"window_contexts": (0,), "growing": (0,)}
+    steps = [*windowed((128,)), (mixed._replace(growing=(0,)), 1), (MANY._replace(**none), 1)]
     spent = sum(sum(cost.stage_ns(stats)) for stats in singly(steps)) * 1e-9
     assert sum(accounted(cost, steps, (128,)).seconds.values()) == pytest.approx(spent, rel=1e-4)
+
+
+def windowed(windows: tuple[int, ...]) -> list[tuple[BatchStats, int]]:
+    """Rows of decodes that are all beyond every window, all below, and both; some rows are of one step."""
+    contexts = [[900] * 4, [50] * 2, [50, 900, 901], [3, 60, 60, 70, 500, 700, 899], [127, 900], [20, 50, 900]]
+    return [(decodes_of(each, windows), repeats) for each, repeats in zip(contexts, (40, 20, 79, 59, 2, 1), strict=True)]
+
+
+def decodes_of(contexts: list[int], windows: tuple[int, ...]) -> BatchStats:
+    attended = tuple(sum(min(context, window) for context in contexts) for window in windows)
+    growing = tuple(sum(context < window for context in contexts) for window in windows)
+    return BatchStats(len(contexts), sum(contexts), attended, (), len(contexts), growing, 100)
+
+
+@pytest.mark.parametrize(("model", "host"), [("gpt-oss-20b", SYNC), ("gemma-3-12b", SYNC), ("gpt-oss-20b", HIDING)])
+@pytest.mark.parametrize("plan", [Plan(), Plan(pipeline=2)])
+def test_a_run_under_windows_accounts_like_its_steps(model: str, host: HostTerms, plan: Plan) -> None:
+    cost, windows = cost_of(model, plan, host), spec("model", model).windows
+    rows = windowed(windows)
+    whole, parts = (accounted(cost, steps, windows) for steps in (rows, [(stats, 1) for stats in singly(rows)]))
+    assert whole.flops == pytest.approx(parts.flops, rel=1e-9)
+    assert whole.bytes_moved == pytest.approx(parts.bytes_moved, rel=1e-9)
+    assert whole.seconds == pytest.approx(parts.seconds, rel=1e-6)
+    assert whole.energy_j == pytest.approx(parts.energy_j, rel=1e-3)
 
 
 def test_a_run_accounts_like_its_steps() -> None:

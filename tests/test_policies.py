@@ -162,7 +162,10 @@ class Thrashes(ChunkedPrefill):
 
 
 class SaysItIsSteady(Broken):
-    """A queue that it would admit from, and yet it promises to go on as it is."""
+    """Seats one a step, and yet promises to go on as it is while others wait."""
+
+    def _admit(self, ledger: Ledger, waiting: Iterable[Job]) -> None:
+        super()._admit(ledger, list(waiting)[:1])
 
     def steady_until(self, ledger: Ledger, waiting: object, now_ns: int) -> int:
         return FOREVER

@@ -22,6 +22,7 @@ from apexsim.specs.plan import Plan, Pool
 from apexsim.units import to_ns
 
 ONE = Plan()
+FOREVER = 1 << 62
 NO_HOST = HostTerms()
 SYNC = HostTerms(step_s=1e-3, per_sequence_s=17e-6)
 ASYNC = HostTerms(step_s=6.5e-3, per_sequence_s=20e-6, exposed_step_s=0.15e-3, overlapped=True)
@@ -43,8 +44,13 @@ def step_cost(
 
 def decode_stats(contexts: list[int], windows: tuple[int, ...] = ()) -> BatchStats:
     """Statistics of decodes, from the tokens each attends to."""
+    stats = BatchStats(len(contexts), sum(contexts), survivors=len(contexts))
+    if not windows:
+        return stats
     windowed = tuple(sum(min(context, window) for context in contexts) for window in windows)
-    return BatchStats(len(contexts), sum(contexts), windowed, (), len(contexts))
+    left = [[window - context for context in contexts if context < window] for window in windows]
+    regular = min([steps + 1 for each in left for steps in each], default=FOREVER)
+    return stats._replace(window_contexts=windowed, growing=tuple(map(len, left)), regular=regular)
 
 
 def grown(contexts: list[int], steps: int) -> list[int]:
@@ -60,16 +66,19 @@ batches = st.lists(st.integers(1, 200), min_size=1, max_size=6) | st.lists(
 
 @settings(deadline=None, max_examples=150)
 @given(
-    model=st.sampled_from(["llama-3.1-8b", "gpt-oss-20b"]),
+    model=st.sampled_from(["llama-3.1-8b", "gpt-oss-20b", "gemma-3-12b"]),
     plan=plans,
     host=hosts,
     contexts=batches,
-    steps=st.integers(0, 300),
+    steps=st.integers(1, 300),
 )
 def test_a_run_is_the_sum_of_its_steps(
     model: str, plan: Plan, host: HostTerms, contexts: list[int], steps: int
 ) -> None:
-    """Every step of a run, from the sequences themselves: the same integers singly, listed and in sum."""
+    """Every step of a run, from the sequences themselves: the same integers singly, listed and in sum.
+
+    Whatever mixture of contexts below a window and beyond it.
+    """
     cost, windows = step_cost(model, plan, host), spec("model", model).windows
     stats = decode_stats(contexts, windows)
     run = cost.decode_run(stats)
@@ -79,14 +88,23 @@ def test_a_run_is_the_sum_of_its_steps(
     singly = []
     for step in range(steps):
         now = decode_stats(grown(contexts, step), windows)
-        assert stats.grown(step) == now
+        ahead = stats.grown(step)
+        assert of_this_step(ahead) == of_this_step(now)
+        assert ahead.growing == now.growing or step == stats.regular - 1
+        assert ahead.regular <= now.regular
         assert run.stage_ns(step) == cost.stage_ns(now)
         singly.append(cost.stage_ns(now))
+    part = steps // 2
+    assert part == steps or run.stages_ns(part, steps - part) == [list(stages) for stages in singly[part:]]
     if cost.stages == 1:
         assert run.elapsed_ns(steps) == sum(stage for (stage,) in singly)
         assert run.durations_ns(steps).tolist() == [stage for (stage,) in singly]
-        part = steps // 2
         assert run.elapsed_ns(part) == sum(stage for (stage,) in singly[:part])
+
+
+def of_this_step(stats: BatchStats) -> BatchStats:
+    """Without what only matters to steps to come."""
+    return stats._replace(growing=(), regular=1)
 
 
 def test_a_run_crosses_from_host_to_device_time() -> None:
@@ -110,16 +128,16 @@ def test_a_run_crosses_from_host_to_device_time() -> None:
 def test_windows_bound_a_run() -> None:
     cost = step_cost("gpt-oss-20b")
 
-    def limit(contexts: list[int]) -> int:
-        run = cost.decode_run(decode_stats(contexts, (128,)))
+    def limit(stats: BatchStats) -> int:
+        run = cost.decode_run(stats)
         assert run is not None
         return run.limit
 
-    assert limit([100]) == 29  # contexts 100 ... 128, the last that fills the window
-    assert limit([128]) == 1
-    assert limit([100, 200]) == 1
-    assert limit([129, 200]) > 100_000
-    assert limit([60, 60]) == 128 - 119 + 1  # the two could be 1 and 119
+    assert limit(decode_stats([100], (128,))) == 29  # contexts 100 ... 128, the last that fills the window
+    assert limit(decode_stats([127], (128,))) == 2
+    assert limit(decode_stats([60, 100, 200], (128,))) == 29
+    assert limit(decode_stats([128, 200], (128,))) > 100_000
+    assert limit(of_this_step(decode_stats([60, 100, 200], (128,)))) == 1
 
 
 def test_only_plain_decode_steps_make_runs() -> None:
