@@ -14,7 +14,7 @@ import torch
 from apexsim.costs.memory import MemoryPlan
 from apexsim.errors import BadInput
 from apexsim.serving.batch import Batch
-from apexsim.serving.decodes import advance, who_leave
+from apexsim.serving.decodes import advance
 from apexsim.serving.job import Job
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.ledger import Ledger
@@ -138,8 +138,7 @@ class LiveEngine:
         if not (ledger.decodes or ledger.chunks):
             assert ledger.preempted, "requests are there and the policy schedules none"
             return []
-        stats, samples = advance(ledger, scheduler.blocks, ())
-        batch = Batch(stats, samples, who_leave(samples))
+        batch = Batch(*advance(ledger, scheduler.blocks, ()))
         batch.start_ns, batch.labels = start_ns, (0, len(scheduler.running), len(scheduler.waiting))
         self._compute(ledger)
         batch.end_ns = self._now_ns()
@@ -162,7 +161,7 @@ class LiveEngine:
         batch.emit(self._recorder)
         self._recorder.step(batch.stats, batch.labels, (batch.start_ns, batch.end_ns), 1, (held, held))
         for job in batch.leaving:
-            scheduler.leave(job, batch.end_ns)
+            scheduler.leave(job)
             self._tables.release(job)
             job.request.saw(job)
         self._tables.check()

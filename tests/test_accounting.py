@@ -127,7 +127,9 @@ def test_windowed_models_too() -> None:
 def windowed(windows: tuple[int, ...]) -> list[tuple[BatchStats, int]]:
     """Rows of decodes that are all beyond every window, all below, and both; some rows are of one step."""
     contexts = [[900] * 4, [50] * 2, [50, 900, 901], [3, 60, 60, 70, 500, 700, 899], [127, 900], [20, 50, 900]]
-    return [(decodes_of(each, windows), repeats) for each, repeats in zip(contexts, (40, 20, 79, 59, 2, 1), strict=True)]
+    return [
+        (decodes_of(each, windows), repeats) for each, repeats in zip(contexts, (40, 20, 79, 59, 2, 1), strict=True)
+    ]
 
 
 def decodes_of(contexts: list[int], windows: tuple[int, ...]) -> BatchStats:

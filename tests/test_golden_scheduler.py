@@ -121,9 +121,7 @@ def serve(
     size = int(case.block_size)
     manager = BlockManager(int(case.num_blocks) - 1, size, lambda tokens: -(-tokens // size), remembers=caches)
     spy = Spy(ChunkedPrefill(scheduler), manager, clock)
-    settings = ReplicaSettings(
-        cost=GoldenCost(), scheduler=scheduler, policy=spy, windows=(), exact_steps=exact_steps
-    )
+    settings = ReplicaSettings(cost=GoldenCost(), scheduler=scheduler, policy=spy, windows=(), exact_steps=exact_steps)
     recorder = Recorder(())
     replica = Replica(0, clock=clock, settings=settings, blocks=manager, recorder=recorder, on_done=lambda _: None)
     lengths = zip(rows.prompt_tokens.tolist(), rows.output_tokens.tolist(), strict=True)

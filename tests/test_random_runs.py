@@ -19,11 +19,9 @@ import apexsim
 from apexsim import catalog
 from apexsim.errors import ApexsimError, InfeasiblePlan, Unsupported
 from apexsim.io.deployments import DeploymentFile, resolve_deployment
-from apexsim.serving.march import March
-from apexsim.serving.replica import Replica
-from apexsim.serving.rotation import Rotation
+from apexsim.serving.fast.one_stage import OneStage
+from apexsim.serving.fast.pipeline import InTurn
 from apexsim.serving.simulator import How, set_up
-from apexsim.serving.stretch import Stretch
 from apexsim.specs.workload import Requests
 from apexsim.testing import KeptRun, check_run, check_same
 
@@ -44,7 +42,11 @@ PLANS: list[tuple[str, dict[str, Any]]] = [
     ("latent", {"model": "deepseek-v3", "tensor": 8, "weights": "fp8"}),
 ]
 # What the draws must reach, each many times over: otherwise they compare single steps with single steps.
-MECHANISMS = {"march", "march cut", "part", "rotation", "rotation cut", "dissolved", "preemption", "windows", "refused"}
+MECHANISMS = {
+    "stretch", "stretch cut", "gone on after somebody left", "dissolved",
+    "pipeline stretch", "pipeline stretch cut", "left out of a batch", "pipeline dissolved",
+    "preemption", "windows", "refused",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -127,24 +129,28 @@ def draw_load(rng: np.random.Generator) -> dict[str, Any]:
 def counted() -> Iterator[Counter[str]]:
     """How often each mechanism is reached in here."""
     seen: Counter[str] = Counter()
-    part, cut, conclude, rotate = March.part, Stretch.cut, March.conclude, Rotation.conclude
-    dissolve = Replica._dissolve
+    just_left: set[Any] = set()  # those of which a stretch ended with somebody's last token
 
     def counting(name: str, method: Any, *, if_true: bool = False) -> Any:
         def counts(self: Any, *arguments: Any) -> Any:
             result = method(self, *arguments)
-            named = f"{type(self).__name__.lower()} cut" if name == "cut" else name
-            seen[named] += bool(result) if if_true else 1
+            seen[name] += bool(result) if if_true else 1
+            if name == "stretch" and result:
+                just_left.add(self)
+            if name == "going on":
+                seen["gone on after somebody left"] += bool(result) and self in just_left
+                just_left.discard(self)
             return result
 
         return counts
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(March, "part", counting("part", part, if_true=True))
-        patch.setattr(Stretch, "cut", counting("cut", cut, if_true=True))
-        patch.setattr(March, "conclude", counting("march", conclude))
-        patch.setattr(Rotation, "conclude", counting("rotation", rotate))
-        patch.setattr(Replica, "_dissolve", counting("dissolved", dissolve))
+        for kind, prefix in ((OneStage, ""), (InTurn, "pipeline ")):
+            patch.setattr(kind, "_settle", counting(f"{prefix}stretch", kind._settle))
+            patch.setattr(kind, "cut", counting(f"{prefix}stretch cut", kind.cut, if_true=True))
+            patch.setattr(kind, "_dissolve", counting(f"{prefix}dissolved", kind._dissolve))
+        patch.setattr(OneStage, "go_on", counting("going on", OneStage.go_on, if_true=True))
+        patch.setattr(InTurn, "_leave_out", counting("left out of a batch", InTurn._leave_out))
         yield seen
 
 

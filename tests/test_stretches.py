@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
@@ -11,17 +11,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apexsim.io.deployments import DeploymentFile, resolve_deployment
-from apexsim.serving.march import March
-from apexsim.serving.replica import Replica
-from apexsim.serving.rotation import Rotation
+from apexsim.serving.fast.groups import Groups
+from apexsim.serving.fast.one_stage import DecodeStretch, OneStage
+from apexsim.serving.fast.pipeline import InTurn
 from apexsim.serving.simulator import How, Run, simulate
-from apexsim.serving.stretch import Stretch
 from apexsim.specs.workload import Requests
 from apexsim.testing import Case, LinearCost, check_case, made_up_deployment, made_up_memory
 
 TICK = 500_000
-# Three requests of which the last leaves first, alone, while the others march on.
+# Three requests of which the last leaves first, alone, while the others go on.
 THREE: dict[str, Any] = {"lengths": [(1, 260), (1, 180), (1, 90), (1, 5)], "context_ns": 50_000}
+
+
+class Stretch(Protocol):
+    """What both kinds of stretches have."""
+
+    silent: int
+    next_end_ns: int
+
+    def end_ns(self, count: int) -> int: ...
+
+    def passed(self, now_ns: int) -> int: ...
 
 
 def passed_by_scan(stretch: Stretch, now_ns: int) -> int:
@@ -41,31 +51,47 @@ def check_passed(stretch: Stretch) -> None:
 def stretches_of(case: Case, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Check every stretch that a case plans, cuts and goes on with; returns how many of each kind there were."""
     seen: dict[str, int] = {}
-    planned, cut = Replica._plan_next, Stretch.cut
 
-    def check(kind: str, stretch: Stretch | None) -> None:
+    def check(kind: str, decodes: Any) -> None:
+        stretch = decodes._stretch
+        assert decodes.stretching == (stretch is not None)
         if stretch is not None:
-            gone_on = "gone on" if isinstance(stretch, March) and stretch._first == 0 and stretch._known else ""
-            seen[f"{type(stretch).__name__} {kind} {gone_on}".strip()] = 1
+            assert decodes.next_end_ns == stretch.next_end_ns
+            seen[f"{type(stretch).__name__} {kind} {how_begun(stretch)}".strip()] = 1
             check_passed(stretch)
 
-    def plan_next(replica: Replica) -> int | None:
-        end_ns = planned(replica)
-        check("planned", replica._stretch)
-        return end_ns
+    def planning(plan: Callable[..., Any]) -> Callable[..., Any]:
+        def planned(decodes: Any, *arguments: Any) -> Any:
+            result = plan(decodes, *arguments)
+            check("planned", decodes)
+            return result
 
-    def cut_at(stretch: Stretch, now_ns: int) -> bool:
-        expected = passed_by_scan(stretch, now_ns)
-        dropped = cut(stretch, now_ns)
-        assert stretch.silent == expected
-        check("cut", stretch)
-        return dropped
+        return planned
+
+    def cutting(cut: Callable[..., bool]) -> Callable[..., bool]:
+        def cut_at(decodes: Any, now_ns: int) -> bool:
+            stretch = decodes._stretch
+            expected = passed_by_scan(stretch, now_ns) if stretch is not None else 0
+            dropped = cut(decodes, now_ns)
+            assert stretch is None or stretch.silent == expected
+            check("cut", decodes)
+            return dropped
+
+        return cut_at
 
     with monkeypatch.context() as patch:
-        patch.setattr(Replica, "_plan_next", plan_next)
-        patch.setattr(Stretch, "cut", cut_at)
+        for kind, plan in ((OneStage, "_lay_out"), (InTurn, "plan")):
+            patch.setattr(kind, plan, planning(getattr(kind, plan)))
+            patch.setattr(kind, "cut", cutting(kind.cut))
         case.run(exact_steps=False)
     return seen
+
+
+def how_begun(stretch: Stretch) -> str:
+    """Whether it goes on as a step ends: then no batch stands for what is in flight."""
+    if not isinstance(stretch, DecodeStretch) or stretch.first:
+        return ""
+    return "gone on, one ahead" if stretch.ahead else "gone on"
 
 
 cases = st.builds(
@@ -98,18 +124,23 @@ def test_passed_equals_a_scan_of_all_ends() -> None:
 
         look()
         for arrival_ns in after_leaving():  # which draws may miss
-            seen |= stretches_of(Case(arrivals_ns=[0, 0, 0, arrival_ns], **THREE), monkeypatch)
-    kinds = {"March planned", "March cut", "March planned gone on", "March cut gone on", "Rotation planned"}
-    assert kinds | {"Rotation cut"} <= seen.keys(), f"{seen}: a kind of stretch was never looked at"
+            for lookahead in (0, 1):
+                case = Case(arrivals_ns=[0, 0, 0, arrival_ns], lookahead=lookahead, **THREE)
+                seen |= stretches_of(case, monkeypatch)
+    kinds = {f"DecodeStretch {what}" for what in ("planned", "cut")}
+    kinds |= {f"{kind} {gone_on}" for kind in kinds for gone_on in ("gone on", "gone on, one ahead")}
+    kinds |= {"PipelineStretch planned", "PipelineStretch cut"}
+    assert kinds <= seen.keys(), f"{seen}: a kind of stretch was never looked at"
 
 
 def test_an_arrival_after_somebody_left_waits_for_the_step_in_flight() -> None:
-    """The march of those who stay begins with no batch in flight, and its first step is shorter than the average one.
+    """The stretch of those who stay begins with no batch in flight, and its first step is shorter than the average one.
 
     An arrival just after that step must not find that nothing has passed.
     """
     for arrival_ns in after_leaving():
-        check_case(Case(arrivals_ns=[0, 0, 0, arrival_ns], **THREE))
+        for lookahead in (0, 1):
+            check_case(Case(arrivals_ns=[0, 0, 0, arrival_ns], lookahead=lookahead, **THREE))
 
 
 def after_leaving() -> list[int]:
@@ -121,7 +152,7 @@ def after_leaving() -> list[int]:
 
 @pytest.mark.parametrize(("count", "budget"), [(2, 1), (70, 64), (40, 7)])
 @pytest.mark.parametrize("policy", ["prefill_first", "chunked_prefill"])
-def test_no_more_decodes_than_the_token_budget_march(count: int, budget: int, policy: str) -> None:
+def test_no_more_decodes_than_the_token_budget(count: int, budget: int, policy: str) -> None:
     case = Case(
         arrivals_ns=[0] * count, lengths=[(2, 30)] * count, policy=policy, token_budget=budget, seats=1_024,
         most_of_prompt=None,
@@ -204,4 +235,4 @@ def test_results_have_the_same_occupancy_and_idle_joules_either_way() -> None:
 
 def test_kinds_of_stretches_are_two() -> None:
     """Whoever adds a third puts it under the property above."""
-    assert set(Stretch.__subclasses__()) == {March, Rotation}
+    assert set(Groups.__subclasses__()) == {OneStage, InTurn}
