@@ -65,7 +65,7 @@ class Draw:
         made = []
         for exact_steps in (False, True):
             how = How(slo=apexsim.SLO(ttft_s=0.2), exact_steps=exact_steps)
-            made.append(KeptRun(deployment.as_run(engine.server), requests, cost=cost, memory=engine.memory, how=how))
+            made.append(KeptRun(deployment.as_run([engine.server]), requests, cost=cost, memory=engine.memory, how=how))
             made[-1].go()
         return made[0], made[1]
 
@@ -89,7 +89,7 @@ def draw(rng: np.random.Generator, engines: list[str]) -> Draw:
         "max_num_seqs": int(rng.choice([1, 2, 8, 64])),
         "max_num_batched_tokens": int(rng.choice([1, 16, 64, 512, 2048])),
         "max_chunk_tokens": int(rng.choice([8, 100])),
-        "kv_blocks": int(rng.choice([rng.integers(60, 300), 4_000])),
+        "kv_blocks": int(rng.choice([rng.integers(30, 120), 4_000])),
         "policy": str(rng.choice(["chunked_prefill", "prefill_first", "shortest_first", "deadline"])),
         "stream_interval": int(rng.choice([1, 7])),
         "receive_interval": int(rng.choice([1, 4])),
