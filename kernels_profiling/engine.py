@@ -15,6 +15,7 @@ from apexsim.costs.memory import MemoryPlan
 from apexsim.errors import BadInput
 from apexsim.serving.batch import Batch
 from apexsim.serving.decodes import advance
+from apexsim.serving.flow import see
 from apexsim.serving.job import Job
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.ledger import Ledger
@@ -163,7 +164,7 @@ class LiveEngine:
         for job in batch.leaving:
             scheduler.leave(job)
             self._tables.release(job)
-            job.request.saw(job)
+            see(job.request, job)
         self._tables.check()
         return [job.request for job in batch.leaving]
 

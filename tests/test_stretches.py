@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apexsim.io.deployments import DeploymentFile, resolve_deployment
-from apexsim.serving.fast.groups import Groups
-from apexsim.serving.fast.one_stage import DecodeStretch, OneStage
+from apexsim.serving.fast.one_stage import DecodeStretch, Groups, OneStage
 from apexsim.serving.fast.pipeline import InTurn
 from apexsim.serving.simulator import How, Run, simulate
 from apexsim.specs.workload import Requests
@@ -31,21 +30,20 @@ class Stretch(Protocol):
 
     def end_ns(self, count: int) -> int: ...
 
-    def passed(self, now_ns: int) -> int: ...
-
 
 def passed_by_scan(stretch: Stretch, now_ns: int) -> int:
     """Silent ends strictly before ``now_ns``, looked at one by one."""
     return sum(stretch.end_ns(count) < now_ns for count in range(1, stretch.silent + 1))
 
 
-def check_passed(stretch: Stretch) -> None:
+def check_passed(decodes: Any, stretch: Stretch) -> None:
     """Just before, at and after every end, and at both ends of time."""
+    assert decodes.next_end_ns == stretch.next_end_ns
     ends_ns = [stretch.end_ns(count) for count in range(1, stretch.silent + 2)]
     assert ends_ns == sorted(ends_ns)
     assert ends_ns[-1] == stretch.next_end_ns
     for now_ns in {0, *(end_ns + by for end_ns in ends_ns for by in (-1, 0, 1))}:
-        assert stretch.passed(now_ns) == passed_by_scan(stretch, now_ns), f"at {now_ns} of {ends_ns}"
+        assert decodes.view(now_ns).steps == passed_by_scan(stretch, now_ns), f"at {now_ns} of {ends_ns}"
 
 
 def stretches_of(case: Case, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
@@ -56,9 +54,8 @@ def stretches_of(case: Case, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         stretch = decodes._stretch
         assert decodes.stretching == (stretch is not None)
         if stretch is not None:
-            assert decodes.next_end_ns == stretch.next_end_ns
             seen[f"{type(stretch).__name__} {kind} {how_begun(stretch)}".strip()] = 1
-            check_passed(stretch)
+            check_passed(decodes, stretch)
 
     def planning(plan: Callable[..., Any]) -> Callable[..., Any]:
         def planned(decodes: Any, *arguments: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pytest
@@ -124,7 +124,7 @@ def test_views_look_the_same_inside_stretches() -> None:
 class FewestBlocks:
     """Reads what changes inside stretches, and counts how often it did."""
 
-    inside: Counter[str] = Counter()
+    inside: ClassVar[Counter[str]] = Counter()
 
     def choose(self, job: Job, views: Sequence[View]) -> int:
         for view in views:
