@@ -17,7 +17,7 @@ from apexsim.serving.job import Job
 from apexsim.serving.ledger import Ledger
 from apexsim.serving.messages import View
 from apexsim.serving.policies import POLICIES, BatchPolicy
-from apexsim.testing import Case
+from apexsim.testing import Case, check_case
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,13 +58,16 @@ ENGINES = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8").partition("
 
 @pytest.fixture
 def own_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A folder with the example policy of docs/engines.md and the deployment that names it."""
-    (tmp_path / "mypol.py").write_text(blocks_of("python")[0])
+    """A folder with the example policy of docs/engines.md, the deployment that names it, and the example router."""
+    policy, _, _, router = blocks_of("python")
+    (tmp_path / "mypol.py").write_text(policy)
+    (tmp_path / "mine.py").write_text(router)
     (tmp_path / "mine.yaml").write_text(blocks_of("yaml")[0])
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     yield
-    sys.modules.pop("mypol", None)
+    for name in ("mypol", "mine"):
+        sys.modules.pop(name, None)
 
 
 def blocks_of(language: str) -> list[str]:
@@ -88,6 +91,15 @@ def test_the_policy_of_ones_own_orders_as_it_says() -> None:
     run = replace(case, policy="mypol:ShortestPrompt").run(exact_steps=False)
     scheduled = sorted(run.requests, key=lambda request: request.scheduled_ns or 0)
     assert [request.index for request in scheduled] == [2, 1, 3, 0]
+
+
+@pytest.mark.usefixtures("own_policy")
+def test_the_router_of_ones_own_sends_where_most_is_free() -> None:
+    """The long prompt holds one replica, so that all others go to the second."""
+    case = Case(arrivals_ns=[0, 1, 9_000_000, 15_000_000], lengths=[(400, 50), (20, 2), (20, 2), (20, 2)], replicas=2)
+    case = replace(case, router="mine:Emptiest")
+    check_case(case)
+    assert [request.replica for request in case.run(exact_steps=False).requests] == [0, 1, 1, 1]
 
 
 def test_every_shipped_policy_is_described() -> None:
