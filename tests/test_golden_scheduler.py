@@ -13,6 +13,7 @@ import pytest
 from conftest import find_data
 
 from apexsim.costs.steps import BatchStats
+from apexsim.costs.timing import RunTimes
 from apexsim.serving.clock import ARRIVAL, Clock
 from apexsim.serving.job import Job
 from apexsim.serving.kv_cache import BlockManager
@@ -54,7 +55,7 @@ class GoldenCost:
 
 
 @dataclass
-class GoldenRun:
+class GoldenRun(RunTimes):
     """Decode steps of one batch, whose context // 100 is rounded down step by step."""
 
     cost: GoldenCost

@@ -77,15 +77,18 @@ class Recorder:
             self._store()
             steps = self._steps
         self._row, self._held, self._next = len(steps), held[0], going_on
-        chunk_tokens = 0
-        for tokens, history in chunks:
-            chunk_tokens += tokens
-            self._chunks.extend((self._stored + len(steps) // self._width, tokens, history))
         steps.frombytes(self._packed(
-            start_ns, end_ns, labels[0], repeats, decodes, context, chunk_tokens, survivors,
+            start_ns, end_ns, labels[0], repeats, decodes, context, self._noted(chunks) if chunks else 0, survivors,
             (held[0] + held[1]) // 2, held[1], labels[1], labels[2], *window_contexts,
             *(growing or self._nobody_grows),
         ))  # fmt: skip
+
+    def _noted(self, chunks: Sequence[tuple[int, int]]) -> int:
+        """Tokens of the chunks of the next row, after each has a row of its own."""
+        row = self._stored + len(self._steps) // self._width
+        for tokens, history in chunks:
+            self._chunks.extend((row, tokens, history))
+        return sum([tokens for tokens, _ in chunks])
 
     def peak(self, held: int) -> None:
         """So many KV blocks are in use at the end of the latest step."""

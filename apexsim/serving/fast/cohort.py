@@ -42,6 +42,7 @@ class Cohort:
         self.late: list[Job] = []
         self.last_end_ns = 0
         self.last_step: int | None = None
+        self.stayed = 0  # blocks that those took who marched a step more than others (see ``march_over``)
         self._blocks = blocks
         self._each = blocks.needed(1)
         self.growth: Growth = SteadyGrowth(blocks) if blocks.steady else MemberGrowth(blocks)
@@ -96,7 +97,8 @@ class Cohort:
         at_end_ns = self.last_end_ns if self.last_step is not None and job.joined <= self.last_step else None
         job.catch_up(job.base + self.step, at_end_ns if not job.pending else None)
         self.growth.leave(job)
-        self._blocks.hand_over(job)
+        if job.computed > job.capacity:
+            self._blocks.hand_over(job)
         self.size -= 1
         self.context -= job.computed
         if job in self.late:
@@ -179,6 +181,7 @@ class Cohort:
         others have their last token by then.
         """
         to_leave = self.due - self.step
+        self.stayed = 0
         if steps <= to_leave:
             self.growth.march_over(self.step, steps, taking)
             return self._counted(steps), []
@@ -186,7 +189,8 @@ class Cohort:
         left = self._counted(to_leave, taking.next_end_ns)
         if not self.size:
             return left, []
-        if self.growth.missing(self.step, 1):
+        self.stayed = self.growth.missing(self.step, 1)
+        if self.stayed:
             self.growth.march_at(self.step, (taking.composed_ns(steps - 1),), taking.next_end_ns)
         return left, self._counted(1)
 

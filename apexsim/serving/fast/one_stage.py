@@ -303,7 +303,8 @@ class OneStage(Groups):
         through = stretch.silent + 1 - stretch.first
         first_ns = stretch.from_ns + stretch.run.first_ns
         # Where nothing was composed that has ended by now, what was taken since belongs to later steps.
-        held_last = held if through == stretch.ahead else self._blocks.total - self._blocks.free
+        taken = self._blocks.total - self._blocks.free - cohort.stayed
+        held_last = held if through == stretch.ahead else taken
         labels = stretch.first_labels, stretch.stats, (stretch.from_ns, last_ns)
         first_gap = first_ns - cohort.last_end_ns, stretch.stats.decodes - late
         self._recorder.stretch(*labels, (stretch.run, through), (held, held_last), first_gap)
