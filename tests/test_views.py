@@ -88,6 +88,7 @@ def drawn_case(rng: np.random.Generator) -> Case:
     """Of all shipped policies; half of them with windows, half with all that happens on one grid of times."""
     case = random_case(rng, sorted(POLICIES)[rng.integers(len(POLICIES))])
     case = replace(case, balanced=bool(rng.integers(2)), window=[None, 40][rng.integers(2)])
+    case = replace(case, full_admission=rng.random() < 0.2, most_of_prompt=[None, 8][rng.integers(2)])
     return replace(case, token_ns=0, context_ns=0, step_ns=500_000) if rng.integers(2) else case
 
 
