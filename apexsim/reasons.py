@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 _NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 
 
-def counted(reasons: Iterable[str]) -> list[tuple[int, str]]:
-    """How many reasons there are of each kind, the most frequent first, and what they say.
+def counted(reasons: Iterable[str] | Mapping[str, int]) -> list[tuple[int, str]]:
+    """How many reasons there are of each kind, the most frequent first, and what they say; given one by one or counted.
 
     A number that differs among them is given as a range: ``tensor degree 3 to 7 does not divide the 8 KV heads``.
     """
     kinds: dict[str, list[list[str]]] = {}
-    for reason in reasons:
-        kinds.setdefault(_NUMBER.sub("\0", reason), []).append(_NUMBER.findall(reason))
-    found = [(len(numbers), _worded(text, numbers)) for text, numbers in kinds.items()]
+    counts: Counter[str] = Counter()
+    for reason, times in Counter(reasons).items():
+        kind = _NUMBER.sub("\0", reason)
+        kinds.setdefault(kind, []).append(_NUMBER.findall(reason))
+        counts[kind] += times
+    found = [(counts[text], _worded(text, numbers)) for text, numbers in kinds.items()]
     return sorted(found, key=lambda each: (-each[0], each[1]))
 
 

@@ -155,9 +155,9 @@ class SimulationResult:
 
     def steps_of(self, replica: int) -> tuple[Columns, npt.NDArray[np.int64]]:
         """Step columns of one replica in order of their start, and the nanoseconds each is the latest one in flight."""
-        mine = {key: values[self.step_columns["replica"] == replica] for key, values in self.step_columns.items()}
-        order = np.argsort(mine["start_ns"], kind="stable")
-        steps = {key: values[order] for key, values in mine.items()}
+        mine = np.flatnonzero(self.step_columns["replica"] == replica)
+        mine = mine[np.argsort(self.step_columns["start_ns"][mine], kind="stable")]
+        steps = {key: values[mine] for key, values in self.step_columns.items()}
         # Asynchronous engines run a step on after the last token left; it is outside the duration.
         end_ns = np.maximum(steps["start_ns"], np.minimum(steps["end_ns"], round(self.end_s * NS_PER_S)))
         return steps, held_ns(steps["start_ns"], end_ns)

@@ -284,8 +284,8 @@ TestBlockBooks.settings = settings(max_examples=60, deadline=None)
 
 
 def test_why_requests_were_rejected_is_told_by_kind() -> None:
-    reasons = ["520 tokens exceed 512", "600 tokens exceed 512", "no blocks"]
+    reasons = {"520 tokens exceed 512": 2, "600 tokens exceed 512": 1, "no blocks": 1}
     assert list(why_rejected(reasons)) == [
-        "2 rejected: 520 to 600 tokens exceed 512",
+        "3 rejected: 520 to 600 tokens exceed 512",
         "1 rejected: no blocks",
     ]

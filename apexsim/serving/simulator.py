@@ -234,7 +234,7 @@ class Run:
         if due_s is not None and asked.arrival_s is not None and look_absolute(due_s, asked.arrival_s):
             told.append(f"{DEADLINE} counts from arrival; these look like absolute times: they grow with arrival_s")
         why = self.why_unfinished()
-        return (*told, *why_rejected(self.rows.rejected.elements()), *([why] if why else []))
+        return (*told, *why_rejected(self.rows.rejected), *([why] if why else []))
 
     def why_unfinished(self) -> str | None:
         """What the requests that neither finished nor were refused waited for; None where there are none."""

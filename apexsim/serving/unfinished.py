@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from apexsim.reasons import counted
 from apexsim.serving.replica import Replica
@@ -10,8 +10,11 @@ from apexsim.serving.replica import Replica
 MOST_REASONS = 3
 
 
-def why_rejected(reasons: Iterable[str]) -> Iterator[str]:
-    """Sentences on the requests refused at the door, one reason each, by kind of reason, the most frequent first."""
+def why_rejected(reasons: Mapping[str, int]) -> Iterator[str]:
+    """Sentences on the requests refused at the door by kind of reason, the most frequent first.
+
+    ``reasons`` says how many requests were refused for each.
+    """
     kinds = counted(reasons)
     for count, reason in kinds[:MOST_REASONS]:
         yield f"{count} rejected: {reason}"
