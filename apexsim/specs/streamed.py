@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,14 +58,17 @@ class StreamedRequests(Requests):
     all requests is read when it is asked for, and not kept. Whatever draws new arrivals holds all requests.
     """
 
+    _read: Read
+    _figures: Figures
+
     def __init__(self, name: str, read: Read, figures: Figures, notes: tuple[str, ...] = (), **loop: Any) -> None:
         usual = {"concurrency": None, "turnaround_s": 0.0, "waves": False, "law": None}
         mine = {"name": name, "_read": read, "_figures": figures, "notes": notes, **usual, **loop}
         for key, value in mine.items():
             object.__setattr__(self, key, value)
 
-    _read: Read
-    _figures: Figures
+    def __repr__(self) -> str:
+        return f"<StreamedRequests {self.name}, {len(self):,} rows>"
 
     def __len__(self) -> int:
         return self._figures.requests
@@ -123,15 +127,7 @@ class StreamedRequests(Requests):
         if count >= len(self):
             note = f"{count} requests were asked for; {self.name} holds {len(self)}"
             return self if count == len(self) else self._like(notes=(*self.notes, note))
-
-        def read() -> Iterator[Requests]:
-            left = count
-            for part in self._read():
-                yield part.head(min(left, len(part)))
-                left -= len(part)
-                if left <= 0:
-                    return
-
+        read = partial(_head, self._read, count)
         return self._like(read=read, figures=Figures.of(read()))
 
     def at_rate(self, rate_per_s: float) -> Requests:
@@ -139,13 +135,10 @@ class StreamedRequests(Requests):
         if not self.span_s > 0:
             return self.whole().at_rate(rate_per_s)  # which says why not
         first_s, times = self._figures.first_s, self.rate_per_s / rate_per_s
-
-        def read() -> Iterator[Requests]:
-            for part in self._read():
-                assert part.arrival_s is not None
-                yield replace(part, arrival_s=first_s + (part.arrival_s - first_s) * times)
-
-        return self._like(read=read, figures=self._figures._replace(last_s=first_s + self.span_s * times))
+        return self._like(
+            read=partial(_stretched, self._read, first_s, times),
+            figures=self._figures._replace(last_s=first_s + self.span_s * times),
+        )
 
     def closed_loop(self, concurrency: int, turnaround_s: float = 0.0, *, waves: bool = False) -> Requests:
         check_count(concurrency, "concurrency", self.name, most=MAX_CONCURRENCY)
@@ -165,3 +158,19 @@ class StreamedRequests(Requests):
         loop = {"concurrency": self.concurrency, "turnaround_s": self.turnaround_s, "waves": self.waves}
         mine: dict[str, Any] = {"name": self.name, "read": self._read, "figures": self._figures, "notes": self.notes}
         return StreamedRequests(**{**mine, **loop, **changed})
+
+
+def _head(read: Read, count: int) -> Iterator[Requests]:
+    """The first ``count`` rows of parts."""
+    for part in read():
+        yield part.head(min(count, len(part)))
+        count -= len(part)
+        if count <= 0:
+            return
+
+
+def _stretched(read: Read, first_s: float, times: float) -> Iterator[Requests]:
+    """Parts whose arrivals after ``first_s`` come so many times as late."""
+    for part in read():
+        assert part.arrival_s is not None
+        yield replace(part, arrival_s=first_s + (part.arrival_s - first_s) * times)
