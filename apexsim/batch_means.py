@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from apexsim.metrics import Floats, ratio
+from apexsim.metrics import ratio
+from apexsim.quantiles import Floats
 
 
 class Estimate(NamedTuple):

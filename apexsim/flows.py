@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from apexsim.metrics import Floats, spread_until
+from apexsim.metrics import spread_until
+from apexsim.quantiles import Floats
 from apexsim.tables import blocks
 from apexsim.units import NS_PER_S
 

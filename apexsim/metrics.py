@@ -7,37 +7,24 @@ A figure of no observations is NaN, which JSON shows as null.
 from __future__ import annotations
 
 import math
-from array import array
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
+from apexsim.quantiles import Floats, Integers, Parts, Span, quantiles
 
 PERCENTILES = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99}
 _KEYS = ("mean", *PERCENTILES, "max")
 
 
-def distribution(parts: Iterable[Floats]) -> dict[str, float]:
-    """Mean, percentiles and maximum of the finite entries of all ``parts``."""
-    known = finite(parts)
-    if not len(known):
+def distribution(parts: Parts) -> dict[str, float]:
+    """Mean, percentiles and maximum of the finite values of all ``parts``."""
+    span = Span.of(parts)
+    if not span.known:
         return dict.fromkeys(_KEYS, math.nan)
-    known.sort()
-    mean, most = float(known.mean()), float(known[-1])
-    marks = np.quantile(known, list(PERCENTILES.values()), overwrite_input=True)
-    return dict(zip(_KEYS, [mean, *map(float, marks), most], strict=True))
-
-
-def finite(parts: Iterable[Floats]) -> Floats:
-    """The finite entries of all ``parts``, in their order. However many parts there are, no two copies are held."""
-    known = array("d")
-    for part in parts:
-        known.frombytes(part[np.isfinite(part)].tobytes())
-    return np.frombuffer(known, dtype=np.float64) if known else np.empty(0)
+    marks = quantiles(parts, list(PERCENTILES.values()), span)
+    return dict(zip(_KEYS, [span.total / span.known, *marks, span.most], strict=True))
 
 
 def weighted_distribution(values: Integers, counts: Integers, scale: float) -> dict[str, float]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from apexsim.metrics import Integers, ratio
+from apexsim.metrics import ratio
+from apexsim.quantiles import Integers
 from apexsim.tables import blocks
 from apexsim.units import NS_PER_S
 

@@ -29,7 +29,7 @@ were not scheduled yet tell growth, where they grow by more than 10 % of what ca
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -38,7 +38,8 @@ import numpy as np
 
 from apexsim.batch_means import UNKNOWN, Estimate, ratio_of, regressed, risen, student
 from apexsim.flows import Flows, flows_of
-from apexsim.metrics import Floats, finite, ratio, spread_until
+from apexsim.metrics import ratio, spread_until
+from apexsim.quantiles import Floats, Parts, Span, quantiles
 from apexsim.tables import blocks, rows_of
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def steady_part(result: SimulationResult) -> Steady:
     if result.arrivals_s[0] == result.arrivals_s[1]:
         return _all_at_once(result)
     window = _window(result)
-    e2e_s = _quantile((e2e_s for (e2e_s,) in blocks(result.request_columns, "e2e_s")), 0.9)
+    e2e_s = _quantile(partial(_column, result, "e2e_s"), 0.9)
     if not window.length_s > 0 or math.isnan(e2e_s):
         return _no_window(result, e2e_s)
     least = window.length_s / e2e_s if e2e_s else math.inf
@@ -162,14 +163,25 @@ def _window(result: SimulationResult) -> Window:
     """See the module. Times to leave are counted from when a request was scheduled: a queue that grows is no ramp."""
     first_s, to_s = result.arrivals_s
     if result.concurrency is not None:
-        ends = finite(_first_ends(result, result.concurrency))
-        from_s = float(ends.max()) if len(ends) else to_s
+        ends = Span.of(partial(_first_ends, result, result.concurrency))
+        from_s = ends.most if ends.known else to_s
         return Window(first_s, from_s, to_s, from_s - first_s)
-    times = blocks(result.request_columns, "scheduled_s", "last_token_s")
-    ramp_s = _quantile((last_s - scheduled_s for scheduled_s, last_s in times), 0.99)
+    ramp_s = _quantile(partial(_stays, result), 0.99)
     if math.isnan(ramp_s):
         return Window(first_s, to_s, to_s, ramp_s)
     return Window(first_s, first_s + min(ramp_s, (to_s - first_s) / 2), to_s, ramp_s)
+
+
+def _column(result: SimulationResult, name: str) -> Iterator[Floats]:
+    """A column of the requests, so many rows at a time."""
+    for (values,) in blocks(result.request_columns, name):
+        yield values
+
+
+def _stays(result: SimulationResult) -> Iterator[Floats]:
+    """Times from when requests were scheduled to their last tokens."""
+    for scheduled_s, last_s in blocks(result.request_columns, "scheduled_s", "last_token_s"):
+        yield last_s - scheduled_s
 
 
 def _first_ends(result: SimulationResult, count: int) -> Iterator[Floats]:
@@ -342,6 +354,5 @@ def _known(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _quantile(parts: Iterable[Floats], probability: float) -> float:
-    known = finite(parts)
-    return float(np.quantile(known, probability, overwrite_input=True)) if len(known) else math.nan
+def _quantile(parts: Parts, probability: float) -> float:
+    return quantiles(parts, [probability], Span.of(parts))[0]

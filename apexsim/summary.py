@@ -16,10 +16,12 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from apexsim.atomic import without_nan
-from apexsim.metrics import Floats, distribution, ratio, weighted_distribution
+from apexsim.metrics import distribution, ratio, weighted_distribution
+from apexsim.quantiles import Floats
 from apexsim.tables import blocks, rows_of
 from apexsim.uncertainty import intervals
 from apexsim.units import NS_PER_S
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
     from apexsim.results import SimulationResult
     from apexsim.specs.device import Datasheet
+
+_LATENCIES = "ttft_s", "tpot_s", "e2e_s", "queue_s"
 
 
 def summarise(result: SimulationResult) -> dict[str, Any]:
@@ -44,7 +48,7 @@ def summarise(result: SimulationResult) -> dict[str, Any]:
     ``uncertainty``: where mean latencies, the rate of tokens and joules a token may lie (see ``uncertainty.py``).
     ``timing``: seconds of the wall clock, by part (see the module).
     """
-    latencies = {key: distribution(_of_finished(result, key)) for key in ("ttft_s", "tpot_s", "e2e_s", "queue_s")}
+    latencies = {key: distribution(partial(_of_finished, result, key)) for key in _LATENCIES}
     counts = _counts(result)
     outputs, prompts = counts["output_tokens"], counts["prompt_tokens"]
     summary: dict[str, Any] = {

@@ -164,7 +164,7 @@ def _measured(columns: Columns, served: Served) -> dict[str, Any]:
     """The columns that say what was measured."""
     found: dict[str, Any] = {}
     for latency in ("ttft_s", "tpot_s", "e2e_s"):
-        name, figures = latency.removesuffix("_s"), distribution([columns[latency]])
+        name, figures = latency.removesuffix("_s"), distribution([columns[latency]].copy)
         found |= {f"{name}_{key}_s": figures[key] for key in ("mean", "p50", "p90", "p99")}
     gaps = weighted_distribution(*served.gaps, scale=1 / NS_PER_S)
     tokens = int(columns["output_tokens"].sum())

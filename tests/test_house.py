@@ -25,6 +25,7 @@ FLOORS = (
         "tables",
         "reading",
         "metrics",
+        "quantiles",
         "versions",
         "reasons",
     },  # numbers, files, arithmetic that know nothing of serving

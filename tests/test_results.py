@@ -336,7 +336,7 @@ def test_loading_something_else_says_what_would_do(tmp_path: Any) -> None:
 def test_weighted_distribution_equals_the_written_out_one(pairs: list[tuple[int, int]]) -> None:
     values, counts = (np.array([pair[i] for pair in pairs], dtype=np.int64) for i in (0, 1))
     mine = weighted_distribution(values, counts, scale=1e-9)
-    whole = distribution([np.repeat(values, counts) * np.float64(1e-9)])
+    whole = distribution(lambda: [np.repeat(values, counts) * np.float64(1e-9)])
     assert list(mine) == list(whole)
     for key, expected in whole.items():
         assert mine[key] == pytest.approx(expected, rel=1e-12, abs=1e-15, nan_ok=True)
@@ -360,7 +360,7 @@ def test_binned_level_is_the_mean_of_what_is_in_force(spans: list[tuple[int, int
 
 
 def test_distribution_of_nothing_is_unknown_and_json_says_null() -> None:
-    empty = distribution([np.array([math.nan])])
+    empty = distribution(lambda: [np.array([math.nan])])
     assert all(math.isnan(value) for value in empty.values())
     assert set(json.loads(json_text(empty)).values()) == {None}
     assert without_nan({"a": [np.float64(1.5), math.inf, np.int64(3)]}) == {"a": [1.5, None, 3]}
@@ -375,6 +375,24 @@ def test_a_write_that_fails_leaves_nothing_and_keeps_the_old_file(tmp_path: Any)
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
     with pytest.raises(BadInput, match="folder does not exist"):
         write_json(tmp_path / "no" / "out.json", {})
+
+
+@pytest.mark.parametrize("kind", ["spread", "tied", "one", "tailed"])
+def test_percentiles_of_values_in_parts_are_those_of_numpy(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apexsim.quantiles.FEW", 100)
+    rng = np.random.default_rng(8)
+    values = {
+        "spread": rng.uniform(1, 2, 5_000),
+        "tied": rng.integers(0, 3, 5_000) * 0.1,
+        "one": np.full(5_000, 0.3),
+        "tailed": rng.pareto(0.4, 5_000),
+    }[kind]
+    values[::50] = math.nan
+    found = distribution(lambda: np.array_split(values, 7))
+    known = values[np.isfinite(values)]
+    assert [found[key] for key in ("p50", "p90", "p95", "p99")] == np.quantile(known, [0.5, 0.9, 0.95, 0.99]).tolist()
+    assert found["max"] == known.max()
+    assert found["mean"] == pytest.approx(known.mean(), rel=1e-12)
 
 
 def test_the_union_of_steps_is_the_same_in_parts_and_nearly_in_order() -> None:
