@@ -47,6 +47,9 @@ class StoredTable(Mapping[str, Array]):
             end += len(block)
         return column
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._empty.column_names  # a mapping's own would read the column
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._empty.column_names)
 
