@@ -71,8 +71,11 @@ def test_a_run_in_files_tells_what_one_in_memory_tells(tmp_path: Path, monkeypat
         ("apexsim.serving.recording.BLOCK_ROWS", 64),
         ("apexsim.serving.recording._MOST_GAPS", 40),
         ("apexsim.serving.request_rows._LOT_ROWS", 10),
-        ("apexsim.serving.growth.SPANS", 12),
+        ("apexsim.serving.flow.LOT", 10),
+        ("apexsim.serving.fast.blocks.SPANS", 12),
+        ("apexsim.serving.fast.cohort.MOST_MOVES", 12),
         ("apexsim.costs.durations.SPANS", 12),
+        ("apexsim.serving.recording.SPANS", 12),
     ):
         monkeypatch.setattr(name, few)
     monkeypatch.setattr("apexsim.columns.Rows.blocks.__defaults__", (64,))

@@ -81,6 +81,9 @@ class Flow:
     def close_rows(self) -> None:
         """Write the rows of those who have ended since the last time."""
         self._rows.finish(self._ended)
+        for request in self._ended:
+            if request.job is not None:
+                del request.job.request  # each would keep the other: nobody looks for such circles during a run
         self._ended.clear()
 
 
