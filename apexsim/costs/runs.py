@@ -115,21 +115,18 @@ class DecodeRun:
 
     def stages_ns(self, first: int, count: int) -> list[list[int]]:
         """``stage_ns`` of ``count`` steps from step ``first`` on."""
-        row, decodes, rows = self._row, self._decodes, []
-        moving = list(zip(row.tables, row.layers, self._attended, self._grows, strict=True))
-        for table, _, tokens, grows in moving:
-            mean = (tokens + grows * (first + count)) // decodes
-            if mean + 1 >= len(table.prefix):
+        row, decodes = self._row, self._decodes
+        spent: list[list[int]] = []  # by kind of attention, in one layer
+        for table, tokens, grows in zip(row.tables, self._attended, self._grows, strict=True):
+            mean, prefix = (tokens + grows * (first + count)) // decodes, table.prefix
+            if mean + 1 >= len(prefix):
                 table.grow(mean)
-        for step in range(first, first + count):
-            stages = list(row.fixed)
-            for table, layers, tokens, grows in moving:
-                mean = (tokens + grows * step) // decodes
-                spent = table.prefix[mean + 1] - table.prefix[mean]
-                for stage, kinds in enumerate(layers):
-                    stages[stage] += kinds * spent
-            rows.append([ns if ns > floor else floor for ns, floor in zip(stages, row.floors, strict=True)])
-        return rows
+            means = [(tokens + grows * step) // decodes for step in range(first, first + count)]
+            spent.append([prefix[mean + 1] - prefix[mean] for mean in means])
+        if len(spent) > 1:
+            return [list(add_stages(row.fixed, row.floors, row.layers, each)) for each in zip(*spent, strict=True)]
+        stages = list(zip(row.fixed, row.layers[0], row.floors, strict=True))
+        return [[max(fixed + layers * ns, floor) for fixed, layers, floor in stages] for ns in spent[0]]
 
     def elapsed_ns(self, steps: int) -> int:
         """Nanoseconds of the first ``steps`` steps one after another, on one stage."""
@@ -147,17 +144,18 @@ class DecodeRun:
 
     def _add_up(self, steps: int) -> None:
         """Have sums of that many steps."""
-        sums, floor, decodes = self._sums, self._row.floor, self._decodes
+        sums, floor, constant, decodes = self._sums, self._row.floor, self._constant, self._decodes
+        first, total = len(sums) - 1, sums[-1]
         for table, _, tokens, grows in self._parts:
             mean = (tokens + grows * steps) // decodes
             if mean + 1 >= len(table.prefix):
                 table.grow(mean)
-        total = sums[-1]
-        for step in range(len(sums) - 1, steps):
-            ns = self._constant
-            for table, layers, tokens, grows in self._parts:
+        parts = [(table.prefix, layers, tokens, grows) for table, layers, tokens, grows in self._parts]
+        for step in range(first, steps):
+            ns = constant
+            for prefix, layers, tokens, grows in parts:
                 mean = (tokens + grows * step) // decodes
-                ns += layers * (table.prefix[mean + 1] - table.prefix[mean])
+                ns += layers * (prefix[mean + 1] - prefix[mean])
             total += ns if ns > floor else floor
             sums.append(total)
 

@@ -91,23 +91,30 @@ class MemberGrowth:
             self._blocks.grow(job, tokens)
 
     def march_at(self, step: int, times_ns: Sequence[int], now_ns: int) -> None:
-        self._count_at(step, times_ns.__getitem__, len(times_ns), now_ns)
-        self.march(step, len(times_ns))
+        self._march(step, len(times_ns), times_ns.__getitem__, now_ns)
 
     def march_over(self, step: int, steps: int, taking: Taking) -> None:
-        self._count_at(step, taking.composed_ns, steps, taking.next_end_ns)
-        self.march(step, steps)
+        run, early, early_ns, from_ns = taking.run, taking.early, taking.early_ns, taking.from_ns
 
-    def _count_at(self, step: int, composed_ns: Callable[[int], int], steps: int, now_ns: int) -> None:
-        """Add to ``block_ns`` what compositions take at their times, up to now."""
-        size, needed = len(self._due), self._blocks.needed
-        used_ns = 0
+        def composed_ns(number: int) -> int:
+            return from_ns + run.elapsed_ns(number - early) if number >= early else early_ns
+
+        self._march(step, steps, composed_ns, taking.next_end_ns)
+
+    def _march(self, step: int, steps: int, composed_ns: Callable[[int], int], now_ns: int) -> None:
+        """Let members take blocks as they cross, at the times at which steps were composed."""
+        due, size, blocks, used_ns = self._due, len(self._due), self._blocks, 0
         for number in range(steps):
-            if due := self._due[(step + number) % size]:
-                crossing = [job.base + step + number for job in due if job.base + step + number >= job.capacity]
-                taken = sum([needed(before + 1) - needed(before) for before in crossing])
-                used_ns += taken * (now_ns - composed_ns(number)) if taken else 0
-        self._blocks.used(used_ns)
+            crossing = due[(step + number) % size]
+            if not crossing:
+                continue
+            free = blocks.free
+            for job in crossing:
+                if job.base + step + number >= job.capacity:
+                    blocks.grow(job, job.base + step + number + 1)
+            if free > blocks.free:
+                used_ns += (free - blocks.free) * (now_ns - composed_ns(number))
+        blocks.used(used_ns)
 
     def takes(self, job: Job, step: int) -> int:
         before = job.base + step

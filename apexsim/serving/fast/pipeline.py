@@ -24,7 +24,7 @@ from apexsim.serving.ledger import Ledger, Together
 
 LONGEST = 128
 """Silent ends planned ahead: each is worked out singly."""
-FEW = 8
+FEW = 4
 """Steps of a batch whose durations are had together."""
 
 
