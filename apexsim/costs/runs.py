@@ -22,7 +22,7 @@ class DecodeRow:
     answers for decode attention of one layer; ``layers`` counts the layers of that kind, stage by stage.
     """
 
-    __slots__ = ("fixed", "floor", "floors", "kind", "layers", "prefix", "tables")
+    __slots__ = ("fixed", "floor", "floors", "kind", "layers", "prefix", "stages", "tables")
 
     def __init__(
         self, fixed: Nanoseconds, floors: Nanoseconds, layers: Layers, tables: tuple[PrefixTable, ...]
@@ -34,6 +34,7 @@ class DecodeRow:
         self.tables = tables
         self.prefix = tables[0].prefix
         self.kind = id(tables[0]), fixed[0], layers[0][0]
+        self.stages = tuple(zip(fixed, layers[0], floors, strict=True))  # of the first kind of attention
 
     def stage_ns(self, means: Sequence[int]) -> tuple[int, ...]:
         """Nanoseconds of every stage at these mean contexts, one per kind of attention."""
@@ -54,27 +55,10 @@ class DecodeRun:
     """Consecutive steps of one decode batch: every context grows by one token a step.
 
     ``limit`` (>= 1) is the number of steps for which that growth is regular: in a window of the model as many sequences
-    grow at each of them. On one stage ``elapsed_ns`` is the exact sum of ``stage_ns`` of the steps. Where every
-    sequence grows, or none does, it is had in closed form: integer prefix sums, and, where the host overlaps with the
-    device, the device time (which never falls with context) crosses the host time at most once: steps before that take
-    the host time, later ones the device time. Where only some grow, the mean context moves by 0 or 1 a step: those
-    steps are added up one by one.
+    grow at each of them.
     """
 
-    __slots__ = (
-        "_attended",
-        "_below",
-        "_constant",
-        "_decodes",
-        "_floor",
-        "_growing",
-        "_grows",
-        "_partly",
-        "_parts",
-        "_row",
-        "_sums",
-        "first_ns", "limit",
-    )  # fmt: skip
+    __slots__ = ("_attended", "_decodes", "_grows", "_row", "limit")
 
     def __init__(
         self, row: DecodeRow, decodes: int, attended: tuple[int, ...], grows: tuple[int, ...], limit: int
@@ -85,26 +69,6 @@ class DecodeRun:
         self._decodes = decodes
         self._attended = attended
         self._grows = grows
-        # Stage 0: nanoseconds of every step, and (layers, table, mean context) of the attention that grows.
-        self._constant = row.fixed[0]
-        self._growing: list[tuple[int, PrefixTable, int]] = []
-        self._parts: list[tuple[PrefixTable, int, int, int]] = []  # the same with its tokens in sum, and who grows
-        self._partly = False
-        for table, layers, tokens, count in zip(row.tables, row.layers, attended, grows):  # noqa: B905 - a hot path
-            if not count:
-                self._constant += layers[0] * table.at(tokens // decodes)
-                continue
-            self._parts.append((table, layers[0], tokens, count))
-            if count == decodes:
-                self._growing.append((layers[0], table, tokens // decodes))
-            else:
-                self._partly = True
-        self._sums = [0]
-        self._floor = 0
-        if not self._partly:
-            self._floor = row.floor if row.floor and self._device_ns(0, 1) < row.floor else 0
-        self._below = 1  # with a floor: steps known to take less device than host time
-        self.first_ns = self.elapsed_ns(1)
 
     def stage_ns(self, step: int) -> tuple[int, ...]:
         """Nanoseconds of step 0, 1, ... of the run on each stage."""
@@ -125,8 +89,45 @@ class DecodeRun:
             spent.append([prefix[mean + 1] - prefix[mean] for mean in means])
         if len(spent) > 1:
             return [list(add_stages(row.fixed, row.floors, row.layers, each)) for each in zip(*spent, strict=True)]
-        stages = list(zip(row.fixed, row.layers[0], row.floors, strict=True))
+        stages = row.stages
         return [[max(fixed + layers * ns, floor) for fixed, layers, floor in stages] for ns in spent[0]]
+
+
+class OneStageRun(DecodeRun):
+    """A run on one stage, whose ``elapsed_ns`` is the exact sum of ``stage_ns`` of its steps.
+
+    Where every sequence grows, or none does, it is had in closed form: integer prefix sums, and, where the host
+    overlaps with the device, the device time (which never falls with context) crosses the host time at most once: steps
+    before that take the host time, later ones the device time. Where only some grow, the mean context moves by 0 or 1 a
+    step: those steps are added up one by one.
+    """
+
+    __slots__ = ("_below", "_constant", "_floor", "_growing", "_partly", "_parts", "_sums", "first_ns")
+
+    def __init__(
+        self, row: DecodeRow, decodes: int, attended: tuple[int, ...], grows: tuple[int, ...], limit: int
+    ) -> None:
+        super().__init__(row, decodes, attended, grows, limit)
+        # Nanoseconds of every step, and (layers, table, mean context) of the attention that grows.
+        self._constant = row.fixed[0]
+        self._growing: list[tuple[int, PrefixTable, int]] = []
+        self._parts: list[tuple[PrefixTable, int, int, int]] = []  # the same with its tokens in sum, and who grows
+        self._partly = False
+        for table, layers, tokens, count in zip(row.tables, row.layers, attended, grows):  # noqa: B905 - a hot path
+            if not count:
+                self._constant += layers[0] * table.at(tokens // decodes)
+                continue
+            self._parts.append((table, layers[0], tokens, count))
+            if count == decodes:
+                self._growing.append((layers[0], table, tokens // decodes))
+            else:
+                self._partly = True
+        self._sums = [0]
+        self._floor = 0
+        if not self._partly:
+            self._floor = row.floor if row.floor and self._device_ns(0, 1) < row.floor else 0
+        self._below = 1  # with a floor: steps known to take less device than host time
+        self.first_ns = self.elapsed_ns(1)
 
     def elapsed_ns(self, steps: int) -> int:
         """Nanoseconds of the first ``steps`` steps one after another, on one stage."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from apexsim.costs.lowering import Lowered, lower
 from apexsim.costs.operators import Collective
 from apexsim.costs.ranks import fullest, share
-from apexsim.costs.runs import DecodeRow, DecodeRun, add_stages
+from apexsim.costs.runs import DecodeRow, DecodeRun, OneStageRun, add_stages
 from apexsim.costs.tables import OperatorTables, RowTable, tables_for
 from apexsim.specs.engine import EngineProfile
 from apexsim.specs.server import Server
@@ -135,7 +135,9 @@ class StepCost:
                 return plain
         left = max(1, self.max_context - stats.context // stats.decodes + 1)
         attended, growing = self._sums(stats)
-        return DecodeRun(row, stats.decodes, attended, growing, min(left, stats.regular) if self._windows else left)
+        limit = min(left, stats.regular) if self._windows else left
+        kind = OneStageRun if self.stages == 1 else DecodeRun
+        return kind(row, stats.decodes, attended, growing, limit)
 
     # -- parts ------------------------------------------------------------------------------------------------
 
@@ -240,7 +242,7 @@ class StepCost:
         return row
 
 
-class PlainRun(DecodeRun):
+class PlainRun(OneStageRun):
     """The common case, quickly: one stage, one kind of attention that grows, no step faster than the host.
 
     Step k takes ``constant`` + ``layers`` x T(mean + k), so n steps n x ``constant`` + ``layers`` x (prefix[mean + n] -

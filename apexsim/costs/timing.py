@@ -12,23 +12,30 @@ if TYPE_CHECKING:
     from apexsim.costs.steps import BatchStats
 
 
-class RunTimes(Protocol):
+class StageTimes(Protocol):
     """Consecutive decode steps of one batch, every context growing by a token a step, for at least ``limit`` steps."""
 
     @property
     def limit(self) -> int: ...
 
+    def stages_ns(self, first: int, count: int) -> list[list[int]]:
+        """Nanoseconds on every stage of ``count`` steps from step ``first`` on."""
+
+
+class RunTimes(StageTimes, Protocol):
+    """The same on one stage, where they follow one another without a gap."""
+
     @property
     def first_ns(self) -> int:
-        """Nanoseconds of the first step on one stage."""
+        """Nanoseconds of the first step."""
         return self.elapsed_ns(1)
 
     def elapsed_ns(self, steps: int) -> int:
-        """Nanoseconds of the first ``steps`` steps on one stage: exactly the sum of theirs."""
+        """Nanoseconds of the first ``steps`` steps: exactly the sum of theirs."""
         ...
 
     def ended_before(self, time_ns: int, most: int) -> tuple[int, int]:
-        """Of the first ``most`` steps on one stage, how many end less than ``time_ns`` after the first begins.
+        """Of the first ``most`` steps, how many end less than ``time_ns`` after the first begins.
 
         And how long it takes until the next one ends.
         """
@@ -37,9 +44,6 @@ class RunTimes(Protocol):
 
     def durations_ns(self, steps: int) -> NDArray[np.int64]:
         """Nanoseconds of each of them."""
-
-    def stages_ns(self, first: int, count: int) -> list[list[int]]:
-        """Nanoseconds on every stage of ``count`` steps from step ``first`` on."""
 
 
 class StepTimes(Protocol):
@@ -51,5 +55,8 @@ class StepTimes(Protocol):
     def stage_ns(self, stats: BatchStats) -> tuple[int, ...]:
         """Nanoseconds of one step on each stage."""
 
-    def decode_run(self, stats: BatchStats) -> RunTimes | None:
-        """The run of decode steps that begins with this one; None where only single steps can be told."""
+    def decode_run(self, stats: BatchStats) -> StageTimes | None:
+        """The run of decode steps that begins with this one, on one stage a ``RunTimes``.
+
+        None where only single steps can be told.
+        """

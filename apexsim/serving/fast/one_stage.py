@@ -343,7 +343,7 @@ class OneStage(Groups):
         """Plan the longest stretch of a cohort that is everybody. False when there is nothing to gain or to compose."""
         flight, cohort, ahead = self._flight, self._cohort, int(self._ahead)
         stats, enough = cohort.outlook(1 - ahead)
-        run = flight.cost.decode_run(stats)
+        run: RunTimes | None = flight.cost.decode_run(stats)  # type: ignore[assignment]  # as it is on one stage
         if run is None:
             return False
         known = [batch.end_ns for batch in flight.batches]

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple, cast
 
-from apexsim.costs.timing import RunTimes
+from apexsim.costs.timing import StageTimes
+from apexsim.serving.clock import FOREVER
 from apexsim.serving.decodes import Passed, advance
 from apexsim.serving.fast.cohort import Cohort, GroupBatch, march_on, stand_still
 from apexsim.serving.fast.one_stage import Groups, Surroundings
@@ -35,7 +36,7 @@ class Run(NamedTuple):
     """
 
     cohort: Cohort
-    times: RunTimes
+    times: StageTimes
     begins: int
 
 
@@ -54,41 +55,38 @@ class PipelineStretch:
 
     def end_ns(self, count: int) -> int:
         """When the ``count``-th step end from now on happens, counted from 1."""
-        while len(self.ends) < count:
-            self._compose()
+        self._work_out(count, FOREVER)
         return self.ends[count - 1]
 
-    def _compose(self) -> None:
-        """The step composed at the first end that composes none yet."""
-        composed = len(self.spent)
-        group, step = composed % len(self.batches), composed // len(self.batches)
-        durations, free = self._durations[group], self.free[composed]
-        if step == len(durations):
-            _, times, begins = self._runs[group]
-            durations += times.stages_ns(begins + step, FEW)
-        time_ns = self.ends[composed]
-        self.starts.append(time_ns if time_ns > free[0] else free[0])
-        free_ns = []
-        for stage_free_ns, duration_ns in zip(free, durations[step], strict=True):
-            time_ns = (stage_free_ns if stage_free_ns > time_ns else time_ns) + duration_ns
-            free_ns.append(time_ns)
-        self.free.append(free_ns)
-        self.spent.append(sum(durations[step]))
-        self.ends.append(time_ns)
+    def _work_out(self, count: int, until_ns: int) -> None:
+        """Know so many ends, or all up to the first that is not before ``until_ns``: each composes the next step."""
+        starts, ends, spent, groups = self.starts, self.ends, self.spent, len(self._runs)
+        composed, free = len(spent), self.free[-1]
+        while len(ends) < count and ends[-1] < until_ns:
+            durations, step = self._durations[composed % groups], composed // groups
+            if step == len(durations):
+                _, times, begins = self._runs[composed % groups]
+                durations += times.stages_ns(begins + step, FEW)
+            time_ns = ends[composed]
+            starts.append(time_ns if time_ns > free[0] else free[0])
+            free_ns = []
+            for stage_free_ns, duration_ns in zip(free, durations[step], strict=True):
+                time_ns = (stage_free_ns if stage_free_ns > time_ns else time_ns) + duration_ns
+                free_ns.append(time_ns)
+            self.free.append(free_ns)
+            spent.append(sum(durations[step]))
+            ends.append(time_ns)
+            composed, free = composed + 1, free_ns
 
-    def reach(self, silent: int, until_ns: int | None = None) -> int:
+    def reach(self, silent: int, until_ns: int = FOREVER) -> int:
         """Let so many ends be silent; where the stretch is cut at ``until_ns``, no more than lie before.
 
         Returns when the first end comes that is not silent.
         """
-        if until_ns is not None:
-            count = 0
-            while count < silent and self.end_ns(count + 1) < until_ns:
-                count += 1
-            silent = count
-        self.silent, self.next_end_ns = silent, self.end_ns(silent + 1)
-        while len(self.spent) < silent:
-            self._compose()
+        self._work_out(silent + len(self._runs), until_ns)
+        self.silent = silent = bisect_left(self.ends, until_ns, hi=min(silent, len(self.ends)))
+        self._work_out(silent + len(self._runs), FOREVER)  # all that silent ends compose
+        self.next_end_ns = self.ends[silent]
         return self.next_end_ns
 
     def passed(self, now_ns: int) -> int:
@@ -241,7 +239,7 @@ class InTurn(Groups):
         silent = self._silent_ends(runs) if runs else 0
         if silent > 0:
             stretch = PipelineStretch(batches, self._flight.free_ns, runs)
-            self.next_end_ns = stretch.reach(silent, until_ns)
+            self.next_end_ns = stretch.reach(silent, FOREVER if until_ns is None else until_ns)
             if stretch.silent:
                 self._stretch, self.stretching = stretch, True
 
