@@ -259,10 +259,10 @@ class PlainRun(OneStageRun):
         self._table = row.tables[0]
         self._prefix = row.prefix
         self.kind = row.kind
-        if mean >= len(self._prefix):
+        if mean + 1 >= len(self._prefix):
             self._table.grow(mean)
         self._base = self._prefix[mean]
-        self.first_ns = self.elapsed_ns(1)
+        self.first_ns = self._constant + layers * (self._prefix[mean + 1] - self._base)
 
     def stage_ns(self, step: int) -> tuple[int, ...]:
         return (self._constant + self._layers * self._table.at(self.mean + step),)

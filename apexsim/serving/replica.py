@@ -69,7 +69,8 @@ class Replica:
         self._scheduler = Scheduler(settings.scheduler, blocks, settings.policy.queue(), lookahead=settings.lookahead)
         self.running, self.waiting = self._scheduler.running, self._scheduler.waiting
         self._flight = Flight(settings.cost, recorder, lookahead=settings.lookahead)
-        self._balanced = settings.scheduler.pipeline_split == "balanced" and settings.cost.stages > 1
+        balanced = settings.scheduler.pipeline_split == "balanced" and settings.cost.stages > 1
+        self._most = 0 if balanced else settings.scheduler.max_num_seqs  # sequences of a batch
         self._every = settings.receive_interval
         self._ended_ns = 0  # when a step last ended, or began in an idle replica
         self._looked = 0  # steps composed when the last prompts were
@@ -122,12 +123,10 @@ class Replica:
     # -- the step ---------------------------------------------------------------------------------------------------
 
     def _wake(self, _: Event) -> None:
-        now_ns = self._clock.now_ns
+        now_ns = self._ended_ns = self._clock.now_ns
         self._clock.rank = self._rank
-        self._ended_ns = now_ns
         self._fill(now_ns)
-        self._plan(now_ns)
-        self._set_alarm(self._next_end_ns())
+        self._set_alarm(self._plan(now_ns))
         self._clock.rank = ARRIVAL
 
     def _end_step(self, _: Event) -> None:
@@ -139,9 +138,9 @@ class Replica:
                 self._scheduler.leave(job)
                 self._on_done(job)
             self._fill(now_ns)
-            self._plan(now_ns)
-            end_ns = self._next_end_ns()
-            cut = self._cut_before(end_ns)
+            end_ns, arrival_ns = self._plan(now_ns), self.next_arrival_ns
+            # A stretch that is known to be cut needs no alarm before.
+            cut = arrival_ns is not None and end_ns is not None and decodes.stretching and arrival_ns <= end_ns
             if end_ns is None or cut or not clock.reaches(end_ns, self._rank):
                 break
             now_ns = end_ns
@@ -155,7 +154,7 @@ class Replica:
         while len(flight.batches) < flight.most and not decodes.stretching:
             if self._inbox:
                 self._read()
-            known = None if self.waiting or self._inbox else decodes.go_on(self._sequences(), now_ns)
+            known = None if self.waiting or self._inbox else decodes.go_on(self._most or self._spread(), now_ns)
             if known is not None:
                 self._ledger = None
                 if known:
@@ -176,7 +175,7 @@ class Replica:
 
     def _decide(self, now_ns: int) -> Ledger:
         """Let the policy fill a ledger, and apply it."""
-        sequences = self._sequences()
+        sequences = self._most or self._spread()
         calm = self._ledger is None or not self._ledger.preempted
         ledger = self._ledger = self._scheduler.open(sequences, self._decodes.offer(sequences, calm=calm))
         self._set.policy.fill(ledger, self.running, self.waiting)
@@ -193,37 +192,29 @@ class Replica:
             self._scheduler.see_off(batch.leaving)
         batch.labels = self.index, self.seated, len(self.waiting)
 
-    def _sequences(self) -> int:
-        """Most sequences of a batch: a balanced pipeline spreads everybody over its batches."""
-        if self._balanced:
-            return -(-(len(self.running) + len(self.waiting)) // self._flight.most)
-        return self._set.scheduler.max_num_seqs
+    def _spread(self) -> int:
+        """Most sequences of a batch where a balanced pipeline spreads everybody over its batches."""
+        return -(-(len(self.running) + len(self.waiting)) // self._flight.most)
 
     # -- many steps at once -----------------------------------------------------------------------------------------
 
-    def _plan(self, now_ns: int) -> None:
-        """Let steps pass unseen for as long as it is known what they lead to."""
-        if self._inbox or self._decodes.stretching or not self._flight.batches:
-            return
-        steady_ns = FOREVER
-        if self._ledger is not None:
-            steady_ns = self._set.policy.steady_until(self._ledger, self.waiting, now_ns)
-        if steady_ns > now_ns:
-            self._decodes.plan(self._sequences(), now_ns, self.next_arrival_ns)
-            if steady_ns < FOREVER:
-                self._decodes.cut(steady_ns)
+    def _plan(self, now_ns: int) -> int | None:
+        """Let steps pass unseen for as long as it is known what they lead to.
 
-    def _next_end_ns(self) -> int | None:
-        """When the next step ends that may change something; None if none is in flight."""
-        if self._decodes.stretching:
-            return self._decodes.next_end_ns
-        batches = self._flight.batches
+        Returns when the next one ends that may change something; None if none is in flight.
+        """
+        decodes, batches, ledger = self._decodes, self._flight.batches, self._ledger
+        if batches and not (decodes.stretching or self._inbox):
+            steady_ns = FOREVER
+            if ledger is not None:
+                steady_ns = self._set.policy.steady_until(ledger, self.waiting, now_ns)
+            if steady_ns > now_ns:
+                decodes.plan(self._most or self._spread(), now_ns, self.next_arrival_ns)
+                if steady_ns < FOREVER:
+                    decodes.cut(steady_ns)
+        if decodes.stretching:
+            return decodes.next_end_ns
         return batches[0].end_ns if batches else None
-
-    def _cut_before(self, end_ns: int | None) -> bool:
-        """Whether a stretch is known to be cut before it ends."""
-        arrival_ns = self.next_arrival_ns
-        return arrival_ns is not None and end_ns is not None and self._decodes.stretching and arrival_ns <= end_ns
 
     def _set_alarm(self, end_ns: int | None) -> None:
         self._alarm = None if end_ns is None else self._clock.at(end_ns, self._rank, self._end_step)
@@ -234,13 +225,13 @@ class Replica:
             self._alarm.silence()
             self._alarm = None
         if self._alarm is None:
-            self._set_alarm(self._next_end_ns())
+            self._set_alarm(self._decodes.next_end_ns)
 
     # -- afterwards -------------------------------------------------------------------------------------------------
 
     def lacks(self, job: Job) -> str:
         """What a waiting job would not find if a step were composed now."""
-        return self._scheduler.open(self._sequences()).lacks(job)
+        return self._scheduler.open(self._most or self._spread()).lacks(job)
 
     def check_idle(self) -> None:
         """Assert that nothing is left behind once every job is done."""

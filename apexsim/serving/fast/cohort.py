@@ -159,8 +159,11 @@ class Cohort:
 
     def outlook(self, ahead: int) -> tuple[BatchStats, int]:
         """``stats``, and for how many steps from now there are enough blocks whoever crosses when."""
-        most = self._each * self.growth.members
-        return self.stats(ahead), self._blocks.free // most * self._blocks.block_size - 1 if most else FOREVER
+        most, size = self._each * self.growth.members, self.size
+        enough = self._blocks.free // most * self._blocks.block_size - 1 if most else FOREVER
+        if self.windows:
+            return self.stats(ahead), enough
+        return BatchStats(size, self.context + ahead * size, (), (), size), enough
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
