@@ -82,7 +82,7 @@ def _busy_ns(result: SimulationResult, count: int) -> list[int]:
 class Union:
     """The length of a union of intervals that are given in parts, the last part first.
 
-    They come nearly in order of their end: batches of a pipeline that march together stand in any order, but no
+    They come nearly in order of their end: batches of a pipeline that decode together stand in any order, but no
     interval stands ``HELD`` places from where it belongs.
     """
 
