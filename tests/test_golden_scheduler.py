@@ -22,8 +22,9 @@ from apexsim.serving.messages import Arrive
 from apexsim.serving.policies import BatchPolicy, ChunkedPrefill
 from apexsim.serving.queues import Queue
 from apexsim.serving.recording import Recorder
-from apexsim.serving.replica import Replica, ReplicaSettings
+from apexsim.serving.replica import Replica
 from apexsim.serving.request import Request
+from apexsim.serving.settings import ReplicaSettings
 from apexsim.specs.engine import SchedulerDefaults
 
 

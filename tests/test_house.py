@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -341,3 +342,46 @@ def test_no_test_depends_on_how_busy_the_machine_is(path: Path) -> None:
             assert ast.unparse(node.value) == "None", node.lineno
         if isinstance(node, ast.keyword) and node.arg == "suppress_health_check":
             assert "too_slow" in ast.unparse(node.value), node.value.lineno
+
+
+# -- the heart of the engine -------------------------------------------------------------------------------------------
+
+PLAIN = "request", "job", "ledger", "policies", "scheduler", "kv_cache", "decodes", "batch", "replica"
+
+
+def _code_lines(path: Path) -> int:
+    """Lines that hold code: neither blank, nor a comment alone, nor part of a docstring."""
+    text = path.read_text(encoding="utf-8")
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef
+    strings = [node.body[0] for node in ast.walk(ast.parse(text)) if isinstance(node, documented) and node.body]
+    texts = [each for each in strings if isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant)]
+    said = {line for each in texts for line in range(each.lineno, (each.end_lineno or each.lineno) + 1)}
+    lines = enumerate(text.splitlines(), start=1)
+    return sum(bool(line.strip()) and not line.lstrip().startswith("#") and at not in said for at, line in lines)
+
+
+def test_the_plain_path_is_read_in_an_hour() -> None:
+    sizes = {name: _code_lines(PACKAGE / "serving" / f"{name}.py") for name in PLAIN}
+    assert sum(sizes.values()) <= 1_350, sizes
+
+
+def test_the_fast_path_is_named_behind_its_door_alone() -> None:
+    """Whoever does not open ``serving/fast`` meets neither its words nor its modules; only ``Replica`` has the key."""
+    outside = [path for path in PACKAGE.rglob("*.py") if "fast" not in path.relative_to(PACKAGE).parts]
+    for path in outside:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"cohort|march", text, re.IGNORECASE), path
+        found = re.findall(r"apexsim\.serving\.fast\S*", text)
+        assert found == (["apexsim.serving.fast"] if path.name == "replica.py" else []), path
+    assert len((PACKAGE / "serving" / "replica.py").read_text(encoding="utf-8").splitlines()) <= 220
+
+
+def test_a_request_changes_rooms_seldom() -> None:
+    spec = importlib.util.spec_from_file_location("rooms", ROOT / "benchmarks" / "rooms.py")
+    assert spec is not None
+    assert spec.loader is not None
+    rooms = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rooms)
+    for pipeline, most in ((1, 60), (2, 100)):
+        changes, _ = rooms.changes_of_room(2_000, pipeline)
+        assert changes.total() / 2_000 <= most, changes.most_common(5)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from simpy import Event
 
-from apexsim.costs.timing import StepTimes
 from apexsim.serving.batch import Flight
 from apexsim.serving.clock import ARRIVAL, FOREVER, Alarm, Clock
 from apexsim.serving.decodes import Decodes, OneByOne
@@ -16,34 +14,9 @@ from apexsim.serving.job import Job
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.ledger import Ledger
 from apexsim.serving.messages import Message
-from apexsim.serving.policies import BatchPolicy
 from apexsim.serving.recording import Recorder
 from apexsim.serving.scheduler import Scheduler
-from apexsim.specs.engine import SchedulerDefaults
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaSettings:
-    """What every replica of a pool shares. ``windows`` are the model's attention windows, ascending.
-
-    ``exact_steps``: every step is an event of its own, whatever the policy promises.
-    """
-
-    cost: StepTimes
-    scheduler: SchedulerDefaults
-    policy: BatchPolicy
-    windows: tuple[int, ...]
-    exact_steps: bool
-
-    @property
-    def lookahead(self) -> int:
-        """Sampled tokens in flight with which a job is scheduled again; a pipeline hides the host by itself."""
-        return self.scheduler.lookahead_steps if self.cost.stages == 1 else 0
-
-    @property
-    def receive_interval(self) -> int:
-        """Steps from one look at who has come to the next."""
-        return self.scheduler.receive_interval if self.cost.stages == 1 else 1
+from apexsim.serving.settings import ReplicaSettings
 
 
 class Replica:

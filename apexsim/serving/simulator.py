@@ -21,9 +21,10 @@ from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.named import check_due, make_policy, make_router
 from apexsim.serving.policies import BatchPolicy
 from apexsim.serving.recording import Recorder
-from apexsim.serving.replica import Replica, ReplicaSettings
+from apexsim.serving.replica import Replica
 from apexsim.serving.request import Request
 from apexsim.serving.request_rows import RequestRows
+from apexsim.serving.settings import ReplicaSettings
 from apexsim.serving.traffic import ClosedLoop, Door, OpenLoop, Source, Traffic
 from apexsim.serving.unfinished import why_rejected, why_unfinished
 from apexsim.specs.deployment import Deployment
