@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from apexsim.serving.request import Request
 
 
@@ -23,12 +25,16 @@ class Job:
     While it decodes in a ``group`` these counters stand still: the group counts for all of its jobs, and brings a job
     up to date when it goes. ``base``, ``joined`` and ``place`` are the group's notes on it.
 
+    ``stop`` is its place in the itinerary of its request (see ``flow``). What it has computed is ``kept`` in its blocks
+    when it has ended, where another stop needs it. ``fetch``, where set, has the KV entries that other replicas keep
+    for it sent to its own: ``computed`` counts them from the start, and it may run once they have come.
+
     ``blocks`` and ``capacity`` are the KV blocks held and the tokens they have room for. Tokens that a client is handed
     several at a time are first seen once ``known`` has reached ``shown``, at ``shown_ns``; where each is handed over as
     it comes, ``shown`` is 0.
 
     Written by: this module the counters and the times of tokens, the KV cache ``blocks`` and ``capacity``, the
-    scheduler ``scheduled_ns``, the replica ``replica``, the group its notes.
+    scheduler ``scheduled_ns``, the replica ``replica``, the group its notes, ``flow`` what it says of stops.
     """
 
     __slots__ = (
@@ -37,10 +43,12 @@ class Job:
         "capacity",
         "computed",
         "decoding",
+        "fetch",
         "first_token_ns",
         "group",
         "index",
         "joined",
+        "kept",
         "known",
         "last_token_ns",
         "pending",
@@ -52,6 +60,7 @@ class Job:
         "scheduled_ns",
         "shown",
         "shown_ns",
+        "stop",
         "total",
     )
 
@@ -59,6 +68,9 @@ class Job:
         """All of a request: its prompt, then its output, handed over ``stream_interval`` tokens at a time."""
         prompt, output = request.prompt_tokens, request.output_tokens
         self.request = request
+        self.stop = 0
+        self.kept = False
+        self.fetch: Callable[[Job], None] | None = None
         self.index = request.index
         self.prompt_tokens = prompt
         self.total = prompt + output
@@ -94,6 +106,23 @@ class Job:
     def deadline_ns(self) -> int | None:
         """When the first token is due; None where nobody said."""
         return self.request.deadline_ns
+
+    def only_prefill(self) -> None:
+        """It ends with the first token, which is handed over at once."""
+        self.total = self.prompt_tokens + 1
+        self.shown = 0
+
+    def follow(self, before: Job) -> None:
+        """It goes on where another job of the request has ended, whose KV entries it finds or fetches."""
+        self.computed = before.computed
+        self.known = before.known
+        self.last_token_ns = before.last_token_ns
+        self.shown = 0
+
+    def load(self) -> None:
+        """The KV entries it has fetched are here: it decodes."""
+        self.fetch = None
+        self.decoding = True
 
     def compute(self, tokens: int) -> bool:
         """Tokens are being computed; true if they are all it knows, and its next token is being sampled."""

@@ -38,12 +38,13 @@ class Ledger:
     off: any that runs may be ``preempted`` and any that waits ``admitted``. Only of those ``offered`` together, the
     first of the running jobs, it is just counted that so many of them decode ``together``. Nothing here touches a job
     or the block manager; the replica applies a filled ledger in one go. ``lookahead`` is how many sampled tokens of a
-    job may still be in flight when it is given the next.
+    job may still be in flight when it is given the next. The ``fetched`` are fresh from the queue as well: they get
+    seat and blocks, and compute nothing until their KV entries have come from another replica.
     """
 
     __slots__ = (
-        "_asked", "_full", "_manager", "_most", "admitted", "blocks", "chunked", "chunks", "decodes", "lookahead",
-        "offered", "preempted", "recovered", "seats", "sequences", "together", "tokens",
+        "_asked", "_full", "_manager", "_most", "admitted", "blocks", "chunked", "chunks", "decodes", "fetched",
+        "lookahead", "offered", "preempted", "recovered", "seats", "sequences", "together", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -58,6 +59,7 @@ class Ledger:
         self.chunks: list[tuple[Job, int]] = []
         self.preempted: list[Job] = []
         self.admitted: list[tuple[Job, int]] = []
+        self.fetched: list[tuple[Job, int]] = []
         self.recovered: dict[Job, int] = {}
         self._asked: tuple[Job | None, int, int] = (None, 0, 0)  # who asked last whether he can be admitted
         self._manager = manager
@@ -154,6 +156,13 @@ class Ledger:
         self.sequences -= 1
         self.admitted.append((job, held))
         self.chunks.append((job, tokens))
+
+    def fetch(self, job: Job) -> None:
+        """Seat a waiting job whose KV entries lie elsewhere; only their blocks are taken, unless admission is full."""
+        held = job.total if self._full else job.computed
+        self.blocks -= self._manager.missing(job, held)
+        self.seats -= 1
+        self.fetched.append((job, held))
 
     def recomputes_alone(self) -> bool:
         """Whether all it gives is one whole prompt and output to a job that was preempted before."""

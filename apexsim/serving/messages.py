@@ -21,7 +21,19 @@ class Arrive(NamedTuple):
     job: Job
 
 
-Message = Arrive
+class Loaded(NamedTuple):
+    """The KV entries that a job has fetched are here."""
+
+    job: Job
+
+
+class Fetched(NamedTuple):
+    """The KV entries that a job of this replica has left have been fetched: its blocks are free."""
+
+    job: Job
+
+
+Message = Arrive | Loaded | Fetched
 """The only way into a replica: see ``Replica.deliver``. Each is read when the replica composes its next step."""
 
 

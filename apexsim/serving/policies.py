@@ -76,9 +76,17 @@ class Fcfs(BatchPolicy):
                 ledger.give(job, tokens)
             position = position + 1 if ledger.preempted else ledger.give_decodes(running, position + 1)
 
-    def _admit(self, ledger: Ledger, waiting: Iterable[Job]) -> None:
-        """Admit from the head of the queue while budgets last; whole prompts only unless chunked."""
+    def _admit(self, ledger: Ledger, waiting: Iterable[Job], *, fetches: bool = True) -> None:
+        """Admit from the head of the queue while budgets last; whole prompts only unless chunked.
+
+        Unless it ``fetches``, up to the first job whose KV entries are to be fetched.
+        """
         for job in waiting:
+            if job.fetch is not None:
+                if not (fetches and ledger.can_admit(job)):
+                    return
+                ledger.fetch(job)
+                continue
             tokens = ledger.wants(job)
             if tokens > ledger.tokens and not self._may_exceed(ledger, job):
                 tokens = ledger.tokens if self.chunked else 0
@@ -105,9 +113,18 @@ class PrefillFirst(Fcfs):
 
     def fill(self, ledger: Ledger, running: Sequence[Job], waiting: Iterable[Job]) -> None:
         self._continue_prompts(ledger, running)
-        self._admit(ledger, waiting)
+        self._admit(ledger, waiting, fetches=False)
         if not ledger.chunks:
             self._grow(ledger, running)
+            if not ledger.preempted:
+                self._fetch(ledger, waiting)
+
+    def _fetch(self, ledger: Ledger, waiting: Iterable[Job]) -> None:
+        """Fetch for those at the head of the queue: behind the decodes, which come before all that takes blocks."""
+        for job in waiting:
+            if job.fetch is None or not ledger.can_admit(job):
+                return
+            ledger.fetch(job)
 
     def _continue_prompts(self, ledger: Ledger, running: Sequence[Job]) -> None:
         for job in running:

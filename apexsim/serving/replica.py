@@ -13,7 +13,7 @@ from apexsim.serving.fast import together
 from apexsim.serving.job import Job
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.ledger import Ledger
-from apexsim.serving.messages import Message
+from apexsim.serving.messages import Arrive, Fetched, Loaded, Message
 from apexsim.serving.recording import Recorder
 from apexsim.serving.scheduler import Scheduler
 from apexsim.serving.settings import ReplicaSettings
@@ -71,12 +71,12 @@ class Replica:
     @property
     def in_queue(self) -> int:
         """Jobs that wait."""
-        return len(self.waiting) + len(self._inbox)
+        return len(self.waiting) + sum([isinstance(message, Arrive) for message in self._inbox])
 
     @property
     def seated(self) -> int:
-        """Jobs that run, or whose last token is in flight."""
-        return len(self.running) + len(self._scheduler.leaving)
+        """Jobs that hold a seat: they run, or their last token or what they fetch is on its way."""
+        return len(self.running) + len(self._scheduler.aside)
 
     @property
     def kv_blocks(self) -> int:
@@ -140,10 +140,15 @@ class Replica:
                 return
 
     def _read(self) -> None:
-        """Let those who have come join the queue, if this is a step at which the scheduler looks."""
+        """Hear of what has come, if this is a step at which the scheduler looks."""
         idle = not (self._flight.batches or self.running)
         if self._every == 1 or idle or (self._decodes.composed - self._looked) % self._every == 0:
-            self.waiting.extend([message.job for message in self._inbox])
+            self.waiting.extend([message.job for message in self._inbox if isinstance(message, Arrive)])
+            for message in self._inbox:
+                if isinstance(message, Loaded):
+                    self._scheduler.load(message.job)
+                elif isinstance(message, Fetched):
+                    self._scheduler.forget(message.job)
             self._inbox.clear()
 
     def _decide(self, now_ns: int) -> Ledger:
@@ -152,7 +157,7 @@ class Replica:
         calm = self._ledger is None or not self._ledger.preempted
         ledger = self._ledger = self._scheduler.open(sequences, self._decodes.offer(sequences, calm=calm))
         self._set.policy.fill(ledger, self.running, self.waiting)
-        if ledger.preempted or ledger.admitted:
+        if ledger.preempted or ledger.admitted or ledger.fetched:
             self._scheduler.apply(ledger, now_ns)
         return ledger
 

@@ -135,13 +135,14 @@ class Run:
         count = sum(pool.replicas for pool in deployment.pools)
         self.flow = Flow(
             self.clock,
-            make_router(deployment.router),
             self.rows,
             stream_interval=server.scheduler.stream_interval,
         )
         self.replicas = self._replicas(count, server, cost, memory, how.exact_steps)
         host = server.engine.host
-        self.flow.serve_with(self.replicas, frontend_ns=to_ns(host.frontend_per_request_s))
+        self.flow.serve_with(
+            self.replicas, make_router(deployment.router), frontend_ns=to_ns(host.frontend_per_request_s)
+        )
         self._workload = requests
         self.source = Source(
             requests,

@@ -355,7 +355,7 @@ class OneStage(Groups):
             return False
         stretch = DecodeStretch(run, stats, known, ahead=ahead, owed=owed, start_ns=now_ns)
         scheduler = self._scheduler
-        stretch.labels = self._replica, len(self._running) + len(scheduler.leaving), len(scheduler.waiting)
+        stretch.labels = self._replica, len(self._running) + len(scheduler.aside), len(scheduler.waiting)
         stretch.first_labels = self._composed_at if ahead else stretch.labels
         self.next_end_ns = stretch.reach(compositions - owed)
         self._stretch, self._ahead, self.stretching = stretch, False, True

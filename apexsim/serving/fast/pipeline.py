@@ -208,7 +208,7 @@ class InTurn(Groups):
         self._flight.launch(batch, now_ns)
         self._see_off(batch.leaving)
         scheduler = self._scheduler
-        batch.labels = self._replica, len(self._running) + len(scheduler.leaving), len(scheduler.waiting)
+        batch.labels = self._replica, len(self._running) + len(scheduler.aside), len(scheduler.waiting)
         return True
 
     def _see_off(self, leaving: Sequence[Job]) -> None:
