@@ -18,7 +18,7 @@ from typing import NamedTuple
 from apexsim.serving.clock import ARRIVAL, Clock
 from apexsim.serving.itinerary import WHOLE, Itineraries, Itinerary, Journey, Stop
 from apexsim.serving.job import Job
-from apexsim.serving.links import Network, Path, Transfer
+from apexsim.serving.links import NETWORKS, Path, Share, Transfer
 from apexsim.serving.messages import Arrive, Fetched, Loaded, View
 from apexsim.serving.replica import Replica
 from apexsim.serving.request import Request
@@ -38,12 +38,13 @@ class Carrier(NamedTuple):
     """How KV entries get from one replica to another, by their numbers.
 
     ``kv_bytes(tokens)`` are the bytes of so many tokens. ``pulls``: they travel once the receiver has room for them.
+    ``share``: how transfers share links, see ``links``.
     """
 
-    network: Network
     path: Callable[[int, int], Path]
     kv_bytes: Callable[[int], int]
     pulls: bool
+    share: Share = "fifo"
 
 
 class Pool(NamedTuple):
@@ -79,6 +80,7 @@ class Flow:
         self._rows = rows
         self._itinerary = itinerary
         self._carrier = carrier
+        self._network = NETWORKS[carrier.share](clock) if carrier else None
         self._stream_interval = stream_interval
         self._ended: list[Request] = []
         self._journeys: dict[int, Journey] = {}  # of requests that have several stops and have not ended
@@ -188,8 +190,9 @@ class Flow:
 
     def _send(self, kept: Sequence[Job], receiver: Replica, then: Callable[[], None]) -> None:
         """Carry the KV entries of these jobs to a replica; when all have come, ``then`` is called."""
-        carrier, on_the_way = self._carrier, set(kept)
+        carrier, network, on_the_way = self._carrier, self._network, set(kept)
         assert carrier is not None
+        assert network is not None
         for job in kept:
             sender = job.replica
             assert sender is not None
@@ -202,7 +205,7 @@ class Flow:
 
             transfer = Transfer(job.index, sender, receiver.index, carrier.kv_bytes(job.computed))
             self.transfers.append(transfer)
-            carrier.network.send(transfer, carrier.path(sender, receiver.index), arrived)
+            network.send(transfer, carrier.path(sender, receiver.index), arrived)
 
     # -- rows -------------------------------------------------------------------------------------------------------
 
@@ -213,6 +216,12 @@ class Flow:
             if request.job is not None:
                 del request.job.request  # each would keep the other: nobody looks for such circles during a run
         self._ended.clear()
+
+    def leave(self, request: Request) -> None:
+        """The run is over, and a request has not ended."""
+        if request.job is not None:
+            see(request, request.job)
+        self._rows.leave(request)
 
 
 def see(request: Request, job: Job) -> None:

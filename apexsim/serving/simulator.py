@@ -16,19 +16,18 @@ from apexsim.costs.steps import StepCost, build_step_cost
 from apexsim.costs.timing import StepTimes
 from apexsim.results import SimulationResult
 from apexsim.serving.clock import Clock
-from apexsim.serving.flow import Flow, see
-from apexsim.serving.kv_cache import BlockManager
+from apexsim.serving.flow import Flow
 from apexsim.serving.named import check_due, make_policy, make_router
 from apexsim.serving.policies import BatchPolicy
+from apexsim.serving.pools import PoolSetup
 from apexsim.serving.recording import Recorder
-from apexsim.serving.replica import Replica
 from apexsim.serving.request import Request
 from apexsim.serving.request_rows import RequestRows
 from apexsim.serving.settings import ReplicaSettings
 from apexsim.serving.traffic import ClosedLoop, Door, OpenLoop, Source, Traffic
 from apexsim.serving.unfinished import why_rejected, why_unfinished
 from apexsim.specs.deployment import Deployment
-from apexsim.specs.server import Load, Server
+from apexsim.specs.server import Load
 from apexsim.specs.slo import SLO
 from apexsim.specs.workload import DEADLINE, Requests, Workload, look_absolute
 from apexsim.tables import kept
@@ -133,16 +132,12 @@ class Run:
         self.rows = RequestRows()
         self.policy = how.policy or make_policy(server.scheduler)
         count = sum(pool.replicas for pool in deployment.pools)
-        self.flow = Flow(
-            self.clock,
-            self.rows,
-            stream_interval=server.scheduler.stream_interval,
-        )
-        self.replicas = self._replicas(count, server, cost, memory, how.exact_steps)
+        self.flow = Flow(self.clock, self.rows, stream_interval=server.scheduler.stream_interval)
         host = server.engine.host
-        self.flow.serve_with(
-            self.replicas, make_router(deployment.router), frontend_ns=to_ns(host.frontend_per_request_s)
-        )
+        settings = ReplicaSettings(cost, server.scheduler, self.policy, server.model.windows, how.exact_steps)
+        frontend_ns = to_ns(host.frontend_per_request_s)
+        pool = PoolSetup(count, settings, memory, make_router(deployment.router), frontend_ns)
+        self.replicas = pool.build(self.flow, self.clock, self.recorder)
         self._workload = requests
         self.source = Source(
             requests,
@@ -168,36 +163,6 @@ class Run:
         check_due(self.policy, requests, slo)
         return None
 
-    def _replicas(
-        self, count: int, server: Server, cost: StepTimes, memory: MemoryPlan, exact_steps: bool
-    ) -> list[Replica]:
-        scheduler = server.scheduler
-        settings = ReplicaSettings(
-            cost=cost,
-            scheduler=scheduler,
-            policy=self.policy,
-            windows=server.model.windows,
-            exact_steps=exact_steps,
-        )
-        return [
-            Replica(
-                index,
-                clock=self.clock,
-                settings=settings,
-                blocks=BlockManager(
-                    memory.blocks,
-                    memory.block_size,
-                    memory.blocks_for,
-                    steady=memory.steady,
-                    remembers=scheduler.prefix_caching,
-                    clock=self.clock,
-                ),
-                recorder=self.recorder,
-                on_done=self.flow.done,
-            )
-            for index in range(count)
-        ]
-
     def _traffic_of(self, requests: Requests, response_ns: int) -> Traffic:
         """The way in which the requests come."""
         if requests.concurrency is None:
@@ -219,9 +184,7 @@ class Run:
         self.clock.run()
         self.flow.close_rows()
         for request in (*self.flow.living.values(), *self.source.rest()):
-            if request.job is not None:
-                see(request, request.job)
-            self.rows.leave(request)
+            self.flow.leave(request)
             self._left[request.replica is not None] += 1
         if self._progress:
             self._progress(1.0)
