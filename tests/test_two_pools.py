@@ -57,6 +57,9 @@ class Case:
     lookahead: int = 0
     stages: tuple[int, int] = (1, 1)
     receive_interval: int = 1
+    prefix_caching: bool = False
+    window: int | None = None
+    frontend_ns: int = 0
     step_ns: int = TICK
     token_ns: int = 0
     context_ns: int = 0
@@ -76,6 +79,7 @@ class Case:
             admission="full" if self.full_admission else "prompt",
             lookahead_steps=self.lookahead,
             receive_interval=self.receive_interval,
+            prefix_caching=self.prefix_caching,
         )
         cost = LinearCost(self.step_ns, self.token_ns, self.context_ns, self.stages[pool])
         return ReplicaSettings(cost, scheduler, Audited(make_policy(scheduler)), (), exact_steps)
@@ -112,11 +116,14 @@ def drawn_case(rng: np.random.Generator, *, pulls: bool) -> Case:
         policies=(policies[0], policies[1]),
         token_budget=int(rng.choice([256, 2048])),
         seats=int(rng.choice([1, 4, 64])),
-        blocks=int(rng.choice([30, 60, 4_000])),
+        blocks=int(rng.choice([40, 60, 4_000])),
         full_admission=bool(rng.random() < 0.2),
         lookahead=int(rng.integers(0, 2)),
         stages=(1, int(rng.choice([1, 1, 2]))),
         receive_interval=int(rng.choice([1, 1, 1, 5])),
+        prefix_caching=bool(rng.integers(0, 2)),
+        window=[None, None, 40][int(rng.integers(3))],
+        frontend_ns=int(rng.choice([0, 0, 300_000])),
         step_ns=TICK if tied else int(rng.choice([TICK // 2, 700_001])),
         token_ns=0 if tied else 1000,
         context_ns=0 if tied else int(rng.choice([0, 100])),
@@ -159,9 +166,9 @@ class Served(NamedTuple):
 
 def served(case: Case, *, exact_steps: bool) -> Served:
     """Serve a case, and check that nobody is lost and nothing is left behind."""
-    routers, memory = (FewestBlocks(), FewestBlocks()), made_up_memory(case.blocks)
+    routers, memory = (FewestBlocks(), FewestBlocks()), made_up_memory(case.blocks, window=case.window)
     setups = [
-        PoolSetup(replicas, case.settings(pool, exact_steps=exact_steps), memory, routers[pool])
+        PoolSetup(replicas, case.settings(pool, exact_steps=exact_steps), memory, routers[pool], case.frontend_ns)
         for pool, replicas in enumerate((case.prefills, case.decodes))
     ]
     door = Door(setups[0].settings.scheduler, 1 << 20, memory)

@@ -55,8 +55,9 @@ def _faults(ledger: Ledger, offered: Budgets, running: Sequence[Job]) -> Iterato
         yield f"gave {tokens} tokens, more than the budget of {offered.tokens}", None
     if ledger.together + len(given) > offered.sequences:
         yield f"gave tokens to more than the {offered.sequences} sequences of a step", None
-    if len(ledger.admitted) > offered.seats:
-        yield f"seated {len(ledger.admitted)} requests where {offered.seats} seats were free", None
+    seated = len(ledger.admitted) + len(ledger.fetched)
+    if seated > offered.seats:
+        yield f"seated {seated} requests where {offered.seats} seats were free", None
     if ledger.blocks < 0:
         yield "gave more KV blocks than are free", None
 
@@ -66,7 +67,7 @@ def _of_whom(ledger: Ledger, running: Sequence[Job]) -> Iterator[tuple[str, Job]
     admitted = [job for job, _ in ledger.admitted]
     seated, off = set(running), set(ledger.preempted)
     members = set(running[: ledger.offered.behind]) if ledger.offered else set()
-    for job in _again([*running, *admitted]):
+    for job in _again([*running, *admitted, *[job for job, _ in ledger.fetched]]):
         yield "seated a request twice", job
     for job in _again(ledger.preempted):
         yield "preempted a request twice", job
