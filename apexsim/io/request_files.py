@@ -96,15 +96,16 @@ def _requests(table: pa.Table, path: Path) -> Requests:
 
 def _parts(path: Path) -> Iterator[Requests]:
     """The rows of a parquet file, so many at a time; rows in a message are then counted within a part."""
-    with pq.ParquetFile(path, read_dictionary=_ids(pq.read_schema(path)), buffer_size=1 << 20) as file:
+    with pq.ParquetFile(path, read_dictionary=_ids(pq.read_schema(path))) as file:
         known = [name for name in file.schema_arrow.names if _known(name)]
         check_parquet(file, known, path)
-        for batch in file.iter_batches(PART_ROWS, columns=known, use_threads=False):
-            table = pa.Table.from_batches([batch])
-            arrival_s = _arrivals(table, path)
-            if arrival_s is None:
-                raise BadInput(_NO_ARRIVALS, where=path, key="arrival_s")
-            yield replace(_requests(table, path), arrival_s=arrival_s)
+        for group in range(file.num_row_groups):  # asked for all groups at once, pyarrow fetches them at once
+            for batch in file.iter_batches(PART_ROWS, row_groups=[group], columns=known, use_threads=False):
+                table = pa.Table.from_batches([batch])
+                arrival_s = _arrivals(table, path)
+                if arrival_s is None:
+                    raise BadInput(_NO_ARRIVALS, where=path, key="arrival_s")
+                yield replace(_requests(table, path), arrival_s=arrival_s)
 
 
 def _shape(path: Path) -> tuple[list[str], int]:

@@ -164,10 +164,9 @@ class Recorder:
     def inter_token_gaps(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Distinct gaps in nanoseconds, ascending, and how many tokens had each."""
         self._add_up()
-        both, runs = Tally(), self._runs.collect()
-        for each in (self._tally, runs):
-            both.add(each.values, each.counts)
-        return both.values, both.counts
+        runs, self._runs = self._runs.collect(), RunDurations()
+        self._tally.add(runs.values, runs.counts)
+        return self._tally.values, self._tally.counts
 
     def _add_up(self) -> None:
         """Count the gaps that were noted so far."""

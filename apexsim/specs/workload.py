@@ -34,7 +34,7 @@ MAX_ARRIVAL_S = 9e9
 DEADLINE = "deadline_s"
 # Deadlines of fewer requests may grow with the arrivals by chance; a correlation and a slope near 1 are no chance.
 FEWEST_TO_COMPARE, ALIKE = 5, 0.9
-# A day of 115 requests a second. A run of this many would take some 0.4 GB and 0.2 hours at the least.
+# A day of 115 requests a second; from a parquet file a run of 4 million peaks at 0.3 GB (``benchmarks/memory.py``).
 MAX_REQUESTS = 10**7
 
 
