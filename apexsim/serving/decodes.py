@@ -109,13 +109,8 @@ class OneByOne:
         return Passed()
 
 
-class Advanced(NamedTuple):
-    """A step of jobs that are advanced one by one, and who of them samples, leaves and is shown with it (``Batch``)."""
-
-    stats: BatchStats
-    samples: Sequence[Job]
-    leaving: Sequence[Job]
-    showing: Sequence[Job]
+Advanced = tuple[BatchStats, Sequence[Job], Sequence[Job], Sequence[Job]]
+"""A step of jobs that are advanced one by one, and who of them samples, leaves and is shown with it (see ``Batch``)."""
 
 
 def advance(ledger: Ledger, blocks: BlockManager, windows: Sequence[int]) -> Advanced:
@@ -124,15 +119,21 @@ def advance(ledger: Ledger, blocks: BlockManager, windows: Sequence[int]) -> Adv
     A job whose known tokens are then all computed samples its next one; logits are computed for every scheduled job (as
     vLLM's ``logits_indices`` does, also for a chunk that samples nothing).
     """
-    samples = [job for job in ledger.decodes if _computes(job, 1, blocks)]
-    context = sum([job.computed for job in samples])
-    attended = tuple([sum([min(job.computed, window) for job in samples]) for window in windows])
-    samples += [job for job, tokens in ledger.chunks if _computes(job, tokens, blocks)]
-    chunks = tuple([(tokens, job.computed - tokens) for job, tokens in ledger.chunks])
+    samples: list[Job] = []
+    context, attended = 0, (0,) * len(windows)
+    if ledger.decodes:
+        samples = [job for job in ledger.decodes if _computes(job, 1, blocks)]
+        context = sum([job.computed for job in samples])
+        attended = tuple([sum([min(job.computed, window) for job in samples]) for window in windows])
+    chunks = []
+    for job, tokens in ledger.chunks:
+        if _computes(job, tokens, blocks):
+            samples.append(job)
+        chunks.append((tokens, job.computed - tokens))
     decodes = len(ledger.decodes)
-    stats = BatchStats(decodes, context, attended, chunks, decodes + len(chunks))
-    showing = [job for job in samples if job.known == job.shown] if samples and samples[0].shown else ()
-    return Advanced(stats, samples, [job for job in samples if job.known == job.total], showing)
+    stats = BatchStats(decodes, context, attended, tuple(chunks), decodes + len(chunks))
+    leaving = [job for job in samples if job.known == job.total]
+    return stats, samples, leaving, [job for job in samples if job.known == job.shown]
 
 
 def _computes(job: Job, tokens: int, blocks: BlockManager) -> bool:

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from apexsim.columns import BLOCK_ROWS, Columns, Rows, joined
 from apexsim.costs.durations import SPANS, RunDurations, Tally
 from apexsim.costs.steps import BatchStats
-from apexsim.costs.timing import RunTimes
 
 STEP_COLUMNS = (
     "start_ns", "end_ns", "replica", "repeats", "decodes", "context", "chunk_tokens", "survivors",
     "kv_blocks", "kv_blocks_peak", "running", "waiting",
 )  # fmt: skip
+_END, _REPEATS, _HELD, _PEAK = map(STEP_COLUMNS.index, ("end_ns", "repeats", "kv_blocks", "kv_blocks_peak"))
 CHUNK_COLUMNS = ("step", "tokens", "history")
 LOT_ROWS = 1 << 12  # steps that are written together; blocks of rows are whole lots
 _MOST_GAPS = 1 << 18  # whole numbers: gaps are counted when there are half as many
@@ -38,10 +38,11 @@ class Recorder:
         self._width = len(self.step_columns)
         self._packed = Struct(f"{self._width}q").pack  # quicker than to extend an array by a tuple
         self._row = self._held = 0  # where the latest row begins, and the blocks in use in its first step
-        # replica, decodes, context and start of the step that would go on where the latest row ends
-        self._next: tuple[int, int, int, int] | None = None
+        # replica, decodes and context of the step that would go on where the latest row ends, and its start; -1: none
+        self._next, self._next_ns = (0, 0, 0), -1
         self._gaps, self._tally = array("q"), Tally()
         self._runs = RunDurations()
+        self.runs = self._runs.noted  # (run, steps, sequences): steps 2, 3 ... of it gave each of them a token
         self.pipeline_ns = 0  # what steps that only decode took on all stages of a pipeline
 
     def step(
@@ -64,19 +65,21 @@ class Recorder:
         decodes, context, window_contexts, chunks, survivors, growing, _ = stats
         start_ns, end_ns = times_ns
         steps = self._steps
-        going_on = None if chunks else (labels[0], decodes, context + repeats * decodes, end_ns)
-        if not (chunks or window_contexts) and (labels[0], decodes, context, start_ns) == self._next:
+        goes_on = start_ns == self._next_ns and (labels[0], decodes, context) == self._next and not chunks
+        self._next = labels[0], decodes, context + repeats * decodes
+        if goes_on:
+            self._next_ns = end_ns
             row = self._row
-            steps[row + 1] = end_ns
-            steps[row + 3] += repeats
-            steps[row + 8] = (self._held + held[1]) // 2
-            steps[row + 9] = held[1]
-            self._next = going_on
+            steps[row + _END] = end_ns
+            steps[row + _REPEATS] += repeats
+            steps[row + _HELD] = (self._held + held[1]) // 2
+            steps[row + _PEAK] = held[1]
             return
         if len(steps) == LOT_ROWS * self._width:
             self._store()
             steps = self._steps
-        self._row, self._held, self._next = len(steps), held[0], going_on
+        self._next_ns = -1 if chunks or window_contexts else end_ns
+        self._row, self._held = len(steps), held[0]
         steps.frombytes(self._packed(
             start_ns, end_ns, labels[0], repeats, decodes, context, self._noted(chunks) if chunks else 0, survivors,
             (held[0] + held[1]) // 2, held[1], labels[1], labels[2], *window_contexts,
@@ -92,7 +95,7 @@ class Recorder:
 
     def peak(self, held: int) -> None:
         """So many KV blocks are in use at the end of the latest step."""
-        steps, at = self._steps, self._row + 9
+        steps, at = self._steps, self._row + _PEAK
         steps[at] = held if held > steps[at] else steps[at]
 
     def gap(self, gap_ns: int, count: int) -> None:
@@ -103,25 +106,6 @@ class Recorder:
         """Many of them."""
         for gap in gaps:
             self._gaps.extend(gap)
-
-    def stretch(
-        self,
-        labels: tuple[int, int, int],
-        stats: BatchStats,
-        times_ns: tuple[int, int],
-        ran: tuple[RunTimes, int],
-        held: tuple[int, int],
-        first_gap: tuple[int, int],
-    ) -> None:
-        """So many steps of a run ``ran``, one after another without a gap, on one stage (see ``step``).
-
-        ``first_gap``: what its first step took since the token before, and for how many sequences; those of later steps
-        are their durations.
-        """
-        run, steps = ran
-        if steps > 1:
-            self._runs.noted.append((run, steps, stats.decodes))
-        self.step(stats, labels, times_ns, steps, held, first_gap)
 
     def pipeline(self, spent_ns: int) -> None:
         """Steps that only decode took so long on all stages of a pipeline."""
@@ -159,7 +143,7 @@ class Recorder:
         if len(self._runs.noted) >= SPANS:
             self._runs.add_up()
         self._chunk_rows.append(self._chunks.tobytes())
-        self._steps, self._chunks, self._next = array("q"), array("q"), None
+        self._steps, self._chunks, self._next_ns = array("q"), array("q"), -1
 
     def inter_token_gaps(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Distinct gaps in nanoseconds, ascending, and how many tokens had each."""

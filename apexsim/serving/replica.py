@@ -13,7 +13,7 @@ from apexsim.serving.fast import together
 from apexsim.serving.job import Job
 from apexsim.serving.kv_cache import BlockManager
 from apexsim.serving.ledger import Ledger
-from apexsim.serving.messages import Arrive, Fetched, Loaded, Message
+from apexsim.serving.messages import Arrive, Loaded, Message
 from apexsim.serving.recording import Recorder
 from apexsim.serving.scheduler import Scheduler
 from apexsim.serving.settings import ReplicaSettings
@@ -143,11 +143,12 @@ class Replica:
         """Hear of what has come, if this is a step at which the scheduler looks."""
         idle = not (self._flight.batches or self.running)
         if self._every == 1 or idle or (self._decodes.composed - self._looked) % self._every == 0:
-            self.waiting.extend([message.job for message in self._inbox if isinstance(message, Arrive)])
             for message in self._inbox:
-                if isinstance(message, Loaded):
+                if isinstance(message, Arrive):
+                    self.waiting.append(message.job)
+                elif isinstance(message, Loaded):
                     self._scheduler.load(message.job)
-                elif isinstance(message, Fetched):
+                else:
                     self._scheduler.forget(message.job)
             self._inbox.clear()
 
@@ -168,7 +169,7 @@ class Replica:
         self._flight.launch(batch, now_ns)
         if batch.leaving:
             self._scheduler.see_off(batch.leaving)
-        batch.labels = self.index, self.seated, len(self.waiting)
+        batch.labels = self.index, len(self.running) + len(self._scheduler.aside), len(self.waiting)
 
     def _spread(self) -> int:
         """Most sequences of a batch where a balanced pipeline spreads everybody over its batches."""

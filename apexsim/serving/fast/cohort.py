@@ -256,15 +256,15 @@ class GroupBatch(Batch):
         """Let others take part who are advanced one by one."""
         stats, singles, leaving, showing = others
         decodes, context, attended, _, survivors, _, _ = self.stats
+        if attended:
+            attended = tuple([one + other for one, other in zip(attended, stats.window_contexts, strict=True)])
         self.stats = BatchStats(
-            decodes + stats.decodes,
-            context + stats.context,
-            tuple([one + other for one, other in zip(attended, stats.window_contexts, strict=True)]),
-            stats.chunks,
-            survivors + stats.survivors,
+            decodes + stats.decodes, context + stats.context, attended, stats.chunks, survivors + stats.survivors
         )
-        self.singles, self.samples, self.mixed = singles, [*self.samples, *singles], True
-        self.leaving, self.showing = [*self.leaving, *leaving], [*self.showing, *showing]
+        self.singles, self.mixed = singles, True
+        self.samples = [*self.samples, *singles] if self.samples else singles
+        self.leaving = [*self.leaving, *leaving] if self.leaving else leaving
+        self.showing = [*self.showing, *showing] if self.showing else showing
 
     def release(self, members: Iterable[Job]) -> None:
         """Its cohort dissolves while the batch is in flight: members that march in it end singly from now on."""

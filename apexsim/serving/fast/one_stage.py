@@ -108,13 +108,17 @@ class DecodeStretch:
         "_known", "_start_ns", "ahead", "early", "early_ns", "first", "first_labels", "from_ns", "labels",
         "next_end_ns", "owed", "run", "silent", "stats",
     )  # fmt: skip
-    labels: Labels
-    first_labels: Labels
 
     def __init__(
-        self, run: RunTimes, stats: BatchStats, known: Sequence[int], *, ahead: int, owed: int, start_ns: int
-    ) -> None:
-        """``known`` are the ends of the batches in flight; ``start_ns`` is now."""
+        self, run: RunTimes, stats: BatchStats, known: Sequence[int], begun: tuple[int, int, int],
+        labels: tuple[Labels, Labels],
+    ) -> None:  # fmt: skip
+        """``known`` are the ends of the batches in flight, ``begun`` how many steps are ahead and owed, and the time.
+
+        ``labels``: of the replica now, and when C(1) was composed.
+        """
+        ahead, owed, start_ns = begun
+        self.labels, self.first_labels = labels
         self.run = run
         self.stats = stats
         self._known = known
@@ -305,9 +309,12 @@ class OneStage(Groups):
         # Where nothing was composed that has ended by now, what was taken since belongs to later steps.
         taken = self._blocks.total - self._blocks.free - cohort.stayed
         held_last = held if through == stretch.ahead else taken
-        labels = stretch.first_labels, stretch.stats, (stretch.from_ns, last_ns)
-        first_gap = first_ns - cohort.last_end_ns, stretch.stats.decodes - late
-        self._recorder.stretch(*labels, (stretch.run, through), (held, held_last), first_gap)
+        stats, recorder = stretch.stats, self._recorder
+        gap = first_ns - cohort.last_end_ns, stats.decodes - late
+        times_ns = stretch.from_ns, last_ns
+        recorder.step(stats, stretch.first_labels, times_ns, through, (held, held_last), gap)
+        if through > 1:
+            recorder.runs.append((stretch.run, through, stats.decodes))
         cohort.last_step, cohort.last_end_ns = step + through - 1, last_ns
         return held_last
 
@@ -353,10 +360,10 @@ class OneStage(Groups):
             compositions = self._with_blocks_for(compositions)
         if compositions <= 0:
             return False
-        stretch = DecodeStretch(run, stats, known, ahead=ahead, owed=owed, start_ns=now_ns)
         scheduler = self._scheduler
-        stretch.labels = self._replica, len(self._running) + len(scheduler.aside), len(scheduler.waiting)
-        stretch.first_labels = self._composed_at if ahead else stretch.labels
+        labels = self._replica, len(self._running) + len(scheduler.aside), len(scheduler.waiting)
+        both = labels, self._composed_at if ahead else labels
+        stretch = DecodeStretch(run, stats, known, (ahead, owed, now_ns), both)
         self.next_end_ns = stretch.reach(compositions - owed)
         self._stretch, self._ahead, self.stretching = stretch, False, True
         return True
