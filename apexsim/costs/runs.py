@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Sequence
 
@@ -17,8 +18,8 @@ Layers = tuple[tuple[int, ...], ...]
 class DecodeRow:
     """What a decode batch of one size costs whatever its context: looked up once per batch size.
 
-    ``fixed`` nanoseconds per stage, of which none takes less than its one of ``floors`` (host time that overlaps with
-    it, launches that no graph replays); ``floor`` is that of stage 0. One of ``tables`` for each kind of attention
+    ``fixed`` nanoseconds per stage. No stage takes less than its floor (host time that overlaps with it, launches that
+    no graph replays); ``floor`` is that of stage 0. One of ``tables`` for each kind of attention
     answers for decode attention of one layer; ``layers`` counts the layers of that kind, stage by stage.
     """
 
@@ -93,13 +94,36 @@ class DecodeRun:
         return [[max(fixed + layers * ns, floor) for fixed, layers, floor in stages] for ns in spent[0]]
 
 
-class OneStageRun(DecodeRun):
+class Guessed(ABC):
+    """How many steps of a run lie before a time: steps differ little, so that a straight line guesses well."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def elapsed_ns(self, steps: int) -> int:
+        """Nanoseconds of the first ``steps`` steps."""
+
+    def ended_before(self, time_ns: int, most: int) -> tuple[int, int]:
+        """Of the first ``most`` steps on one stage, how many end less than ``time_ns`` after the first begins.
+
+        And how long it takes until the next one ends.
+        """
+        count = min(most, time_ns * most // max(1, self.elapsed_ns(most)))
+        next_ns = self.elapsed_ns(count + 1)
+        while count < most and next_ns < time_ns:
+            count += 1
+            next_ns = self.elapsed_ns(count + 1)
+        while count and (end_ns := self.elapsed_ns(count)) >= time_ns:
+            count, next_ns = count - 1, end_ns
+        return count, next_ns
+
+
+class OneStageRun(Guessed, DecodeRun):
     """A run on one stage, whose ``elapsed_ns`` is the exact sum of ``stage_ns`` of its steps.
 
-    Where every sequence grows, or none does, it is had in closed form: integer prefix sums, and, where the host
-    overlaps with the device, the device time (which never falls with context) crosses the host time at most once: steps
-    before that take the host time, later ones the device time. Where only some grow, the mean context moves by 0 or 1 a
-    step: those steps are added up one by one.
+    Where every sequence grows, or none does, sums are differences of prefix sums. Device time never falls with context,
+    so that it crosses host time once at most: steps before that take the host's time, later ones the device's. Where
+    only some grow, the mean context moves by 0 or 1 a step. Those steps are added up one by one.
     """
 
     __slots__ = ("_below", "_constant", "_floor", "_growing", "_partly", "_parts", "_sums", "first_ns")
@@ -159,21 +183,6 @@ class OneStageRun(DecodeRun):
                 ns += layers * (prefix[mean + 1] - prefix[mean])
             total += ns if ns > floor else floor
             sums.append(total)
-
-    def ended_before(self, time_ns: int, most: int) -> tuple[int, int]:
-        """Of the first ``most`` steps on one stage, how many end less than ``time_ns`` after the first begins.
-
-        And how long it takes until the next one ends. Steps differ little, so that a straight line through both ends of
-        the run guesses within a few steps.
-        """
-        count = min(most, time_ns * most // max(1, self.elapsed_ns(most)))
-        next_ns = self.elapsed_ns(count + 1)
-        while count < most and next_ns < time_ns:
-            count += 1
-            next_ns = self.elapsed_ns(count + 1)
-        while count and (end_ns := self.elapsed_ns(count)) >= time_ns:
-            count, next_ns = count - 1, end_ns
-        return count, next_ns
 
     def durations_ns(self, steps: int) -> NDArray[np.int64]:
         """Nanoseconds of each of the first ``steps`` steps, on one stage."""

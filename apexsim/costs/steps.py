@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from apexsim.costs.lowering import Lowered, lower
 from apexsim.costs.operators import Collective
 from apexsim.costs.ranks import fullest, share
-from apexsim.costs.runs import DecodeRow, DecodeRun, OneStageRun, add_stages
+from apexsim.costs.runs import DecodeRow, DecodeRun, Guessed, OneStageRun, add_stages
 from apexsim.costs.tables import OperatorTables, RowTable, tables_for
 from apexsim.specs.engine import EngineProfile
 from apexsim.specs.server import Server
@@ -122,7 +122,7 @@ class StepCost:
         spent = row.fixed[0] + self._plain_layers * (prefix[mean + 1] - prefix[mean])
         return (spent if spent > row.floor else row.floor,)
 
-    def decode_run(self, stats: BatchStats) -> DecodeRun | None:
+    def decode_run(self, stats: BatchStats) -> DecodeRun | PlainRun | None:
         """The run of decode steps that begins with this one, every context growing by 1 a step; None for others."""
         if stats.chunks or not stats.decodes or stats.survivors != stats.decodes:
             return None
@@ -242,14 +242,14 @@ class StepCost:
         return row
 
 
-class PlainRun(OneStageRun):
+class PlainRun(Guessed):
     """The common case, quickly: one stage, one kind of attention that grows, no step faster than the host.
 
     Step k takes ``constant`` + ``layers`` x T(mean + k), so n steps n x ``constant`` + ``layers`` x (prefix[mean + n] -
     prefix[mean]). Runs of one ``kind`` (table, ``constant``, ``layers``) take the same time at the same mean context.
     """
 
-    __slots__ = ("_base", "_layers", "_prefix", "_table", "kind", "mean")
+    __slots__ = ("_base", "_constant", "_layers", "_prefix", "_table", "first_ns", "kind", "limit", "mean")
 
     def __init__(self, row: DecodeRow, layers: int, mean: int, limit: int) -> None:
         self.limit = limit

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
+from apexsim.errors import BadInput
 from apexsim.serving.faults import PolicyFault
 from apexsim.serving.job import Job
 from apexsim.serving.ledger import Budgets, Ledger
+from apexsim.serving.messages import View
 from apexsim.serving.policies import BatchPolicy
 from apexsim.serving.queues import Queue
+from apexsim.serving.routing import Router
 
 
 class Audited(BatchPolicy):
@@ -43,6 +46,20 @@ class Audited(BatchPolicy):
         self.policy.fill(ledger, running, waiting)
         for broke, job in _faults(ledger, offered, running):
             raise PolicyFault(broke, job)
+
+
+class AuditedRouter:
+    """Lets ``router`` choose and raises BadInput where it chose none of those it was shown."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+
+    def choose(self, job: Job, views: Sequence[View]) -> int:
+        chosen: object = self._router.choose(job, views)
+        if not isinstance(chosen, int) or isinstance(chosen, bool) or not 0 <= chosen < len(views):
+            would_do = f"the router must give a position from 0 to {len(views) - 1}"
+            raise BadInput(would_do, key="router", got=str(chosen))
+        return chosen
 
 
 def _faults(ledger: Ledger, offered: Budgets, running: Sequence[Job]) -> Iterator[tuple[str, Job | None]]:

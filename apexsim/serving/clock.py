@@ -17,8 +17,11 @@ FOREVER = 1 << 62
 """A time that no run reaches, in nanoseconds."""
 
 ARRIVAL = 0
-"""Rank of arrivals. The step ends of replica ``i`` have rank ``1 + i``: at equal times a request arrives before any
-step ends, and step ends happen in the order of the replicas, whether or not steps in between were simulated singly."""
+"""Rank of arrivals, and of all else that comes from outside of replicas.
+
+The step ends of replica ``i`` have rank ``1 + i``. At equal times a request arrives before any step ends, and step ends
+happen in the order of the replicas, whether or not steps in between were simulated singly.
+"""
 
 
 class Alarm(simpy.Event):

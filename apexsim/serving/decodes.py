@@ -51,7 +51,7 @@ class Decodes(Protocol):
         """Plan a stretch, if what comes next is known; it will be cut at ``until_ns`` at the latest, where given."""
 
     def cut(self, now_ns: int) -> bool:
-        """Let no end after the step in flight pass unseen. True if that moves the next end."""
+        """Let no end from ``now_ns`` on pass unseen: the next one is an event. True if that moves the next end."""
 
     def view(self, now_ns: int) -> Passed:
         """What has passed unseen so far; changes nothing."""

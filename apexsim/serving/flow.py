@@ -108,11 +108,14 @@ class Flow:
         for job, stop in self._first_jobs(request):
             self._choose(job, stop).take(job)
 
-    def taken_in(self, request: Request) -> None:
-        """A request has come, and leaves the only frontend at this moment."""
+    def taken_in(self, request: Request, next_ns: int | None) -> None:
+        """A request has come, and leaves the only frontend at this moment; the next one does at ``next_ns``, if any.
+
+        With one replica there is nothing to choose: the router is not asked.
+        """
         for job, _ in self._first_jobs(request):
             self._views[0].unfinished += 1
-            self._frontends[0].replica.deliver(Arrive(job))
+            self._frontends[0].replica.deliver(Arrive(job), next_ns)
 
     def _first_jobs(self, request: Request) -> list[tuple[Job, Stop]]:
         """What can begin as the request comes."""

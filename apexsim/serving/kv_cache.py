@@ -61,7 +61,12 @@ class BlockManager:
         return self.total - self.free
 
     def block_ns(self, until_ns: int) -> int:
-        """Blocks in use, integrated over the time up to then, since when nothing has changed."""
+        """Blocks in use, integrated over the time up to then, since when nothing has changed.
+
+        Raises RuntimeError where no clock was given.
+        """
+        if isinstance(self._clock, _Standing):
+            raise RuntimeError("a KV cache without a clock does not know blocks over time")
         return self._given_ns + self.held * until_ns
 
     def needed(self, tokens: int) -> int:
@@ -101,7 +106,7 @@ class BlockManager:
         self._given_ns += block_ns - count * self._clock.now_ns
 
     def used(self, block_ns: int) -> None:
-        """Blocks were in use for so long that nobody was told of when they were taken."""
+        """Add block-nanoseconds of blocks that were taken before anybody said so."""
         self._given_ns += block_ns
 
     def hand_over(self, job: Job) -> None:

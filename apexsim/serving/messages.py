@@ -1,8 +1,8 @@
 """What replicas hear, and what others see of them.
 
-One law keeps many steps at once exact: a replica hears of others, and is looked at by them, only in events of rank 0
-and at least 1 ns after their cause; its blocks change only in its own compositions. At equal times such an event comes
-before any step ends, so that it finds the same whether or not the ends in between were simulated singly.
+One law keeps many steps at once exact. A replica hears of others, and is looked at by them, only in events of rank 0,
+at least 1 ns after their cause. Its blocks change only in its own compositions. At equal times an event of rank 0 comes
+before any step ends: it finds the same whether or not the ends in between were simulated singly.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from apexsim.errors import BadInput, InfeasiblePlan, nearest
-from apexsim.serving.audit import Audited
+from apexsim.serving.audit import Audited, AuditedRouter
 from apexsim.serving.policies import POLICIES, BatchPolicy
 from apexsim.serving.routing import ROUTERS, Router
 from apexsim.specs.deployment import Deployment
@@ -50,9 +50,9 @@ def make_policy(scheduler: SchedulerDefaults) -> BatchPolicy:
 
 
 def make_router(name: str) -> Router:
-    """A router by name."""
+    """A router by name. One of one's own is audited."""
     router: Router = _built(router_class(name), "router", name)
-    return router
+    return router if name in ROUTERS else AuditedRouter(router)
 
 
 def _class(name: str, known: Mapping[str, type], key: str, where: object) -> type[Any]:

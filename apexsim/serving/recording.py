@@ -17,7 +17,7 @@ STEP_COLUMNS = (
     "start_ns", "end_ns", "replica", "repeats", "decodes", "context", "chunk_tokens", "survivors",
     "kv_blocks", "kv_blocks_peak", "running", "waiting",
 )  # fmt: skip
-_END, _REPEATS, _HELD, _PEAK = map(STEP_COLUMNS.index, ("end_ns", "repeats", "kv_blocks", "kv_blocks_peak"))
+_END, _REPEATS, _HELD, _PEAK = 1, 3, 8, 9  # end_ns, repeats, kv_blocks and kv_blocks_peak among them
 CHUNK_COLUMNS = ("step", "tokens", "history")
 LOT_ROWS = 1 << 12  # steps that are written together; blocks of rows are whole lots
 _MOST_GAPS = 1 << 18  # whole numbers: gaps are counted when there are half as many
@@ -54,11 +54,11 @@ class Recorder:
         held: tuple[int, int],
         gap: tuple[int, int] = (0, 0),
     ) -> None:
-        """Add a step, or ``repeats`` decode steps that follow one another. ``gap``: see ``gap``, of the first.
+        """Add a step, or ``repeats`` decode steps that follow one another.
 
         ``labels`` are the replica and its counts of running and waiting requests, ``times_ns`` start and end, ``held``
-        the KV blocks in use in the first and the last (a row keeps their mean and the last). Decode steps that go on
-        where a row ended are added to that row.
+        the KV blocks in use in the first and the last. ``gap``: nanoseconds since the token before the first step, and
+        of how many tokens. Decode steps that go on where a row ended make it longer.
         """
         if gap[1]:
             self._gaps.extend(gap)

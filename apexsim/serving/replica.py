@@ -32,11 +32,11 @@ class Replica:
         on_done: Callable[[Job], None],
     ) -> None:  # fmt: skip
         self.index = index
-        self.next_arrival_ns: int | None = None  # where known: a stretch that it will cut needs no alarm before
+        self._next_ns: int | None = None  # when the next message comes, where known: it will cut a stretch
         self._inbox: list[Message] = []
         self._clock = clock
         self._rank = 1 + index
-        self._set = settings
+        self._settings = settings
         self._blocks = blocks
         self._on_done = on_done
         self._scheduler = Scheduler(settings.scheduler, blocks, settings.policy.queue(), lookahead=settings.lookahead)
@@ -58,9 +58,10 @@ class Replica:
 
     # -- what others tell and see: in events of rank 0 alone (see ``messages``) -------------------------------------
 
-    def deliver(self, message: Message) -> None:
-        """A message comes; it is read when the next step is composed."""
+    def deliver(self, message: Message, next_ns: int | None = None) -> None:
+        """A message comes; it is read when the next step is composed. ``next_ns``: when the next one does, if known."""
         assert self._clock.rank == ARRIVAL, "replicas hear of others in events of rank 0"
+        self._next_ns = next_ns
         self._inbox.append(message)
         message.job.replica = self.index
         if self._decodes.stretching:
@@ -111,7 +112,7 @@ class Replica:
                 self._scheduler.leave(job)
                 self._on_done(job)
             self._fill(now_ns)
-            end_ns, arrival_ns = self._plan(now_ns), self.next_arrival_ns
+            end_ns, arrival_ns = self._plan(now_ns), self._next_ns
             # A stretch that is known to be cut needs no alarm before.
             cut = arrival_ns is not None and end_ns is not None and decodes.stretching and arrival_ns <= end_ns
             if end_ns is None or cut or not clock.reaches(end_ns, self._rank):
@@ -157,7 +158,7 @@ class Replica:
         sequences = self._most or self._spread()
         calm = self._ledger is None or not self._ledger.preempted
         ledger = self._ledger = self._scheduler.open(sequences, self._decodes.offer(sequences, calm=calm))
-        self._set.policy.fill(ledger, self.running, self.waiting)
+        self._settings.policy.fill(ledger, self.running, self.waiting)
         if ledger.preempted or ledger.admitted or ledger.fetched:
             self._scheduler.apply(ledger, now_ns)
         return ledger
@@ -186,9 +187,9 @@ class Replica:
         if batches and not (decodes.stretching or self._inbox):
             steady_ns = FOREVER
             if ledger is not None:
-                steady_ns = self._set.policy.steady_until(ledger, self.waiting, now_ns)
+                steady_ns = self._settings.policy.steady_until(ledger, self.waiting, now_ns)
             if steady_ns > now_ns:
-                decodes.plan(self._most or self._spread(), now_ns, self.next_arrival_ns)
+                decodes.plan(self._most or self._spread(), now_ns, self._next_ns)
                 if steady_ns < FOREVER:
                     decodes.cut(steady_ns)
         if decodes.stretching:

@@ -1,4 +1,4 @@
-"""What a closed ledger does to a queue, its seats and its KV blocks. Knows no clock: a live engine runs it as well."""
+"""What a filled ledger does to a queue, its seats and its KV blocks. Knows no clock: a live engine runs it as well."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Scheduler:
     Those aside hold a seat and are given nothing: their last token is in flight, or their KV entries are on their way.
     Those ``kept`` have ended, and hold blocks that another replica is yet to fetch.
 
-    A step: ``open`` a ledger for a policy to fill, ``apply`` it, ``compose`` the batch (see ``batch``), ``see_off``
+    A step: ``open`` a ledger for a policy to fill, ``apply`` it, compose its step (see ``decodes``), ``see_off``
     those whose last token it samples, and once that token exists let them ``leave``.
     """
 

@@ -147,8 +147,7 @@ class OpenLoop:
             if alone is None:
                 self._flow.begin(request)
             else:
-                alone.replica.next_arrival_ns = None if self._coming is None else self._comes_ns
-                self._flow.taken_in(request)
+                self._flow.taken_in(request, None if self._coming is None else self._comes_ns)
         self._await()
 
 

@@ -52,8 +52,8 @@ class Growth(Protocol):
     def missing(self, step: int, steps: int) -> int:
         """Blocks that the members lack to march ``steps`` steps from count ``step``."""
 
-    def march(self, step: int, steps: int) -> None:
-        """Take those blocks."""
+    def march(self, step: int) -> None:
+        """Take those of one step."""
 
     def march_over(self, step: int, steps: int, taking: Taking) -> None:
         """Take them at their times, which have passed; the block manager is told the time of the last alone."""
@@ -86,8 +86,8 @@ class MemberGrowth:
     def missing(self, step: int, steps: int) -> int:
         return sum(self._blocks.missing(job, tokens) for job, tokens in self._growing(step, steps))
 
-    def march(self, step: int, steps: int) -> None:
-        for job, tokens in self._growing(step, steps):
+    def march(self, step: int) -> None:
+        for job, tokens in self._growing(step, 1):
             self._blocks.grow(job, tokens)
 
     def march_at(self, step: int, times_ns: Sequence[int], now_ns: int) -> None:
@@ -96,7 +96,7 @@ class MemberGrowth:
     def march_over(self, step: int, steps: int, taking: Taking) -> None:
         run, early, early_ns, from_ns = taking.run, taking.early, taking.early_ns, taking.from_ns
 
-        def composed_ns(number: int) -> int:
+        def composed_ns(number: int) -> int:  # as ``Taking.composed_ns``, quicker: it is asked for at every crossing
             return from_ns + run.elapsed_ns(number - early) if number >= early else early_ns
 
         self._march(step, steps, composed_ns, taking.next_end_ns)

@@ -169,7 +169,7 @@ class Cohort:
 
     def march(self) -> list[Job]:
         """Compose a step now. Returns the members whose last token it samples, who leave."""
-        self.growth.march(self.step, 1)
+        self.growth.march(self.step)
         return self._counted(1)
 
     def march_at(self, times_ns: Sequence[int], now_ns: int) -> list[Job]:
@@ -338,8 +338,8 @@ class SteadyGrowth:
             crossings += steps // size * self.members
         return self._each * crossings
 
-    def march(self, step: int, steps: int) -> None:
-        missing = self.missing(step, steps)
+    def march(self, step: int) -> None:
+        missing = self.missing(step, 1)
         if missing:
             self._blocks.take(missing)
 

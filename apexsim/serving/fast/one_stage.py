@@ -40,7 +40,7 @@ from apexsim.serving.scheduler import Scheduler
 
 
 class Surroundings(NamedTuple):
-    """What a fast path works on: see ``together``."""
+    """What a fast path works on."""
 
     replica: int
     flight: Flight
@@ -51,9 +51,8 @@ class Surroundings(NamedTuple):
 class Groups:
     """What a pipeline has in common with one stage.
 
-    Members of cohorts stand first in ``running``. Where that cannot be, or where a budget or the blocks do not last for
-    all of a cohort, everybody goes ``astray``: all are advanced one by one, as the oracle does, until they can stand so
-    again.
+    Members of cohorts stand first in ``running``. Where they cannot, or a budget or the blocks do not last for all of a
+    cohort, all go ``astray``: they are advanced one by one, as the oracle does, until they can stand so again.
     """
 
     def __init__(self, around: Surroundings) -> None:
@@ -305,12 +304,11 @@ class OneStage(Groups):
         """
         cohort, last_ns = self._cohort, stretch.next_end_ns
         through = stretch.silent + 1 - stretch.first
-        first_ns = stretch.from_ns + stretch.run.first_ns
         # Where nothing was composed that has ended by now, what was taken since belongs to later steps.
         taken = self._blocks.total - self._blocks.free - cohort.stayed
         held_last = held if through == stretch.ahead else taken
         stats, recorder = stretch.stats, self._recorder
-        gap = first_ns - cohort.last_end_ns, stats.decodes - late
+        gap = stretch.from_ns + stretch.run.first_ns - cohort.last_end_ns, stats.decodes - late
         times_ns = stretch.from_ns, last_ns
         recorder.step(stats, stretch.first_labels, times_ns, through, (held, held_last), gap)
         if through > 1:
@@ -319,7 +317,7 @@ class OneStage(Groups):
         return held_last
 
     def _show(self, stretch: DecodeStretch, step: int, through: int) -> list[Job]:
-        """Hand clients their first tokens as far as C(1) to C(``through``) bring them; whose come with the next one.
+        """Hand clients the first tokens that C(1) to C(``through``) bring; returns those whose come with the next one.
 
         ``step`` is the cohort's count before C(1).
         """

@@ -307,7 +307,7 @@ class InTurn(Groups):
         self._see_off(leaving)
 
     def _show(self, cohort: Cohort, step: int, ends_ns: Sequence[int]) -> list[Job]:
-        """Hand clients the tokens that have come since count ``step``; whose come with the step in flight."""
+        """Hand clients the tokens that have come since count ``step``; returns those whose come with the next step."""
         coming = []
         for at, job in cohort.shown:
             if at - step < len(ends_ns):
