@@ -43,19 +43,27 @@ class Audited(BatchPolicy):
             if self._left < 0:
                 raise PolicyFault("goes on deciding and requests do not finish")
         offered = Budgets(ledger.tokens, ledger.sequences, ledger.seats)
-        self.policy.fill(ledger, running, waiting)
+        try:
+            self.policy.fill(ledger, running, waiting)
+        except PolicyFault:
+            raise
+        except Exception as error:  # a policy of the user's may fail in any way
+            raise PolicyFault(f"raised {type(error).__name__}: {error}") from error
         for broke, job in _faults(ledger, offered, running):
             raise PolicyFault(broke, job)
 
 
 class AuditedRouter:
-    """Lets ``router`` choose and raises BadInput where it chose none of those it was shown."""
+    """Lets ``router`` choose and raises BadInput where it fails, or chose none of those it was shown."""
 
     def __init__(self, router: Router) -> None:
         self._router = router
 
     def choose(self, job: Job, views: Sequence[View]) -> int:
-        chosen: object = self._router.choose(job, views)
+        try:
+            chosen: object = self._router.choose(job, tuple(views))
+        except Exception as error:  # a router of the user's may fail in any way
+            raise BadInput(f"the router raised {type(error).__name__}: {error}", key="router") from error
         if not isinstance(chosen, int) or isinstance(chosen, bool) or not 0 <= chosen < len(views):
             would_do = f"the router must give a position from 0 to {len(views) - 1}"
             raise BadInput(would_do, key="router", got=str(chosen))

@@ -1,6 +1,7 @@
-"""Who decodes, and what their steps do to them: one by one, as is plain to see.
+"""Composes every step and ends it; named for the decodes, which a fast path may take together.
 
-That is the oracle (``exact_steps``). ``serving/fast`` keeps the same books in closed form, behind the same verbs.
+Here jobs are advanced one by one, as is plain to see. That is the oracle (``exact_steps``). ``serving/fast`` keeps the
+same books in closed form, behind the same verbs.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ class Job:
     device has finished; ``pending`` counts the sampled tokens still in flight. A job is ``decoding`` once it has
     sampled from all it knows, and until it is preempted: it then always lacks exactly the token sampled last.
 
-    While it decodes in a ``group`` these counters stand still: the group counts for all of its jobs, and brings a job
-    up to date when it goes. ``base``, ``joined`` and ``place`` are the group's notes on it.
+    While it decodes in a ``group`` (see ``fast``; None on the plain path) these counters stand still: the group counts
+    for all of its jobs, and brings a job up to date when it goes. ``base``, ``joined`` and ``place`` are its notes.
 
     ``stop`` is its place in the itinerary of its request (see ``flow``). What it has computed is ``kept`` in its blocks
     when it has ended, where another stop needs it. ``fetch``, where set, has the KV entries that other replicas keep

@@ -24,10 +24,11 @@ class _Standing:
 class BlockManager:
     """Hands out a fixed number of KV blocks; a job holds as many as its computed tokens need.
 
-    ``blocks_for(tokens)`` says how many blocks that many cached tokens take (sliding-window layers hold less); it may
-    only rise at multiples of ``block_size``, by the same number each time if ``steady``. Invariant after every call:
-    ``free`` + those of all jobs + those a group has taken == ``total``. ``block_ns`` is the number of blocks in use,
-    integrated over the time of ``clock``: what is taken counts from then on, and what is given back no more.
+    ``blocks_for(tokens)`` says how many blocks that many cached tokens take (sliding-window layers hold less). It may
+    only rise at multiples of ``block_size``. ``steady``: every ``block_size`` tokens take as many (no windows).
+    Invariant after every call: ``free`` + those of all jobs + those a group has taken == ``total``. ``block_ns`` is the
+    number of blocks in use, integrated over the time of ``clock``: what is taken counts from then on, and what is given
+    back no more.
 
     With ``remembers`` a preempted job finds again what nobody has taken of its blocks meanwhile. Free blocks form a
     queue as in vLLM: taken at the head, given back at the tail, those of a job last block first. Positions in it

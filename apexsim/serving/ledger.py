@@ -34,12 +34,12 @@ class Ledger:
 
     ``decodes`` get the one token that brings them to the end of what they know; ``chunks`` are everybody else with
     their tokens. The ``admitted`` among them are fresh from the queue, each with the tokens that it has blocks for
-    from now on; ``recovered`` are the tokens that a job preempted before finds computed. Jobs are named, never counted
-    off: any that runs may be ``preempted`` and any that waits ``admitted``. Only of those ``offered`` together, the
-    first of the running jobs, it is just counted that so many of them decode ``together``. Nothing here touches a job
-    or the block manager; the replica applies a filled ledger in one go. ``lookahead`` is how many sampled tokens of a
-    job may still be in flight when it is given the next. The ``fetched`` are fresh from the queue as well: they get
-    seat and blocks, and compute nothing until their KV entries have come from another replica.
+    from now on; ``recovered`` are the tokens that a job preempted before finds computed. The ``fetched`` are seated and
+    compute nothing until their KV entries have come. Jobs are named, never counted off: any that runs may be
+    ``preempted`` and any that waits ``admitted``. Jobs that the replica ``offered`` together stand first in
+    ``running``; they are given their tokens as one, ``together`` of them, and are not in ``decodes``. Nothing here
+    touches a job or the block manager: the scheduler applies a filled ledger, and composing its step advances the jobs.
+    ``lookahead`` is how many sampled tokens of a job may still be in flight when it is given the next.
     """
 
     __slots__ = (

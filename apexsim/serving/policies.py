@@ -36,8 +36,8 @@ class BatchPolicy(ABC):
     def steady_until(self, ledger: Ledger, waiting: Queue, now_ns: int) -> int:
         """Until when, as long as nothing arrives, finishes or runs short of blocks, ledgers only go on with decodes.
 
-        Each would give every running job that decodes by then one token, and nothing else. ``now_ns`` (or less) for
-        not at all, ``FOREVER`` for as long as that; an order of the queue that changes with time says when it does.
+        Each of these ledgers would give one token to every running job that decodes, and nothing else. ``now_ns`` (or
+        less) for not at all, ``FOREVER`` for as long as that; an order of the queue that changes with time says when.
         """
         return now_ns
 

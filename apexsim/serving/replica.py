@@ -43,7 +43,7 @@ class Replica:
         self.running, self.waiting = self._scheduler.running, self._scheduler.waiting
         self._flight = Flight(settings.cost, recorder, lookahead=settings.lookahead)
         balanced = settings.scheduler.pipeline_split == "balanced" and settings.cost.stages > 1
-        self._most = 0 if balanced else settings.scheduler.max_num_seqs  # sequences of a batch
+        self._most = 0 if balanced else settings.scheduler.max_num_seqs  # sequences of a batch; 0: see _spread
         self._every = settings.receive_interval
         self._ended_ns = 0  # when a step last ended, or began in an idle replica
         self._looked = 0  # steps composed when the last prompts were
@@ -128,6 +128,7 @@ class Replica:
         while len(flight.batches) < flight.most and not decodes.stretching:
             if self._inbox:
                 self._read()
+            # True: the next step is on its way. False: there is none. None: that takes a decision.
             known = None if self.waiting or self._inbox else decodes.go_on(self._most or self._spread(), now_ns)
             if known is not None:
                 self._ledger = None
