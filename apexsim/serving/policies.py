@@ -31,7 +31,10 @@ class BatchPolicy(ABC):
 
     @abstractmethod
     def fill(self, ledger: Ledger, running: Sequence[Job], waiting: Iterable[Job]) -> None:
-        """Spend the ledger's budgets on running jobs (in the order they were seated) and on those waiting."""
+        """Spend the ledger's budgets on running jobs (in the order they were seated) and on those waiting.
+
+        Who waits is admitted with some tokens; a job with ``fetch`` is fetched instead, and computes nothing yet.
+        """
 
     def steady_until(self, ledger: Ledger, waiting: Queue, now_ns: int) -> int:
         """Until when, as long as nothing arrives, finishes or runs short of blocks, ledgers only go on with decodes.
