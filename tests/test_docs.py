@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from apexsim.serving.job import Job
 from apexsim.serving.ledger import Ledger
 from apexsim.serving.messages import View
 from apexsim.serving.policies import POLICIES, BatchPolicy
-from apexsim.testing import Case, check_case
+from apexsim.testing import Case, check_case, check_policy
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -59,7 +60,7 @@ ENGINES = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8").partition("
 @pytest.fixture
 def own_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A folder with the example policy of docs/engines.md, the deployment that names it, and the example router."""
-    policy, _, _, router = blocks_of("python")
+    policy, _, _, _, router = blocks_of("python")
     (tmp_path / "mypol.py").write_text(policy)
     (tmp_path / "mine.py").write_text(router)
     (tmp_path / "mine.yaml").write_text(blocks_of("yaml")[0])
@@ -102,6 +103,50 @@ def test_the_router_of_ones_own_sends_where_most_is_free() -> None:
     assert [request.replica for request in case.run(exact_steps=False).requests] == [0, 1, 1, 1]
 
 
+@pytest.fixture
+def deciders() -> dict[str, Any]:
+    """The policies of docs/engines.md that decide everything themselves."""
+    shown: dict[str, Any] = {"__name__": "page"}
+    for block in blocks_of("python")[2:4]:
+        exec(compile(block, "engines.md", "exec"), shown)
+    return shown
+
+
+@pytest.mark.parametrize("name", ["Patient", "Quick"])
+def test_policies_of_the_page_keep_every_promise(deciders: dict[str, Any], name: str) -> None:
+    check_policy(deciders[name], cases=40)
+
+
+@pytest.mark.parametrize("name", ["Patient", "Quick"])
+@pytest.mark.parametrize("exact_steps", [False, True])
+def test_in_a_pipeline_nobody_is_preempted_for_a_token_in_flight(
+    deciders: dict[str, Any], name: str, exact_steps: bool
+) -> None:
+    case = Case(arrivals_ns=[at * 300_000 for at in range(60)], lengths=[(90, 40)] * 60, stages=2)
+    run = case.run(exact_steps=exact_steps, policy=deciders[name](case.scheduler()))
+    assert [request.job and request.job.preemptions for request in run.requests] == [0] * 60
+
+
+def test_quick_takes_many_steps_at_once(deciders: dict[str, Any]) -> None:
+    """Both promises are worth something: five requests that only decode pass in a few events."""
+    case = Case(arrivals_ns=[0] * 5, lengths=[(20, 500)] * 5)
+    composed = {name: ledgers_filled(case, deciders[name]) for name in ("Patient", "Quick")}
+    assert composed["Quick"] * 20 < composed["Patient"]
+
+
+def ledgers_filled(case: Case, policy: Any) -> int:
+    """How many ledgers a policy fills in a case."""
+    filled = Counter[str]()
+
+    class Counting(policy):
+        def fill(self, *what: Any) -> None:
+            filled["ledgers"] += 1
+            super().fill(*what)
+
+    case.run(exact_steps=False, policy=Counting(case.scheduler()))
+    return filled["ledgers"]
+
+
 def test_every_shipped_policy_is_described() -> None:
     listed = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8").partition("## Policies")[2]
     named = re.findall(r"^\| `(\w+)` \|", listed.partition("### A policy")[0], re.MULTILINE)
@@ -125,9 +170,15 @@ def test_what_policies_are_given_is_there(cls: type) -> None:
             "wants",
             "can_give",
             "give",
+            "give_decodes",
             "can_admit",
             "admit",
+            "fetch",
             "preempt",
+            "together",
+            "decodes",
+            "chunks",
+            "preempted",
         },
         Job: {"prompt_tokens", "output_tokens", "deadline_ns", "preemptions", "request"},
         View: has,

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -83,14 +80,6 @@ class LastFirst(ChunkedPrefill):
 @pytest.mark.parametrize("policy", [ShortestOfAll, LastFirst, "shortest_first", "deadline", "test_policies:LastFirst"])
 def test_policies_that_choose_keep_every_promise(policy: type[BatchPolicy] | str) -> None:
     check_policy(policy, cases=40)
-
-
-def test_the_policy_of_the_documents_keeps_every_promise() -> None:
-    page = (Path(__file__).resolve().parents[1] / "docs" / "engines.md").read_text(encoding="utf-8")
-    (block,) = (each for each in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class Patient" in each)
-    namespace: dict[str, Any] = {"__name__": "page"}
-    exec(compile(block, "engines.md", "exec"), namespace)
-    check_policy(namespace["Patient"], cases=40)
 
 
 def test_an_object_is_checked_as_it_is() -> None:
