@@ -13,8 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from test_pools import cluster, deployed
 from test_views import count_inside
 
+from apexsim import catalog
+from apexsim.costs.starting import start
+from apexsim.costs.steps import build_step_cost
 from apexsim.serving.audit import Audited
 from apexsim.serving.clock import ARRIVAL
 from apexsim.serving.flow import Carrier, Flow
@@ -25,10 +29,13 @@ from apexsim.serving.messages import View
 from apexsim.serving.named import make_policy
 from apexsim.serving.pools import PoolSetup, PoolsRun
 from apexsim.serving.request import Request
+from apexsim.serving.routing import LeastLoaded
 from apexsim.serving.settings import ReplicaSettings
 from apexsim.serving.traffic import Door
 from apexsim.specs.engine import SchedulerDefaults
-from apexsim.specs.topology import Link
+from apexsim.specs.placement import place_pools
+from apexsim.specs.server import Load
+from apexsim.specs.topology import Link, Topology
 from apexsim.specs.workload import Requests
 from apexsim.testing import LinearCost, made_up_memory
 from apexsim.units import NS_PER_S
@@ -278,6 +285,50 @@ def test_two_pools_are_the_same_either_way(count: int, pulls: bool) -> None:
     assert all(rows < steps for rows, steps in zip(found.rows, found.steps, strict=True)), "a pool did not march"
     assert min(found.inside[kind] for kind in ("OneStage", "InTurn")) >= count, f"hardly looked at: {found.inside}"
     assert found.preemptions, "nobody was preempted while he decoded"
+
+
+# -- shipped models, devices and engines -------------------------------------------------------------------------------
+
+
+def wired(requests: Requests, *, exact_steps: bool, pulls: bool, share: Share) -> PoolsRun:
+    """Prompts on 2 x H100, decoding on three A100, KV entries over the cards of both groups, from each first rank."""
+    deployment = deployed()
+    placed, topology, first, setups = place_pools(deployment.cluster, deployment.pools), Topology(cluster()), [], []
+    for pool, server in zip(deployment.pools, deployment.servers(Load.of(requests)), strict=True):
+        engine = start(server)
+        cost = build_step_cost(engine.server, prompts=requests.distinct_prompts)
+        scheduler = engine.server.scheduler
+        settings = ReplicaSettings(cost, scheduler, make_policy(scheduler), server.model.windows, exact_steps)
+        setups.append(PoolSetup(pool.replicas, settings, engine.memory, LeastLoaded()))
+        first += [int(devices.flat[0]) for devices in placed[pool.name].devices]
+    each = int(sum(group.bytes_per_token("bf16") for group in deployment.model.kv_groups))
+    carrier = Carrier(
+        lambda sender, receiver: topology.path(first[sender], first[receiver]),
+        lambda tokens: each * tokens,
+        pulls=pulls,
+        share=share,
+    )
+    door = Door(setups[0].settings.scheduler, 1 << 20, setups[1].memory)
+    return PoolsRun(setups, requests, door, itinerary=PromptsApart(), carrier=carrier)
+
+
+@pytest.mark.parametrize(("pulls", "share"), [(False, "fair"), (True, "fifo")])
+def test_servers_of_a_deployment_over_the_links_of_its_cluster(pulls: bool, share: Share) -> None:
+    traffic = catalog.load("workload", "chat").model_copy(update={"requests": 150, "rate_per_s": 6.0})
+    requests = traffic.sample(seed=1)
+    runs = [wired(requests, exact_steps=exact_steps, pulls=pulls, share=share) for exact_steps in (False, True)]
+    notes = []
+    for run in runs:
+        jobs, ended = keep(run.flow)
+        run.go()
+        assert len(ended) == 150
+        notes.append(noted(run, jobs, ended))
+    assert notes[0] == notes[1]
+    rows, steps = (len(run.recorder.steps()["repeats"]) for run in runs)
+    assert rows < steps / 2
+    for transfer in runs[0].flow.transfers:
+        took_s = (transfer.ended_ns - transfer.asked_ns) / NS_PER_S
+        assert transfer.size / 50e9 < took_s < 1.0  # a card carries 50 GB/s
 
 
 # -- the law, broken ---------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from simpy import Event
+
 from apexsim.serving.clock import ARRIVAL, Clock
 from apexsim.serving.itinerary import WHOLE, Itineraries, Itinerary, Journey, Stop
 from apexsim.serving.job import Job
@@ -170,8 +172,13 @@ class Flow:
             del self._journeys[request.index]
             return False
         request.job = None
-        for place in places:
-            self._clock.at(self._clock.now_ns + 1, ARRIVAL, lambda _, place=place: self._begin(request, journey, place))  # type: ignore[misc]
+
+        def begin(_: Event) -> None:
+            for place in places:
+                self._begin(request, journey, place)
+
+        if places:
+            self._clock.at(self._clock.now_ns + 1, ARRIVAL, begin)
         return True
 
     def _begin(self, request: Request, journey: Journey, place: int) -> None:

@@ -12,6 +12,7 @@ Times are whole nanoseconds and amounts whole numbers, so that a run does not de
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import ceil
 from typing import Literal, Protocol
 
@@ -106,7 +107,7 @@ class Fair:
         self.flows[Moving(transfer, path, then)] = None
         self._share(now_ns)
 
-    def _end(self, flow: Moving) -> None:
+    def _end(self, flow: Moving, _: Event) -> None:
         now_ns = self._clock.now_ns
         self._pass(now_ns)
         del self.flows[flow]
@@ -131,7 +132,7 @@ class Fair:
                 if flow.alarm is not None:
                     flow.alarm.silence()
                 end_ns = now_ns + _ceil(flow.left, rate)
-                flow.alarm = self._clock.at(end_ns, ARRIVAL, lambda _, flow=flow: self._end(flow))  # type: ignore[misc]
+                flow.alarm = self._clock.at(end_ns, ARRIVAL, partial(self._end, flow))
             flow.bytes_per_s = rate
 
 
