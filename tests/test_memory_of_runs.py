@@ -74,6 +74,8 @@ def test_a_run_in_files_tells_what_one_in_memory_tells(tmp_path: Path, monkeypat
         ("apexsim.serving.flow.LOT", 10),
         ("apexsim.serving.fast.blocks.SPANS", 12),
         ("apexsim.serving.fast.cohort.MOST_MOVES", 12),
+        ("apexsim.serving.fast.cohort.MOST_NOTED", 5),
+        ("apexsim.serving.fast.blocks.MOST_STEPS", 60),
         ("apexsim.costs.durations.SPANS", 12),
         ("apexsim.serving.recording.SPANS", 12),
     ):

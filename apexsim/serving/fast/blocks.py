@@ -22,6 +22,8 @@ MOST_NOTED = 1 << 10
 """Stretches of a cohort that are noted before they are packed."""
 MOST_MOVES = 1 << 15
 """Members that have joined before all that was noted is added up."""
+MOST_STEPS = 1 << 18
+"""Common steps after which it is: there is a count of crossings for each."""
 
 
 class Taking(Protocol):
@@ -158,7 +160,8 @@ class LateBlocks:
     def settle(self, step: int) -> None:
         """Make room: the stretches so far all end by common step ``step``."""
         self._spans.pack()
-        if self._spans.count >= SPANS or len(self.joined) >= MOST_MOVES:
+        far = step - self._origin >= MOST_STEPS
+        if far or self._spans.count >= SPANS or len(self.joined) >= MOST_MOVES:
             self._add_up(step)
 
     def _crossings(self, step: int) -> NDArray[np.int64]:
