@@ -599,6 +599,19 @@ def test_simulate_writes_what_it_is_asked_for(tmp_path: Path, trace: str, capsys
     assert without_timing(json.dumps(result.summary())) == without_timing((tmp_path / "s.json").read_text())
 
 
+@pytest.mark.parametrize("name", ["result.json", "gaps.parquet", "best.yaml", "sweep.parquet", "journal.jsonl"])
+def test_a_folder_with_results_is_not_written_over(
+    tmp_path: Path, trace: str, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    folder = tmp_path / "all"
+    folder.mkdir()
+    (folder / name).write_text("mine")
+    assert main([*BASE, trace, "--out", str(folder)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.endswith(f"--out: got '{name}'; {folder} holds results; give another --out")
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, "mine")]
+
+
 def test_flags_outweigh_the_deployment_file(tmp_path: Path, trace: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "plan.yaml").write_text("model: llama-3.1-70b\ndevice: h100-sxm\ntensor: 4\nreplicas: 2\n")
     hourly = []

@@ -66,6 +66,7 @@ class OutputFlags:
         check_targets({**targets, "--plot": self.plot})
         if self.out:
             make_folder(self.out, files=FILES)
+            _check_unused(self.out)
         if self.plot:
             check_plot_path(self.plot, where="--plot")
         if self.requests_out and self.requests_out.suffix != ".parquet":
@@ -89,6 +90,18 @@ class OutputFlags:
             plot_simulation(result, self.plot)
         if self.json:
             emit_json(result.summary(), self.json)
+
+
+def _check_unused(folder: Path) -> None:
+    """Refuse a folder that holds the result of a simulation, a search or a sweep."""
+    from apexsim.io.search_files import STUDY_FILES
+    from apexsim.result_files import FILES
+    from apexsim.search.journal import FILE_NAME
+    from apexsim.sweep import TABLE
+
+    there = [name for name in dict.fromkeys((*FILES, *STUDY_FILES, TABLE, FILE_NAME)) if (folder / name).exists()]
+    if there:
+        raise BadInput(f"{folder} holds results; give another --out", where="--out", got=", ".join(there))
 
 
 @with_flags
