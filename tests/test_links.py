@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -78,10 +77,17 @@ def test_fifo_transfers_follow_one_another() -> None:
 
 
 def test_fifo_takes_a_quick_link_no_longer_than_its_own_rate_needs() -> None:
-    """Two senders of 1 GB/s each over a trunk of 2 GB/s: the second begins when the trunk could have sent the first."""
-    trunk = link("trunk", 2e9)
-    asks = [Ask(0, 10**9, (link("a", 1e9), trunk)), Ask(0, 10**9, (link("b", 1e9), trunk))]
-    assert ends_ns("fifo", asks) == [SECOND, 3 * SECOND // 2]
+    """Two senders of 1 GB/s each fill a trunk of 2 GB/s; the third transfer waits for the first sender alone."""
+    one, two, trunk = link("a", 1e9), link("b", 1e9), link("trunk", 2e9)
+    asks = [Ask(0, 10**9, (one, trunk)), Ask(0, 10**9, (two, trunk)), Ask(0, 10**9, (one, trunk))]
+    assert ends_ns("fifo", asks) == [SECOND, SECOND, 2 * SECOND]
+    assert [transfer.began_ns for transfer in sent("fifo", asks)] == [0, 0, SECOND]
+
+
+def test_fifo_does_not_hold_a_link_for_one_that_waits_elsewhere() -> None:
+    slow, trunk = link("slow", 1e9), link("trunk", 2e9)
+    asks = [Ask(0, 10**9, (slow, trunk)), Ask(0, 10**9, (slow, trunk)), Ask(SECOND // 2, 10**9, (trunk,))]
+    assert ends_ns("fifo", asks) == [SECOND, 2 * SECOND, SECOND]
 
 
 def test_fair_transfers_share() -> None:
@@ -120,7 +126,7 @@ def test_max_min_by_hand() -> None:
 
 LINKS = [link(name, rate, latency) for name, rate, latency in [("a", 7, 0), ("b", 10, 1e-9), ("c", 64, 0), ("d", 3, 0)]]
 PATHS = st.lists(st.sampled_from(LINKS), min_size=1, max_size=3, unique=True).map(tuple)
-ASKS = st.lists(st.builds(Ask, st.integers(0, 30 * SECOND), st.integers(0, 60), PATHS), max_size=12)
+ASKS = st.lists(st.builds(Ask, st.integers(0, 30 * SECOND), st.integers(1, 60), PATHS), max_size=12)
 
 
 def latency_ns(path: Sequence[Link]) -> int:
@@ -128,24 +134,28 @@ def latency_ns(path: Sequence[Link]) -> int:
 
 
 @given(ASKS)
-def test_fifo_keeps_the_order_and_the_rates(asks: list[Ask]) -> None:
-    """Of what crosses a link, no more has ended at any time than its rate allows since it was last idle."""
-    asks = sorted(asks)
+def test_fifo_links_carry_no_more_than_their_rate(asks: list[Ask]) -> None:
+    """Of what is asked for after some time, no more has ended at another than fits in between; all begin and end."""
     transfers = sent("fifo", asks)
     for each in LINKS:
-        here = [
-            (began, ended - latency_ns(ask.path), ask.size)
-            for transfer, ask in zip(transfers, asks, strict=True)
-            if each in ask.path
-            and (began := transfer.began_ns) is not None
-            and (ended := transfer.ended_ns) is not None
-        ]
-        assert all(before[0] <= after[0] for before, after in pairwise(here))
-        free_ns = 0
-        for began, ended, size in here:
-            assert began >= free_ns
-            free_ns = began + -(-size * SECOND // int(each.bytes_per_s))
-            assert ended >= free_ns or size == 0
+        here = [transfer for transfer, ask in zip(transfers, asks, strict=True) if each in ask.path]
+        for asked_ns in {transfer.asked_ns for transfer in here}:
+            for ended_ns in {transfer.ended_ns for transfer in here}:
+                within = [t.size for t in here if t.asked_ns >= asked_ns and t.ended_ns <= ended_ns]
+                assert sum(within) * SECOND <= each.bytes_per_s * max(0, ended_ns - asked_ns)
+    for transfer in transfers:
+        assert transfer.asked_ns <= transfer.began_ns < transfer.ended_ns
+
+
+@given(ASKS)
+def test_fifo_transfers_of_one_path_follow_one_another(asks: list[Ask]) -> None:
+    """In the order of asking: each begins when the bytes before have left the first link."""
+    asks = [ask._replace(path=(LINKS[0], LINKS[2])) for ask in sorted(asks)]
+    free_ns = 0
+    for transfer, ask in zip(sent("fifo", asks), asks, strict=True):
+        assert transfer.began_ns == max(free_ns, ask.at_ns)
+        free_ns = transfer.began_ns - (-ask.size * SECOND // 7)
+        assert transfer.ended_ns == max(free_ns, ask.at_ns + 1)
 
 
 @given(ASKS)

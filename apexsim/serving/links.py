@@ -1,7 +1,8 @@
 """Transfers over shared links: when bytes that are asked for now have arrived.
 
-``fifo``: links are taken in the order of asking. A transfer begins once every link of its path is free, and takes each
-for as long as its bytes take at that link's rate. Example: 3 GB and then 1 GB over 1 GB/s end after 3 s and 4 s.
+``fifo``: transfers queue at every link in the order in which they come to it, as bytes buffered between two links do. A
+link serves one at a time, at its rate; the next link is reached when it begins. A slow card does not hold up a wide
+trunk. Example: 3 GB and then 1 GB over 1 GB/s end after 3 s and 4 s.
 
 ``fair``: all transfers of a link share its rate, as flows of a network do. Rates are max-min fair: none can rise but at
 the cost of one that has no more. Example: 3 GB and 1 GB over 1 GB/s at once end after 4 s and 2 s.
@@ -56,8 +57,21 @@ class Network(Protocol):
         """Ask for a transfer now; ``then`` is called when it has arrived. An empty path takes 1 ns."""
 
 
+class Queued:
+    """A transfer between queues: its next link is ``at``, its last byte leaves those before at ``end_ns``."""
+
+    __slots__ = ("at", "end_ns", "path", "then", "transfer")
+
+    def __init__(self, transfer: Transfer, path: Path, then: Then) -> None:
+        self.transfer = transfer
+        self.path = path
+        self.then = then
+        self.at = 0
+        self.end_ns = 0
+
+
 class Fifo:
-    """Transfers of a link one after another, in the order of asking; one event each."""
+    """Transfers of a link one after another; an event each, and one more wherever one has to wait."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -65,14 +79,25 @@ class Fifo:
 
     def send(self, transfer: Transfer, path: Path, then: Then) -> None:
         """See ``Network``."""
-        now_ns, free_ns = self._clock.now_ns, self._free_ns
-        transfer.asked_ns = now_ns
-        began_ns = last_ns = max([now_ns, *(free_ns.get(link, 0) for link in path)])
-        for link in path:
-            free_ns[link] = began_ns + _ceil(transfer.size * NS_PER_S, bytes_per_s(link))
-            last_ns = max(last_ns, free_ns[link])
-        transfer.began_ns = began_ns
-        _arrive(self._clock, transfer, last_ns + latency_ns(path), then)
+        transfer.asked_ns = self._clock.now_ns
+        self._pass(Queued(transfer, path, then))
+
+    def _pass(self, queued: Queued, _: Event | None = None) -> None:
+        """A transfer comes to its next link, and to those behind it as long as it need not wait."""
+        now_ns, transfer, path = self._clock.now_ns, queued.transfer, queued.path
+        began_ns = now_ns
+        while queued.at < len(path) and began_ns == now_ns:
+            link = path[queued.at]
+            began_ns = max(now_ns, self._free_ns.get(link, 0))
+            self._free_ns[link] = free_ns = began_ns + _ceil(transfer.size * NS_PER_S, bytes_per_s(link))
+            queued.end_ns = max(queued.end_ns, free_ns)
+            queued.at += 1
+            if transfer.began_ns is None:
+                transfer.began_ns = began_ns
+        if queued.at < len(path):
+            self._clock.at(began_ns, ARRIVAL, partial(self._pass, queued))
+        else:
+            _arrive(self._clock, transfer, queued.end_ns + latency_ns(path), queued.then)
 
 
 class Moving:
