@@ -98,6 +98,20 @@ def test_a_stop_waits_for_all_that_it_needs(pulls: bool) -> None:
     assert (request.first_token_ns, request.last_token_ns) == (MS, came_ns + 2 * MS)
 
 
+def test_what_several_stops_need_is_kept_until_all_have_it() -> None:
+    """Two samples of one prompt, at a replica each: the second transfer waits for the first."""
+    stops = Stop(("prefill",), carries=True), Stop(("decode",), 1, needs=(0,)), Stop(("decode",), 1, needs=(0,))
+    run, jobs, (request,) = done(replace(PLAIN, decodes=2), lambda _: stops)
+    came_ns = [MS + 1 + 150 * US, MS + 1 + 250 * US]
+    assert [transfer.ended_ns for transfer in run.flow.transfers] == came_ns
+    assert [(job.replica, job.last_token_ns) for job in jobs[1:]] == [
+        (1, came_ns[0] + 2 * MS),
+        (2, came_ns[1] + 2 * MS),
+    ]
+    assert request.last_token_ns == came_ns[1] + 2 * MS
+    assert run.replicas[0].block_ns == 7 * came_ns[1]
+
+
 def test_a_stop_may_need_another_and_nothing_of_it() -> None:
     stops = Stop(("prefill",)), Stop(pool=1, needs=(0,))
     run, jobs, (request,) = done(PLAIN, lambda _: stops)

@@ -83,6 +83,7 @@ class Flow:
         self._itinerary = itinerary
         self._carrier = carrier
         self._network = NETWORKS[carrier.share](clock) if carrier else None
+        self._pulls = carrier is not None and carrier.pulls
         self._stream_interval = stream_interval
         self._ended: list[Request] = []
         self._journeys: dict[int, Journey] = {}  # of requests that have several stops and have not ended
@@ -188,17 +189,16 @@ class Flow:
         for before in kept:
             job.follow(before)
         frontend = self._choose(job, stop)
+        replica = frontend.replica
         if not kept:
             frontend.take(job)
-            return
-        assert self._carrier is not None
-        if self._carrier.pulls:
-            job.fetch = lambda job: self._send(kept, frontend.replica, lambda: frontend.replica.deliver(Loaded(job)))
+        elif self._pulls:
+            job.fetch = lambda job: self._send(journey, kept, replica, lambda: replica.deliver(Loaded(job)))
             frontend.take(job)
         else:
-            self._send(kept, frontend.replica, lambda: frontend.take(job))
+            self._send(journey, kept, replica, lambda: frontend.take(job))
 
-    def _send(self, kept: Sequence[Job], receiver: Replica, then: Callable[[], None]) -> None:
+    def _send(self, journey: Journey, kept: Sequence[Job], receiver: Replica, then: Callable[[], None]) -> None:
         """Carry the KV entries of these jobs to a replica; when all have come, ``then`` is called."""
         carrier, network, on_the_way = self._carrier, self._network, set(kept)
         assert carrier is not None
@@ -208,7 +208,8 @@ class Flow:
             assert sender is not None
 
             def arrived(_: Transfer, job: Job = job, sender: int = sender) -> None:
-                self._frontends[sender].replica.deliver(Fetched(job))
+                if journey.fetch(job):
+                    self._frontends[sender].replica.deliver(Fetched(job))
                 on_the_way.remove(job)
                 if not on_the_way:
                     then()

@@ -52,11 +52,12 @@ class PromptsApart:
 class Journey:
     """How far a request with several stops has come: the jobs that have ended, by the place of their stop."""
 
-    __slots__ = ("ended", "stops")
+    __slots__ = ("_fetched", "ended", "stops")
 
     def __init__(self, stops: Itinerary) -> None:
         self.stops = stops
         self.ended: dict[int, Job] = {}
+        self._fetched = [0] * len(stops)
 
     @property
     def over(self) -> bool:
@@ -75,3 +76,8 @@ class Journey:
     def kept_for(self, stop: Stop) -> list[Job]:
         """The jobs whose KV entries a stop goes on from."""
         return [self.ended[need] for need in stop.needs if self.stops[need].carries]
+
+    def fetch(self, job: Job) -> bool:
+        """What a job has kept has come to a stop that needs it. Returns whether it has to all that do."""
+        self._fetched[job.stop] += 1
+        return self._fetched[job.stop] == sum([job.stop in stop.needs for stop in self.stops])
