@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from apexsim.serving.request import Request
+
+
+class Group(Protocol):
+    """Jobs that decode together, as one of them sees it."""
+
+    in_flight: bool
+    """Whether the latest step of its jobs is on its way, so that none of them can be given a token."""
 
 
 class Job:
@@ -81,7 +89,7 @@ class Job:
         self.pending = 0
         self.blocks = 0
         self.capacity = 0
-        self.group: object | None = None
+        self.group: Group | None = None
         self.base = 0
         self.joined = 0
         self.place = 0

@@ -70,7 +70,7 @@ class Ledger:
 
     def wants(self, job: Job) -> int:
         """Tokens that ``job`` could compute in this step; 0 while the token it would start from is in flight."""
-        if job.pending > self.lookahead:
+        if job.pending > self.lookahead or (job.group is not None and job.group.in_flight):
             return 0
         if job.preemptions and not job.computed:
             left = job.known - self._manager.cached(job, self.blocks)

@@ -17,7 +17,8 @@ class BatchPolicy(ABC):
     """Fills ledgers: the base of one's own policies, whose steps are simulated singly unless it promises more.
 
     ``decodes_first`` promises that it gives decodes, if any, by ``give_decodes(running, 0)`` before it spends anything
-    else; a replica may then take decodes together. ``steady_until`` says of a filled ledger for how long the next ones
+    else, and that nothing but decodes follows as long as nobody waits and all who run decode: it is not asked then. A
+    replica may then take decodes together. ``steady_until`` says of a filled ledger for how long the next ones
     would only go on with decodes; a replica may then take many steps at once. ``needs_deadline`` asks for requests that
     all have a ``deadline_ns``.
     """

@@ -112,7 +112,7 @@ class Recorder:
         self.pipeline_ns += spent_ns
 
     def steps(self) -> Columns:
-        """Columns of ``step_columns``, in the order in which steps ended."""
+        """Columns of ``step_columns``, in the order of their ends; in a pipeline nearly, as a row may hold many."""
         self._store()
         return joined(self._rows.blocks())
 

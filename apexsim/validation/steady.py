@@ -11,7 +11,7 @@ from apexsim.costs.starting import start
 from apexsim.costs.steps import build_step_cost
 from apexsim.errors import Unsupported
 from apexsim.metrics import weighted_distribution
-from apexsim.serving.simulator import Run
+from apexsim.serving.simulator import How, Run
 from apexsim.specs.deployment import Deployment
 from apexsim.specs.workload import Requests
 from apexsim.units import NS_PER_S, to_ns
@@ -28,7 +28,8 @@ def steady_figures(
     """
     engine = start(deployment.colocated_server())
     deployment, cost = deployment.as_run([engine.server]), build_step_cost(engine.server)
-    run = Run(deployment, requests, cost=cost, memory=engine.memory)
+    # Gaps between tokens are told from rows of steps: those of a pipeline are in order where each is one step.
+    run = Run(deployment, requests, cost=cost, memory=engine.memory, how=How(exact_steps=cost.stages > 1))
     run.go()
     if refused := run.rows.rejected:
         raise Unsupported(f"{refused.total()} of {len(requests)} requests were not served; {next(iter(refused))}")

@@ -27,15 +27,16 @@ from apexsim.serving.kv_cache import BlockManager
 class Cohort:
     """``size`` decoding jobs after ``step`` common steps; ``context`` sums their computed tokens.
 
-    ``late`` members joined while the others stood still: their next token is stamped singly, because it does not come
-    as long after their previous one. ``last_end_ns`` is when everybody else's latest token came, at the end of the step
-    composed at count ``last_step``. ``unshown`` members have yet to sample what their client is handed first;
-    whoever lets the cohort march takes the ``shown`` from it, with the step that did it. At step ``due`` a member
-    samples its last token, and nobody before.
+    ``in_flight``: it goes with a batch of its own, which has not ended. ``late`` members joined while the others stood
+    still: their next token is stamped singly, because it does not come as long after their previous one.
+    ``last_end_ns`` is when everybody else's latest token came, at the end of the step composed at count ``last_step``.
+    ``unshown`` members have yet to sample what their client is handed first; whoever lets the cohort march takes the
+    ``shown`` from it, with the step that did it. At step ``due`` a member samples its last token, and nobody before.
     """
 
     def __init__(self, blocks: BlockManager, windows: Sequence[int]) -> None:
         self.size = 0
+        self.in_flight = False
         self.step = 0
         self.context = 0
         self.due = FOREVER

@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import NamedTuple, cast
 
 from apexsim.costs.timing import StageTimes
+from apexsim.serving.batch import Labels
 from apexsim.serving.clock import FOREVER
 from apexsim.serving.decodes import Passed, advance
 from apexsim.serving.fast.cohort import Cohort, GroupBatch, march_on, stand_still
@@ -43,8 +44,12 @@ class Run(NamedTuple):
 class PipelineStretch:
     """``silent`` step ends of batches that take turns."""
 
-    def __init__(self, batches: Sequence[GroupBatch], free_ns: Sequence[int], runs: Sequence[Run]) -> None:
+    def __init__(
+        self, batches: Sequence[GroupBatch], free_ns: Sequence[int], runs: Sequence[Run], labels: Labels
+    ) -> None:
+        """``labels`` are those of the replica now: of all steps that are composed in the stretch."""
         self.batches = batches
+        self.labels = labels
         self.silent = self.next_end_ns = 0
         self.starts = [batch.start_ns for batch in batches]
         self.ends = [batch.end_ns for batch in batches]
@@ -175,7 +180,7 @@ class InTurn(Groups):
             assert others is not None
             cohort = self._empty()
             batch = stand_still(cohort, others)
-            batch.group = cohort
+            batch.group, cohort.in_flight = cohort, True
             self._singly += 1
         self._join(batch)
         return batch
@@ -195,6 +200,7 @@ class InTurn(Groups):
     def _give_away(self, batch: GroupBatch) -> None:
         """The cohort that is ready goes with its batch."""
         batch.group, self._ready = self._ready, self._empty()
+        batch.group.in_flight = True
 
     def go_on(self, sequences: int, now_ns: int) -> bool | None:
         """With all running jobs members there is nothing to decide: those who are ready go on."""
@@ -207,9 +213,11 @@ class InTurn(Groups):
         self._give_away(batch)
         self._flight.launch(batch, now_ns)
         self._see_off(batch.leaving)
-        scheduler = self._scheduler
-        batch.labels = self._replica, len(self._running) + len(scheduler.aside), len(scheduler.waiting)
+        batch.labels = self._labels()
         return True
+
+    def _labels(self) -> Labels:
+        return self._replica, len(self._running) + len(self._scheduler.aside), len(self._scheduler.waiting)
 
     def _see_off(self, leaving: Sequence[Job]) -> None:
         if leaving:
@@ -224,6 +232,7 @@ class InTurn(Groups):
         batch = self._flight.batches.popleft()
         assert isinstance(batch, GroupBatch)
         left = self._end(batch, batch.group, self._blocks.total - self._blocks.free)
+        _cohort(batch).in_flight = False
         self._ready, empty = self._merged(self._ready, _cohort(batch))
         self._spare.append(empty)
         return left
@@ -238,7 +247,7 @@ class InTurn(Groups):
         runs = self._runs(batches, sequences)
         silent = self._silent_ends(runs) if runs else 0
         if silent > 0:
-            stretch = PipelineStretch(batches, self._flight.free_ns, runs)
+            stretch = PipelineStretch(batches, self._flight.free_ns, runs, self._labels())
             self.next_end_ns = stretch.reach(silent, FOREVER if until_ns is None else until_ns)
             if stretch.silent:
                 self._stretch, self.stretching = stretch, True
@@ -278,32 +287,32 @@ class InTurn(Groups):
         self._recorder.pipeline(sum(stretch.spent[:silent]))
         for position, batch in enumerate(stretch.batches[:silent]):
             ends = stretch.ends[position:silent:groups]
-            again_ns = stretch.starts[position + groups]  # when the step composed at the first of them starts
-            self._pass(batch, ends, again_ns, stretch.next_end_ns)
+            self._pass(batch, ends, stretch, stretch.starts[position + groups])
             latest = position + len(ends) * groups
             batch.start_ns, batch.end_ns = stretch.starts[latest], stretch.ends[latest]
         self._flight.batches.rotate(-silent)
 
-    def _pass(self, batch: GroupBatch, ends_ns: Sequence[int], again_ns: int, now_ns: int) -> None:
-        """Let steps of a batch end, each followed by its composition anew."""
+    def _pass(self, batch: GroupBatch, ends_ns: Sequence[int], stretch: PipelineStretch, again_ns: int) -> None:
+        """Let steps of a batch end, each followed by its composition anew, which first starts at ``again_ns``."""
         cohort, recorder, blocks = _cohort(batch), self._recorder, self._blocks
-        held, step = (blocks.total - blocks.free,) * 2, cohort.step
+        held, step, size = blocks.total - blocks.free, cohort.step, cohort.size
+        again = cohort.stats(1) if batch.mixed else batch.stats
         batch.emit(recorder)
-        first_gap = ends_ns[0] - cohort.last_end_ns, batch.marching
-        steps, stats, start_ns = len(ends_ns), batch.stats, batch.start_ns
+        leaving = cohort.march_at(ends_ns, stretch.next_end_ns)
+        first_gap, labels = (ends_ns[0] - cohort.last_end_ns, batch.marching), batch.labels
+        steps, start_ns, both = len(ends_ns), batch.start_ns, (held, blocks.total - blocks.free)
         if batch.mixed:
-            recorder.step(stats, batch.labels, (start_ns, ends_ns[0]), 1, held, first_gap)
-            steps, stats, start_ns, first_gap = steps - 1, cohort.stats(1), again_ns, (0, 0)
+            recorder.step(batch.stats, labels, (start_ns, ends_ns[0]), 1, (held, held), first_gap)
+            steps, start_ns, labels, first_gap = steps - 1, again_ns, stretch.labels, (0, 0)
         if steps:
-            recorder.step(stats, batch.labels, (start_ns, ends_ns[-1]), steps, held, first_gap)
-        recorder.gaps([(end - before, cohort.size) for before, end in pairwise(ends_ns)])
-        leaving = cohort.march_at(ends_ns, now_ns)
+            recorder.step(again, labels, (start_ns, ends_ns[-1]), steps, both, first_gap)
+        if len(ends_ns) > 1:
+            recorder.gaps([(end - before, size) for before, end in pairwise(ends_ns)])
         batch.stats, batch.samples, batch.mixed = cohort.stats_with(leaving), (), False
-        batch.marching = batch.stats.decodes
+        batch.marching, batch.labels, batch.leaving = batch.stats.decodes, stretch.labels, leaving
         batch.showing = self._show(cohort, step, ends_ns) if cohort.shown else ()
         batch.step = cohort.step - 1
         cohort.last_step, cohort.last_end_ns = batch.step - 1, ends_ns[-1]
-        batch.leaving = leaving
         self._see_off(leaving)
 
     def _show(self, cohort: Cohort, step: int, ends_ns: Sequence[int]) -> list[Job]:
