@@ -81,17 +81,17 @@ class DecodeRun:
     def stages_ns(self, first: int, count: int) -> list[list[int]]:
         """``stage_ns`` of ``count`` steps from step ``first`` on."""
         row, decodes = self._row, self._decodes
-        spent: list[list[int]] = []  # by kind of attention, in one layer
-        for table, tokens, grows in zip(row.tables, self._attended, self._grows, strict=True):
-            mean, prefix = (tokens + grows * (first + count)) // decodes, table.prefix
-            if mean + 1 >= len(prefix):
-                table.grow(mean)
-            means = [(tokens + grows * step) // decodes for step in range(first, first + count)]
-            spent.append([prefix[mean + 1] - prefix[mean] for mean in means])
-        if len(spent) > 1:
-            return [list(add_stages(row.fixed, row.floors, row.layers, each)) for each in zip(*spent, strict=True)]
+        if len(row.tables) > 1 or self._grows[0] < decodes:
+            return [list(self.stage_ns(step)) for step in range(first, first + count)]
+        mean, prefix = self._attended[0] // decodes + first, row.prefix
+        if mean + count >= len(prefix):
+            row.tables[0].grow(mean + count)
+        spent = [prefix[at + 1] - prefix[at] for at in range(mean, mean + count)]
         stages = row.stages
-        return [[max(fixed + layers * ns, floor) for fixed, layers, floor in stages] for ns in spent[0]]
+        return [
+            [ns if (ns := fixed + layers * each) > floor else floor for fixed, layers, floor in stages]
+            for each in spent
+        ]  # fmt: skip
 
 
 class Guessed(ABC):

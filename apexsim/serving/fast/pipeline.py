@@ -65,23 +65,24 @@ class PipelineStretch:
 
     def _work_out(self, count: int, until_ns: int) -> None:
         """Know so many ends, or all up to the first that is not before ``until_ns``: each composes the next step."""
-        starts, ends, spent, groups = self.starts, self.ends, self.spent, len(self._runs)
-        composed, free = len(spent), self.free[-1]
-        while len(ends) < count and ends[-1] < until_ns:
+        starts, ends, spent, frees, groups = self.starts, self.ends, self.spent, self.free, len(self._runs)
+        composed, known, free, time_ns = len(spent), len(ends), frees[-1], ends[-1]
+        while known < count and time_ns < until_ns:
             durations, step = self._durations[composed % groups], composed // groups
             if step == len(durations):
                 _, times, begins = self._runs[composed % groups]
                 durations += times.stages_ns(begins + step, FEW)
-            time_ns = ends[composed]
+            stages_ns, time_ns = durations[step], ends[composed]
             starts.append(time_ns if time_ns > free[0] else free[0])
             free_ns = []
-            for stage_free_ns, duration_ns in zip(free, durations[step], strict=True):
+            for stage_free_ns, duration_ns in zip(free, stages_ns):  # noqa: B905 - a hot path
                 time_ns = (stage_free_ns if stage_free_ns > time_ns else time_ns) + duration_ns
                 free_ns.append(time_ns)
-            self.free.append(free_ns)
-            spent.append(sum(durations[step]))
+            free = free_ns
+            frees.append(free)
+            spent.append(sum(stages_ns))
             ends.append(time_ns)
-            composed, free = composed + 1, free_ns
+            composed, known = composed + 1, known + 1
 
     def reach(self, silent: int, until_ns: int = FOREVER) -> int:
         """Let so many ends be silent; where the stretch is cut at ``until_ns``, no more than lie before.
