@@ -252,8 +252,13 @@ def test_a_device_of_a_group_may_be_a_file_beside_the_deployment(tmp_path: Path)
         ({"groups": [{"nic": 1}]}, "groups.0.nic: unknown key; did you mean "),
         (
             {"trunk": {"bytes_per_s": 1e9, "latency_s": 0.0, "source": "x"}},
-            "trunk: a trunk joins groups of nodes: give groups",
+            "trunk: a trunk joins groups of nodes: give two groups or more",
         ),
+        (
+            {"groups": [{}], "trunk": {"bytes_per_s": 1e9, "latency_s": 0.0, "source": "x"}},
+            "trunk: a trunk joins groups of nodes: give two groups or more",
+        ),
+        ({"groups": []}, "groups: got []; give at least one, or leave it out"),
         (
             {"groups": [{}], "trunk": {"bytes_per_s": 1e9, "latency_s": 0.0}},
             "trunk.source: is missing and has no default",

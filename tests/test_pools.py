@@ -20,7 +20,7 @@ from apexsim.costs.steps import build_step_cost
 from apexsim.errors import BadInput, InfeasiblePlan, Unsupported
 from apexsim.io.deployments import load_deployment, read_deployment, write_deployment
 from apexsim.io.yaml_files import write_yaml
-from apexsim.planning import search
+from apexsim.planning import deployment, search
 from apexsim.result_files import write_sealed
 from apexsim.results import SimulationResult
 from apexsim.search.space import SearchSpace
@@ -122,7 +122,7 @@ def test_several_pools_do_not_run_so_far_and_one_line_says_so() -> None:
     with pytest.raises(Unsupported) as caught:
         simulate(deployed(), requests_of())
     assert str(caught.value) == (
-        "pool prefill serves prefill, pool decode serves decode; "
+        "pools: pool prefill serves prefill, pool decode serves decode; "
         "what runs so far is one pool that serves prefill and decode: give that"
     )
     both = Pool(device="cheap")
@@ -274,6 +274,43 @@ def test_pools_of_a_file_are_those_of_its_deployment(tmp_path: Path) -> None:
     assert load_deployment(path).servers() == (prefill, decode)
 
 
+FAST, CHEAP = {"name": "fast", "device": "h100-sxm"}, {"name": "cheap", "device": "a100-sxm"}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"pools": [{**TWO[0], "device": "h100-sxm"}, {**TWO[1], "device": "a100-sxm"}]},
+        {"groups": [FAST, CHEAP], "pools": [{**TWO[0], "device": "fast"}, {**TWO[1], "device": "cheap"}]},
+    ],
+)
+def test_a_deployment_whose_parts_name_their_devices_needs_none(tmp_path: Path, keys: dict[str, Any]) -> None:
+    path = tmp_path / "parts.yaml"
+    write_yaml(path, {"model": "llama-3.1-8b", **keys})
+    found = load_deployment(path)
+    assert [server.device.name for server in found.servers()] == ["h100-sxm", "a100-sxm"]
+    assert found == deployment(model="llama-3.1-8b", **keys) == load_deployment(written(tmp_path, **keys))
+    write_deployment(path, read_deployment(path))
+    assert "\ndevice" not in path.read_text()
+    assert load_deployment(path) == found
+
+
+@pytest.mark.parametrize(
+    ("keys", "would_do"),
+    [
+        ({}, "give it"),
+        ({"pools": [{**TWO[0], "device": "h100-sxm"}, TWO[1]]}, "give it, or a device in every pool"),
+        ({"groups": [FAST, {"name": "cheap"}], "pools": TWO}, "give it, or a device in every group"),
+    ],
+)
+def test_a_device_that_nobody_names_is_asked_for(tmp_path: Path, keys: dict[str, Any], would_do: str) -> None:
+    path = tmp_path / "parts.yaml"
+    write_yaml(path, {"model": "llama-3.1-8b", **keys})
+    with pytest.raises(BadInput) as caught:
+        load_deployment(path)
+    assert str(caught.value) == f"{path}: device: {would_do}"
+
+
 def test_a_flat_file_is_one_pool(tmp_path: Path) -> None:
     flat = load_deployment(written(tmp_path, tensor=2, replicas=2))
     assert flat.pools == (Pool(plan=Plan(tensor=2), replicas=2),)
@@ -316,7 +353,13 @@ def test_the_kv_dtype_that_an_engine_takes_by_itself_is_each_pools_own(tmp_path:
         ({"pools": TWO[:1]}, "no pool serves decode: add it to the phases of a pool"),
         ({"pools": [TWO[0], TWO[0], TWO[1]]}, "pools have names of their own; several are called prefill"),
         ({"pools": [{"phases": ["prefill"]}]}, "pools.0.name: is missing and has no default"),
-        ({"pools": [{**TWO[0], "phases": []}]}, "pools.0.phases: got []; "),
+        ({"pools": [{**TWO[0], "phases": []}]}, "pools.0.phases: got []; give at least one of prefill, decode"),
+        ({"pools": []}, "pools: got []; give at least one, or leave it out"),
+        (
+            {"pools": [{"name": "serve", "policy": "deadline"}]},
+            "pools.0.policy: unknown key; did you mean engine_options: {policy: ...}?",
+        ),
+        ({"max_num_seqs": 8}, "max_num_seqs: unknown key; did you mean engine_options: {max_num_seqs: ...}?"),
         ({"pools": [{**TWO[0], "phases": ["prefil"]}]}, "pools.0.phases.0: got 'prefil'; "),
         ({"pools": [{**TWO[0], "stages": ["prefill"]}]}, "pools.0.stages: unknown key; did you mean "),
         ({"pools": [{"name": "serve", "weights": "fp9"}]}, "pool serve: weights: got 'fp9'; did you mean fp8"),
@@ -363,7 +406,8 @@ def test_the_commands_refuse_several_pools_in_one_line(tmp_path: Path, capsys: p
     for arguments in (["simulate", path, "--workload", "chat"], ["show", "memory", path]):
         assert main(arguments) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
-        assert "pool prefill serves prefill, pool decode serves decode; what runs so far is one pool" in line
+        said = f"{path}: pools: pool prefill serves prefill, pool decode serves decode; what runs so far is one pool"
+        assert said in line
     with pytest.raises(BadInput, match="a search lays out one pool that serves prefill and decode: leave pools out"):
         search(model="llama-3.1-8b", devices="2xh100-sxm", workload="chat", pools=TWO)
     with pytest.raises(Unsupported, match="what runs so far is one pool"):

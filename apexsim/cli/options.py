@@ -167,12 +167,17 @@ def _flags_of(kind: Any) -> list[inspect.Parameter]:
 
 
 def deployment_from_flags(path: Path | None, flags: DeploymentFlags, *, allow_plugins: bool) -> Deployment:
-    """The lawful deployment that a YAML file, flags, or both describe; a flag outweighs the file."""
+    """The lawful deployment that a YAML file, flags, or both describe; a flag outweighs the file.
+
+    Raises Unsupported, naming the file, where its pools do not run so far.
+    """
     from apexsim.io.deployments import deployment_from
 
     choices = {key: value for key, value in vars(flags).items() if value is not None and key != "engine_option"}
     options = parse_engine_options(flags.engine_option or ())
-    return deployment_from(path, {**choices, "engine_options": options}, allow_plugins=allow_plugins)
+    deployment = deployment_from(path, {**choices, "engine_options": options}, allow_plugins=allow_plugins)
+    deployment.check_colocated(path)
+    return deployment
 
 
 def parse_engine_options(items: Iterable[str]) -> dict[str, EngineOption]:

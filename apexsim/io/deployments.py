@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from apexsim import catalog
 from apexsim.errors import BadInput, Unsupported
@@ -51,11 +51,12 @@ class DeploymentFile(Spec):
     engine's own default holds.
     ``clock_mhz`` holds the multiprocessors at a lower clock than the highest, ``overhead`` is what servers and building
     draw beside the devices. A cluster of several kinds of nodes has ``groups`` in place of ``nodes``; a ``trunk`` may
-    join them. A deployment of several pools has ``pools`` in place of degrees and replicas.
+    join them. A deployment of several pools has ``pools`` in place of degrees and replicas. ``device`` may be left out
+    where every group, or every pool, names its own.
     """
 
     model: str
-    device: str
+    device: str | None = None
     nodes: int | None = Field(None, ge=1, le=MAX_DEVICES)
     devices_per_node: int | None = Field(None, ge=1, le=MAX_DEVICES)
     groups: tuple[GroupFile, ...] = ()
@@ -78,6 +79,13 @@ class DeploymentFile(Spec):
     clock_mhz: float | None = Field(None, gt=0)
     overhead: Overhead = Overhead()
 
+    @field_validator("groups", "pools")
+    @classmethod
+    def _lists_something(cls, listed: tuple[Spec, ...]) -> tuple[Spec, ...]:
+        if not listed:
+            raise ValueError("give at least one, or leave it out")
+        return listed
+
     @property
     def plan(self) -> Plan:
         return Plan(tensor=self.tensor, attention_data=self.attention_data, pipeline=self.pipeline, expert=self.expert)
@@ -86,7 +94,8 @@ class DeploymentFile(Spec):
 def read_deployment(path: Path | str) -> DeploymentFile:
     """Read a deployment YAML; a model, device or engine given as a path is looked for beside the file first."""
     file = load_spec(DeploymentFile, Path(path))
-    found: dict[str, Any] = {kind: beside(getattr(file, kind), path) for kind in ("model", "device", "engine")}
+    named = {kind: getattr(file, kind) for kind in ("model", "device", "engine")}
+    found: dict[str, Any] = {kind: beside(name, path) for kind, name in named.items() if name}
     if file.groups:
         found["groups"] = tuple(
             group.model_copy(update={"device": beside(group.device, path)}) if group.device else group
@@ -115,7 +124,7 @@ def write_deployment(path: Path | str, file: DeploymentFile) -> None:
 
     A comment at its head says so where it names code of the user's.
     """
-    always = {"model", "device", "engine", *(() if file.pools else ("tensor", "pipeline", "replicas"))}
+    always = {"model", "engine", *(() if file.pools else ("tensor", "pipeline", "replicas"))}
     given = file.model_dump(exclude_defaults=True).keys() | always
     named = plugins(file.model_dump(include={"router", "engine_options", "pools"}))
     for engine in dict.fromkeys([file.engine, *(pool.engine for pool in file.pools if pool.engine)]):
@@ -159,8 +168,9 @@ def deployment_from(path: Path | str | None, choices: Mapping[str, Any], *, allo
     """
     base = read_deployment(path).model_dump(exclude_unset=True) if path else {}
     check_named_code(base, choices, path, allowed=allow_plugins)
-    for key in ("model", "device"):
-        if key not in {**base, **choices}:
+    listed = bool({"groups", "pools"} & choices.keys())  # each may name its device
+    for key in () if path else ("model",) if listed else ("model", "device"):
+        if key not in choices:
             raise BadInput("give a deployment file, or a model and a device", where=f"--{key}")
     where = path or "deployment"
     options = outweighing(base.get("engine_options", {}), choices.get("engine_options", {}), where)
@@ -182,7 +192,8 @@ def resolve_deployment(file: DeploymentFile, where: object, *, allow_plugins: bo
         check_known(getattr(file, key), DTYPE_BYTES, where, key)
     router_class(file.router, where=where)
     check_catalog("model", file.model, where)
-    device = device_named(file.device, file.clock_mhz, where)
+    if file.device:
+        check_catalog("device", file.device, where)
     model: ModelSpec = catalog.load("model", file.model)
     engine = engine_named(file.engine, file.engine_options, where, allow_plugins=allow_plugins)
     pools = _pools(file, where, allow_plugins=allow_plugins)
@@ -206,6 +217,7 @@ def resolve_deployment(file: DeploymentFile, where: object, *, allow_plugins: bo
     }
     deployment = parse_spec(Deployment, known, where)
     weights = (deployment.weights, deployment.expert_dtype)
+    device = catalog.load("device", file.device) if file.device else cluster.group(pools[0].device).device
     kv_cache = file.kv_cache or engine.kv_dtype_for(weights, device.datasheet)
     return _with_kv_cache(deployment.model_copy(update={"kv_cache": kv_cache}), own=file.kv_cache is None)
 
@@ -286,20 +298,28 @@ def _cluster(file: DeploymentFile, pools: tuple[Pool, ...], where: object) -> Cl
     if used > MAX_DEVICES:
         degrees = "tensor x attention_data x pipeline x replicas"
         raise BadInput(f"{degrees} may use up to {MAX_DEVICES} devices", where=where, got=used)
+    if file.trunk and len(file.groups) < 2:
+        raise BadInput("a trunk joins groups of nodes: give two groups or more", where=where, key="trunk")
     if file.groups:
         return _grouped(file, where)
-    if file.trunk:
-        raise BadInput("a trunk joins groups of nodes: give groups", where=where, key="trunk")
-    names = list(dict.fromkeys(pool.device or file.device for pool in pools))
+    on = [_device_of(file, pool.device, "pool" if file.pools else None, where) for pool in pools]
+    names = list(dict.fromkeys(on))
     sizes = {key: getattr(file, key) for key in ("nodes", "devices_per_node") if getattr(file, key)}
     if len(names) > 1 and (sizes or file.bill == "fleet"):
         key = next(iter(sizes), "bill")
         raise BadInput(f"the pools use {len(names)} kinds of devices: give groups", where=where, key=key)
     groups = [
-        _group(file, name, sum(pool.devices for pool in pools if (pool.device or file.device) == name), where)
+        _group(file, name, sum(pool.devices for pool, its in zip(pools, on, strict=True) if its == name), where)
         for name in names
     ]
     return parse_spec(Cluster, {"groups": groups, "overhead": file.overhead}, where)
+
+
+def _device_of(file: DeploymentFile, own: str | None, each: str | None, where: object) -> str:
+    """The device of a group or pool (``each``): its ``own``, or else the deployment's."""
+    if name := own or file.device:
+        return name
+    raise BadInput("give it" + (f", or a device in every {each}" if each else ""), where=where, key="device")
 
 
 def _group(file: DeploymentFile, name: str, used: int, where: object) -> NodeGroup:
@@ -325,7 +345,7 @@ def _grouped(file: DeploymentFile, where: object) -> Cluster:
             raise BadInput("every group has its own: leave it out, or the groups", where=where, key=key)
     return grouped_cluster(
         file.groups,
-        lambda name: device_named(name or file.device, file.clock_mhz, f"{where}: groups"),
+        lambda name: device_named(_device_of(file, name, "group", where), file.clock_mhz, f"{where}: groups"),
         where,
         overhead=file.overhead,
         trunk=file.trunk,

@@ -7,15 +7,12 @@ from collections.abc import Mapping
 from apexsim import catalog
 from apexsim.errors import BadInput, nearest
 from apexsim.io.names import check_catalog
-from apexsim.io.words import EngineOption
+from apexsim.io.words import OPTION_SECTIONS, EngineOption
 from apexsim.specs.base import parse_spec
 from apexsim.specs.engine import EngineProfile
 
 DEFAULT_ENGINE = "vllm-v1-async"
 ALLOW_PLUGINS = "--allow-plugins"
-
-# Parts of an engine profile whose fields are engine options; no two of them share a field name.
-_OPTION_SECTIONS = ("scheduler", "memory", "communication", "host", "sampler", "kernels")
 
 
 def engine_plugins(engine: str) -> dict[str, str]:
@@ -57,7 +54,7 @@ def with_engine_options(engine: EngineProfile, options: Mapping[str, EngineOptio
     from apexsim.serving.named import policy_class
 
     data = engine.model_dump()
-    sections = {key: section for section in _OPTION_SECTIONS for key in data[section]}
+    sections = {key: section for section in OPTION_SECTIONS for key in data[section]}
     for key, value in options.items():
         if key not in sections:
             raise BadInput(f"unknown engine option; {nearest(key, sections)}", where=where, got=key)

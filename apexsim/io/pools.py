@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from apexsim.io.engines import engine_named
 from apexsim.io.names import check_known
@@ -29,7 +29,7 @@ class PoolFile(Spec):
     """
 
     name: Name
-    phases: tuple[Phase, ...] = Field(("prefill", "decode"), min_length=1)
+    phases: tuple[Phase, ...] = ("prefill", "decode")
     device: str | None = None
     tensor: int = Field(1, ge=1)
     attention_data: int = Field(1, ge=1)
@@ -41,6 +41,13 @@ class PoolFile(Spec):
     weights: Dtype = None
     moe_weights: Dtype = None
     kv_cache: Dtype = None
+
+    @field_validator("phases")
+    @classmethod
+    def _serves_something(cls, phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
+        if not phases:
+            raise ValueError("give at least one of prefill, decode")
+        return phases
 
     @property
     def plan(self) -> Plan:

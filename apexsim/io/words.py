@@ -11,6 +11,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 from apexsim.errors import BadInput
+from apexsim.specs.base import Holds
+from apexsim.specs.engine import EngineProfile
 from apexsim.units import DTYPE_BYTES
 
 _SAME_DTYPE = {
@@ -148,9 +150,19 @@ def code_name(value: Any) -> Any:
 # The name of a router in a file or a flag.
 CodeName = Annotated[str, BeforeValidator(code_name)]
 
+# Parts of an engine profile whose fields are engine options; no two of them share a field name.
+OPTION_SECTIONS = ("scheduler", "memory", "communication", "host", "sampler", "kernels")
+
+
+def engine_option_names() -> frozenset[str]:
+    """Names of all engine options."""
+    sections: list[Any] = [EngineProfile.model_fields[section].annotation for section in OPTION_SECTIONS]
+    return frozenset(name for section in sections for name in section.model_fields)
+
+
 EngineOption = bool | int | float | str | None
 # Engine options in a file or a flag, by their names here or by those of engines' own flags.
-EngineOptions = Annotated[dict[str, EngineOption], BeforeValidator(option_words)]
+EngineOptions = Annotated[dict[str, EngineOption], BeforeValidator(option_words), Holds(engine_option_names)]
 
 
 def outweighing(written: Mapping[str, Any], chosen: Mapping[str, Any], where: object) -> dict[str, Any]:

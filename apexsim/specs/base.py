@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
@@ -48,6 +48,12 @@ def _no_text_or_bool(value: Any) -> Any:
     if isinstance(value, int) and abs(value) > MAX_WHOLE:
         raise PydanticCustomError("int_type", "give a whole number of at most 30 digits")
     return value
+
+
+class Holds(NamedTuple):
+    """Annotates a mapping with what its keys may be: one of them beside it, not in it, gets a hint."""
+
+    names: Callable[[], frozenset[str]]
 
 
 class Spec(BaseModel):
@@ -126,6 +132,9 @@ def _meant(name: str, cls: type[Spec], path: tuple[int | str, ...]) -> str:
     inside = [key for key, kind in sections.items() if issubclass(kind, Spec) and name in kind.model_fields]
     if inside:
         return f"did you mean {' or '.join(f'{key}.{name}' for key in inside)}?"
+    for key, field in fields.items():
+        if any(isinstance(each, Holds) and name in each.names() for each in field.metadata):
+            return f"did you mean {key}: {{{name}: ...}}?"
     return nearest(name, fields)
 
 

@@ -107,11 +107,17 @@ class Deployment(Spec):
         servers = tuple(self._server(pool, placed[pool.name].spans) for pool in self.pools)
         return servers if load is None else tuple(server.for_load(load) for server in servers)
 
-    def check_colocated(self) -> None:
-        """Raise Unsupported unless one pool serves prefill and decode, and no other phase, and is all there is."""
+    def check_colocated(self, where: object = None) -> None:
+        """Raise Unsupported unless one pool serves prefill and decode, and no other phase, and is all there is.
+
+        ``where``: the file that lists the pools, if any.
+        """
         if len(self.pools) > 1 or any(set(pool.phases) != set(COLOCATED) for pool in self.pools):
             serve = ", ".join(f"pool {pool.name} serves {' and '.join(pool.phases)}" for pool in self.pools)
-            raise Unsupported(f"{serve}; what runs so far is one pool that serves prefill and decode: give that")
+            file = "" if where is None else f"{where}: "
+            raise Unsupported(
+                f"{file}pools: {serve}; what runs so far is one pool that serves prefill and decode: give that"
+            )
 
     def colocated_server(self, load: Load | None = None) -> Server:
         """The server of a co-located deployment; Unsupported where it is none."""
