@@ -58,6 +58,31 @@ def test_a_models_own_context_gives_way_to_the_longest_that_starts() -> None:
     assert started(again).notes == ()
 
 
+@pytest.mark.parametrize(
+    ("option", "idle", "usual", "why"),
+    [
+        ({"prefix_caching": True}, {"model": "gpt-oss-20b"}, False, "layers of gpt-oss-20b hold unequal caches"),
+        ({"receive_interval": 5}, {"pipeline": 2}, 1, "a pipeline looks at arrivals in every step"),
+        ({"lookahead_steps": 1}, {"pipeline": 2}, 0, "the other batches of a pipeline hide the host"),
+    ],
+)
+def test_an_option_given_that_changes_nothing_is_noted(
+    option: dict[str, Any], idle: dict[str, Any], usual: Any, why: str
+) -> None:
+    """Where it was given, and asks for something, and has no effect: not an engine's own default."""
+    useful = {"model": "llama-3.1-8b", "engine": "vllm-v1-async", "pipeline": 1}
+    ((name, _),) = option.items()
+    assert idle_options(option, {**useful, **idle}) == [f"{name} has no effect: {why}"]
+    for options, choices in (({}, {**useful, **idle}), ({name: usual}, {**useful, **idle}), (option, useful)):
+        assert idle_options(options, choices) == []
+
+
+def idle_options(options: dict[str, Any], choices: dict[str, Any]) -> list[str]:
+    """What the notes of a short run say of options without effect."""
+    notes = simulate(deployed(options=options, **choices), apexsim.workload("chat", requests=5)).notes
+    return [note for note in notes if "has no effect" in note]
+
+
 def test_an_explicit_context_that_does_not_start_says_what_would() -> None:
     longest = capacity(deployed())
     with pytest.raises(InfeasiblePlan) as caught:

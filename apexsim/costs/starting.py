@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from apexsim.costs.memory import MemoryPlan, plan_memory
@@ -36,14 +36,25 @@ def start(server: Server) -> Started:
     note; so is it where the engine starts with any. Seats that no option gives yield to the states of recurrent layers
     in the same way. Raises ``InfeasiblePlan`` with what would do: a ``max_model_len`` in place of one that does not
     start, fewer seats, the smallest tensor degree that would start. A ``max_model_len`` beyond the model's context
-    counts as that context, with a note: engines take more only when they are told to.
+    counts as that context, with a note: engines take more only when they are told to. Other options that a person gave
+    and that change nothing are noted as well.
     """
     started = _started(server)
-    asked, own = server.engine.scheduler.max_model_len, server.model.max_context
-    if asked is None or asked <= own:
-        return started
-    note = f"max_model_len {asked:,} is more than the context of {server.model.name}: {own:,} holds"
-    return replace(started, notes=(note, *started.notes))
+    return replace(started, notes=(*_without_effect(server, started.memory), *started.notes))
+
+
+def _without_effect(server: Server, memory: MemoryPlan) -> Iterator[str]:
+    """Options that a person gave and that change nothing here, and why."""
+    scheduler, given, model = server.engine.scheduler, server.engine.given, server.model
+    asked, own = scheduler.max_model_len, model.max_context
+    if asked is not None and asked > own:
+        yield f"max_model_len {asked:,} is more than the context of {model.name}: {own:,} holds"
+    if "prefix_caching" in given and scheduler.prefix_caching and not memory.steady:
+        yield f"prefix_caching has no effect: layers of {model.name} hold unequal caches"
+    if server.plan.pipeline > 1 and "receive_interval" in given and scheduler.receive_interval > 1:
+        yield "receive_interval has no effect: a pipeline looks at arrivals in every step"
+    if server.plan.pipeline > 1 and "lookahead_steps" in given and scheduler.lookahead_steps:
+        yield "lookahead_steps has no effect: the other batches of a pipeline hide the host"
 
 
 def _started(server: Server) -> Started:
