@@ -168,6 +168,15 @@ class DecodesSingly(ChunkedPrefill):
                 ledger.give(job, tokens)
 
 
+class BreaksTwo(SaysItIsSteady):
+    """Two faults: the one of many requests is clear, the other shows in smaller cases, too."""
+
+    def fill(self, ledger: Ledger, running: Sequence[Job], waiting: Iterable[Job]) -> None:
+        super().fill(ledger, running, waiting)
+        if len(running) > 2:
+            ledger.preempted += running[:1] * 2
+
+
 class Fails(ChunkedPrefill):
     def fill(self, ledger: Ledger, running: Sequence[Job], waiting: Iterable[Job]) -> None:
         raise KeyError("no such thing")
@@ -182,7 +191,8 @@ BROKEN = [
     (GivesTooMuch, "where it lacks"),
     (Starves, "waited in replica 0, the first"),
     (Thrashes, "goes on deciding and requests do not finish"),
-    (SaysItIsSteady, "fast path differs from single steps: request"),
+    (SaysItIsSteady, "single steps and steps at once differ: decodes_first or steady_until promises too much"),
+    (BreaksTwo, "the policy preempted a request twice"),
     (DecodesSingly, "promises decodes first, and gave some before, or without, give_decodes"),
     (Fails, "the policy raised KeyError"),
 ]
