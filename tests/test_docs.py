@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 
 from apexsim.cli.main import COMMANDS, main
+from apexsim.io.saved import load
 from apexsim.serving.job import Job
 from apexsim.serving.ledger import Ledger
 from apexsim.serving.messages import View
 from apexsim.serving.policies import POLICIES, BatchPolicy
+from apexsim.specs.deployment import Deployment
 from apexsim.testing import Case, check_case, check_policy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +54,24 @@ def test_readme_names_commands_that_exist() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+INPUTS = (ROOT / "docs" / "inputs.md").read_text(encoding="utf-8")
+
+
+def test_groups_and_pools_run_as_the_page_says(tmp_path: Path) -> None:
+    grouped, pooled = (tmp_path / name for name in ("grouped.yaml", "pooled.yaml"))
+    for path, text in zip((grouped, pooled), re.findall(r"```yaml\n(.*?)```", INPUTS, re.DOTALL), strict=True):
+        path.write_text(text)
+    asked = ["--workload", "chat", "--requests", "5"]
+    assert main(["simulate", str(grouped), *asked]) == 0
+    assert main(["simulate", str(pooled), *asked]) == 2
+    found = load(pooled)
+    assert isinstance(found, Deployment)
+    assert [(server.pool, server.device.name) for server in found.servers()] == [
+        ("prefill", "h100-sxm"),
+        ("decode", "a100-sxm"),
+    ]
 
 
 ENGINES = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8").partition("### A policy of your own")[2]

@@ -202,7 +202,8 @@ def resolve_deployment(file: DeploymentFile, where: object, *, allow_plugins: bo
         would_do = "give pools, each with the device that it lies on; or one group"
         raise BadInput(would_do, where=where, key="groups", got=len(cluster.groups))
     if not file.groups:
-        pools = tuple(_on_its_device(pool) for pool in pools)
+        shared = file.device if len(cluster.groups) > 1 else None
+        pools = tuple(_on_its_device(pool, pool.device or shared) for pool in pools)
     known = {
         "model": model,
         "cluster": cluster,
@@ -233,9 +234,9 @@ def _pools(file: DeploymentFile, where: object, *, allow_plugins: bool) -> tuple
     )
 
 
-def _on_its_device(pool: Pool) -> Pool:
-    """A pool that names a device, on the group that is called as that device is."""
-    return pool.model_copy(update={"device": catalog.load("device", pool.device).name}) if pool.device else pool
+def _on_its_device(pool: Pool, device: str | None) -> Pool:
+    """A pool on the group that is called as its ``device`` is; None leaves it on the only one."""
+    return pool.model_copy(update={"device": catalog.load("device", device).name}) if device else pool
 
 
 def _with_kv_cache(deployment: Deployment, *, own: bool) -> Deployment:
