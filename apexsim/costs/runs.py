@@ -168,21 +168,31 @@ class OneStageRun(Guessed, DecodeRun):
         return below * self._floor + self._device_ns(below, steps)
 
     def _add_up(self, steps: int) -> None:
-        """Have sums of that many steps."""
-        sums, floor, constant, decodes = self._sums, self._row.floor, self._constant, self._decodes
+        """Have sums of that many steps: first what everybody's growth takes in each, then that of some."""
+        sums, floor, decodes = self._sums, self._row.floor, self._decodes
         first, total = len(sums) - 1, sums[-1]
-        for table, _, tokens, grows in self._parts:
-            mean = (tokens + grows * steps) // decodes
-            if mean + 1 >= len(table.prefix):
+        spent, some = [self._constant] * (steps - first), []
+        for table, layers, tokens, grows in self._parts:
+            mean, prefix = (tokens + grows * steps) // decodes, table.prefix
+            if mean + 1 >= len(prefix):
                 table.grow(mean)
-        parts = [(table.prefix, layers, tokens, grows) for table, layers, tokens, grows in self._parts]
-        for step in range(first, steps):
-            ns = constant
-            for prefix, layers, tokens, grows in parts:
+            if grows < decodes:
+                some.append((prefix, layers, tokens, grows))
+            else:
+                known = prefix[mean - steps + first : mean + 1]
+                spent = [ns + layers * (last - before) for ns, before, last in zip(spent, known, known[1:])]  # noqa: B905
+        for step, ns in enumerate(spent, first):
+            for prefix, layers, tokens, grows in some:
                 mean = (tokens + grows * step) // decodes
-                ns += layers * (prefix[mean + 1] - prefix[mean])
+                ns += layers * (prefix[mean + 1] - prefix[mean])  # noqa: PLW2901
             total += ns if ns > floor else floor
             sums.append(total)
+
+    def ends_ns(self, steps: int) -> Sequence[int]:
+        """``elapsed_ns`` of 0, 1, 2 ... ``steps`` steps, and perhaps of more."""
+        if steps >= len(self._sums):
+            self._add_up(steps)
+        return self._sums
 
     def durations_ns(self, steps: int) -> NDArray[np.int64]:
         """Nanoseconds of each of the first ``steps`` steps, on one stage."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -33,6 +34,10 @@ class RunTimes(StageTimes, Protocol):
     def elapsed_ns(self, steps: int) -> int:
         """Nanoseconds of the first ``steps`` steps: exactly the sum of theirs."""
         ...
+
+    def ends_ns(self, steps: int) -> Sequence[int]:
+        """``elapsed_ns`` of 0, 1, 2 ... ``steps`` steps, and perhaps of more."""
+        return [self.elapsed_ns(count) for count in range(steps + 1)]
 
     def ended_before(self, time_ns: int, most: int) -> tuple[int, int]:
         """Of the first ``most`` steps, how many end less than ``time_ns`` after the first begins.
