@@ -126,7 +126,7 @@ class OneStageRun(Guessed, DecodeRun):
     only some grow, the mean context moves by 0 or 1 a step. Those steps are added up one by one.
     """
 
-    __slots__ = ("_below", "_constant", "_floor", "_growing", "_partly", "_parts", "_sums", "first_ns")
+    __slots__ = ("_below", "_constant", "_floor", "_growing", "_partly", "_parts", "_sums")
 
     def __init__(
         self, row: DecodeRow, decodes: int, attended: tuple[int, ...], grows: tuple[int, ...], limit: int
@@ -151,7 +151,11 @@ class OneStageRun(Guessed, DecodeRun):
         if not self._partly:
             self._floor = row.floor if row.floor and self._device_ns(0, 1) < row.floor else 0
         self._below = 1  # with a floor: steps known to take less device than host time
-        self.first_ns = self.elapsed_ns(1)
+
+    @property
+    def first_ns(self) -> int:
+        """Nanoseconds of the first step."""
+        return self.elapsed_ns(1)
 
     def elapsed_ns(self, steps: int) -> int:
         """Nanoseconds of the first ``steps`` steps one after another, on one stage."""

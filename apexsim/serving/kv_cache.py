@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from apexsim.serving.job import Job
@@ -105,6 +105,24 @@ class BlockManager:
             raise RuntimeError(f"a group needs {count} blocks, {self.free} are free")
         self.free -= count
         self._given_ns += block_ns - count * self._clock.now_ns
+
+    def cross(self, jobs: Iterable[Job], step: int) -> int:
+        """Give members of a group, each of which has ``base + step`` tokens computed, the blocks for one more.
+
+        For caches that are not ``steady``. Returns how many were given; a member that has room is given none.
+        """
+        size, needed, taken = self.block_size, self._needed, 0
+        for job in jobs:
+            before = job.base + step
+            if before < job.capacity:
+                continue
+            index = before // size + 1
+            blocks = needed[index] if index < len(needed) else self.needed(before + 1)
+            taken += blocks - job.blocks
+            job.blocks, job.capacity = blocks, index * size
+        if taken:
+            self.take(taken)
+        return taken
 
     def used(self, block_ns: int) -> None:
         """Add block-nanoseconds of blocks that were taken before anybody said so."""

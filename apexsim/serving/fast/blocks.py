@@ -109,13 +109,8 @@ class MemberGrowth:
             crossing = due[(step + number) % size]
             if not crossing:
                 continue
-            free = blocks.free
-            for job in crossing:
-                before = job.base + step + number
-                if before >= job.capacity:
-                    blocks.grow(job, before + 1)
-            if free > blocks.free:
-                used_ns += (free - blocks.free) * (now_ns - times_ns[number])
+            if taken := blocks.cross(crossing, step + number):
+                used_ns += taken * (now_ns - times_ns[number])
         blocks.used(used_ns)
 
     def takes(self, job: Job, step: int) -> int:
