@@ -96,7 +96,6 @@ class StepCost:
         self._launched = [to_ns(host.launching_s(stage.launches, stage.expert_layers)) for stage in lowered.stages]
         self._nothing = [0] * len(lowered.stages)
         self._replays = host.replays
-        self._graphs, self._graph_tokens = host.cuda_graphs, host.graph_tokens if host.cuda_graphs else 0
 
     def expect(self, prompts: Iterable[int]) -> None:
         """Work out beforehand what prompts of these lengths cost, each computed in one step behind no history."""
@@ -201,7 +200,7 @@ class StepCost:
                 row.tables[0].grow(mean)
             attention += prefix[mean + 1] - prefix[mean]
         device = self._dense[tokens][0] + self._heads[survivors][0] + self._plain_layers * attention
-        if device < self._launched[0] and (tokens > self._graph_tokens if chunks else not self._graphs):
+        if device < self._launched[0] and not self._replays(tokens, prompts=bool(chunks)):
             device = self._launched[0]
         host = self._host_step + self._host_sequence * (decodes + len(chunks))
         if not self._overlapped:

@@ -224,7 +224,10 @@ class Run:
 
 @contextmanager
 def no_cycle_collection() -> Iterator[None]:
-    """A run makes many small objects and no cycles: looking for cycles among them costs time and finds nothing."""
+    """A run makes many small objects. Those that keep each other let go when their row is written (``flow``).
+
+    Looking for cycles among them would cost time and find nothing.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:

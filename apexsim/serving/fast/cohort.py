@@ -164,6 +164,7 @@ class Cohort:
         enough = self._blocks.free // most * self._blocks.block_size - 1 if most else FOREVER
         if self.windows:
             return self.stats(ahead), enough
+        # As ``stats`` says it, without the call: this is asked for in every stretch.
         return BatchStats(size, self.context + ahead * size, (), (), size), enough
 
     # -- steps --------------------------------------------------------------------------------------------------------

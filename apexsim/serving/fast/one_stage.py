@@ -1,9 +1,9 @@
 """Many decode steps at once on one stage, where everybody who decodes is one cohort and times are in closed form.
 
-Call the steps that the cohort takes in a stretch C(1), C(2) ... C(1) starts when the ``first`` batches have ended that
-were in flight before, the others follow without a gap. At most K batches are in flight (2 with a lookahead), and each
-end composes one more. Where fewer than K were in flight at the start, ``ahead`` (0 or 1) of the C are already, and the
-rest is *owed* and composed at once, so that first + ahead + owed = K::
+C(1), C(2) ... are the steps that the cohort takes in a stretch. C(1) starts when the ``first`` batches, in flight
+before, have ended. The others follow without a gap. At most K batches are in flight: 2 with a lookahead, else 1. Each
+end composes one more. At the start ``ahead`` (0 or 1) of the C are in flight already. What is missing to K is *owed*:
+composed at once, so that first + ahead + owed = K::
 
     K = 1, first 1, owed 0   [b0]  C(1)  C(2)          C(k) is composed at end(k), end(1 + k) is its end
     end(k)                     1     2     3
